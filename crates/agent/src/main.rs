@@ -1,0 +1,2 @@
+//! heyvm-agent: process 1 of every guest.
+fn main() {}

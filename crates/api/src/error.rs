@@ -1,0 +1,166 @@
+//! Errors as the outside sees them: a stable code, a sentence, a hint that says what to do next.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Every code an answer can carry. Codes are stable: scripts branch on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// A field, flag or header is malformed; the message names it.
+    InvalidArgument,
+    /// The name does not fit the rules for names.
+    InvalidName,
+    /// The port is not within 1..=65535.
+    InvalidPort,
+    /// No such size class.
+    UnknownSizeClass,
+    /// No such region on this server.
+    UnknownRegion,
+    /// Nothing has this id, name or slug.
+    SandboxNotFound,
+    /// A living sandbox has this name or slug already.
+    NameTaken,
+    /// The same idempotency key came with another request.
+    IdempotencyKeyReused,
+    /// The sandbox is not in a state that allows this.
+    InvalidState,
+    /// The port is bound already, or is not bound.
+    PortNotBound,
+    /// No image of this name here, and no registry gave one.
+    ImageNotFound,
+    /// A registry did not answer or refused.
+    RegistryUnavailable,
+    /// An image's bytes do not match their digest or are no image.
+    ImageInvalid,
+    /// The directory to deploy is missing, empty or no directory.
+    InvalidDirectory,
+    /// The archive is no archive, leaves its directory, or unpacks to more than allowed.
+    ArchiveInvalid,
+    /// No such archive.
+    ArchiveNotFound,
+    /// A setup hook failed; the message carries the last lines of its output.
+    SetupHookFailed,
+    /// The start command ended before the sandbox was ready.
+    StartCommandFailed,
+    /// The health check did not pass in time.
+    HealthTimeout,
+    /// The VM did not boot or could not be restored.
+    VmFailed,
+    /// The VM ended or its agent does not answer.
+    SandboxUnreachable,
+    /// No such file in the sandbox.
+    FileNotFound,
+    /// The file exists already, or is of another kind.
+    FileConflict,
+    /// No disk space, memory or another resource of the host.
+    OutOfResources,
+    /// The host lacks something; `heyvm doctor` says what.
+    HostNotReady,
+    /// The feature is not part of this version.
+    Unsupported,
+    /// No credentials, or wrong ones.
+    Unauthorized,
+    /// The credentials do not allow this.
+    Forbidden,
+    /// The path does not exist.
+    NotFound,
+    /// The body is larger than allowed.
+    TooLarge,
+    /// The daemon cannot be reached or started.
+    DaemonUnavailable,
+    /// A deadline passed.
+    Timeout,
+    /// A bug in heyvm: the log has the details.
+    Internal,
+}
+
+impl ErrorCode {
+    /// The HTTP status an answer with this code has.
+    pub fn status(self) -> u16 {
+        use ErrorCode::*;
+        match self {
+            InvalidArgument | InvalidName | InvalidPort | UnknownSizeClass | UnknownRegion | InvalidDirectory => 400,
+            Unauthorized => 401,
+            Forbidden => 403,
+            SandboxNotFound | ImageNotFound | ArchiveNotFound | FileNotFound | NotFound | PortNotBound => 404,
+            NameTaken | IdempotencyKeyReused | InvalidState | FileConflict => 409,
+            TooLarge => 413,
+            ArchiveInvalid | ImageInvalid | SetupHookFailed | StartCommandFailed => 422,
+            Internal | VmFailed => 500,
+            Unsupported => 501,
+            RegistryUnavailable | SandboxUnreachable => 502,
+            HostNotReady | DaemonUnavailable => 503,
+            HealthTimeout | Timeout => 504,
+            OutOfResources => 507,
+        }
+    }
+
+    /// The code as it stands in JSON.
+    pub fn as_str(self) -> String {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::String(text)) => text,
+            _ => "internal".into(),
+        }
+    }
+}
+
+/// An error as it travels: `{"error":{"code","message","hint",…}}`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// Stable code.
+    pub code: ErrorCode,
+    /// One sentence for a person.
+    pub message: String,
+    /// What to do next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// The step of a deploy that failed: `archive`, `image`, `vm`, `unpack`, `setup_hook`, `start_command`, `bind`, `health`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
+    /// The last lines of the failed step's output.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log_tail: Vec<String>,
+    /// The sandbox that is meant, where there is one (kept with `--keep-on-failure`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox_id: Option<String>,
+}
+
+/// The body of every answer that is an error.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ApiError,
+}
+
+impl ApiError {
+    /// An error without a hint; add one with [`ApiError::hint`] wherever something can be done.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), hint: None, step: None, log_tail: Vec::new(), sandbox_id: None }
+    }
+
+    /// Says what to do next.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Names the step of a deploy that failed.
+    pub fn step(mut self, step: impl Into<String>) -> Self {
+        self.step = Some(step.into());
+        self
+    }
+
+    /// Adds the last lines of the failed step's output.
+    pub fn log_tail(mut self, lines: Vec<String>) -> Self {
+        self.log_tail = lines;
+        self
+    }
+
+    /// Names the sandbox that is meant.
+    pub fn sandbox(mut self, id: impl Into<String>) -> Self {
+        self.sandbox_id = Some(id.into());
+        self
+    }
+}

@@ -1,0 +1,1 @@
+//! What a name, a slug, a port, a duration and a size class may look like.

@@ -1,0 +1,321 @@
+//! Sandboxes: what is asked for, and what is told of one.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Memory and processor share of a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SizeClass {
+    /// 0.25 processors, 0.5 GiB.
+    Micro,
+    /// 0.5 processors, 1 GiB.
+    Mini,
+    /// 1 processor, 2 GiB.
+    #[default]
+    Small,
+    /// 2 processors, 4 GiB.
+    Medium,
+    /// 4 processors, 8 GiB.
+    Large,
+    /// 8 processors, 16 GiB.
+    Xlarge,
+}
+
+impl SizeClass {
+    /// All of them, smallest first.
+    pub const ALL: [Self; 6] = [Self::Micro, Self::Mini, Self::Small, Self::Medium, Self::Large, Self::Xlarge];
+
+    /// Processor share in thousandths of a processor.
+    pub fn cpu_millis(self) -> u32 {
+        match self {
+            Self::Micro => 250,
+            Self::Mini => 500,
+            Self::Small => 1000,
+            Self::Medium => 2000,
+            Self::Large => 4000,
+            Self::Xlarge => 8000,
+        }
+    }
+
+    /// Memory in MiB.
+    pub fn memory_mib(self) -> u32 {
+        match self {
+            Self::Micro => 512,
+            Self::Mini => 1024,
+            Self::Small => 2048,
+            Self::Medium => 4096,
+            Self::Large => 8192,
+            Self::Xlarge => 16384,
+        }
+    }
+
+    /// The name in lower case.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Micro => "micro",
+            Self::Mini => "mini",
+            Self::Small => "small",
+            Self::Medium => "medium",
+            Self::Large => "large",
+            Self::Xlarge => "xlarge",
+        }
+    }
+}
+
+/// Where a sandbox is in its life. The state machine is drawn in `heyvm-control-plane`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Being made: image, VM, archive, hooks, health.
+    Provisioning,
+    /// Its VM runs.
+    Running,
+    /// Its VM is being ended; the disk stays.
+    Stopping,
+    /// No VM; the disk is kept and `start` goes on from it.
+    Stopped,
+    /// Ended by itself: the reason says how. The disk is kept; `start` goes on from it.
+    Failed,
+    /// Gone with its disk and URLs; told of for a day.
+    Removed,
+}
+
+/// Why a sandbox is no longer running.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reason {
+    /// One of the codes below.
+    pub code: ReasonCode,
+    /// A sentence.
+    pub message: String,
+    /// Exit status of the start command, where that is what ended it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// The last lines of the start command or of the guest's console.
+    #[serde(default)]
+    pub log_tail: Vec<String>,
+}
+
+/// Codes of [`Reason`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReasonCode {
+    /// `stop` was called.
+    Stopped,
+    /// `rm` or DELETE was called.
+    Removed,
+    /// A newer version took its name and URLs.
+    Replaced,
+    /// Its time-to-live ran out.
+    TtlExpired,
+    /// The kernel's out-of-memory killer ended its start command.
+    OutOfMemory,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// The guest powered itself off.
+    GuestShutdown,
+    /// The start command ended.
+    StartCommandExited,
+    /// The VM's process ended and nobody knows why.
+    VmLost,
+    /// The host was restarted.
+    HostRestarted,
+    /// The daemon ended while the sandbox was being made.
+    DaemonRestarted,
+    /// A step of its making failed.
+    FailedStep,
+}
+
+/// A port of a sandbox that has a URL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Endpoint {
+    /// First label of the host name, for example `abc123`.
+    pub subdomain: String,
+    /// For example `abc123.localhost`.
+    pub hostname: String,
+    /// For example `http://abc123.localhost:8480`.
+    pub url: String,
+    /// Port in the sandbox.
+    pub port: u16,
+    /// Whether it answers without credentials.
+    pub is_public: bool,
+}
+
+/// A bound port as `POST /sandboxes/{id}/proxy` answers it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct BoundPort {
+    /// The endpoint itself.
+    #[serde(flatten)]
+    pub endpoint: Endpoint,
+    /// The sandbox it leads to.
+    pub sandbox_id: String,
+}
+
+/// Body of `POST /sandboxes/{id}/proxy`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BindRequest {
+    /// Port in the sandbox, 1 to 65535. Wider than a port, so that 70000 is told of by name.
+    pub port: i64,
+    /// Default true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub is_public: Option<bool>,
+}
+
+/// A directory of the host in the sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Mount {
+    /// Absolute path on the host.
+    pub host_path: String,
+    /// Absolute path in the sandbox.
+    pub sandbox_path: String,
+    /// Default false.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Body of `POST /sandboxes`.
+///
+/// With the header `Idempotency-Key`, a repeated request gives the same sandbox. With `Accept: text/event-stream` the
+/// answer is a stream of [`crate::system::ProgressEvent`]s, the last of which is the result or the error.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CreateRequest {
+    /// Unique among living sandboxes; made up when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// URL-safe; the slugified name when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slug: Option<String>,
+    /// `shell`, `python` or `node`: what the image must be able to run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox_type: Option<String>,
+    /// Image reference; `ubuntu:24.04` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// `qemu` (the default) is the one there is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend_type: Option<String>,
+    /// `US` or `EU`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// Seconds from creation until it is destroyed; absent: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds: Option<i64>,
+    /// Run with `sh -c` in the working directory, supervised; when it ends, the sandbox ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_command: Option<String>,
+    /// `/workspace` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub working_directory: Option<String>,
+    /// Ports to bind.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub open_ports: Vec<i64>,
+    /// Whether the ports are bound without authentication; default true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub is_public: Option<bool>,
+    /// Environment of every command.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env_vars: BTreeMap<String, String>,
+    /// Run in order with `sh -c` after the archive is unpacked, before the start command.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub setup_hooks: Vec<String>,
+    /// Host directories; see the documentation for what is supported.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<Mount>,
+    /// `micro` … `xlarge`; `small` when absent. A string, so that an unknown one gets its own error code.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_class: Option<String>,
+    /// 1 to 250; 10 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_size_gb: Option<i64>,
+    /// Unpacked to the working directory before the hooks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub archive_id: Option<String>,
+    /// HTTP path on the first port that must answer 2xx or 3xx before the sandbox counts as running.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_path: Option<String>,
+    /// How long that may take; 120 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_timeout_seconds: Option<f64>,
+    /// Keep the half-made sandbox when a step fails.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub keep_on_failure: bool,
+    /// Take over name and URLs of the living sandbox of this name, once this one is healthy.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub replace: bool,
+}
+
+/// One sandbox, as every call tells of it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct SandboxInfo {
+    /// A UUID.
+    pub id: String,
+    /// Unique among living sandboxes.
+    pub name: String,
+    /// URL-safe.
+    pub slug: String,
+    /// Where it is in its life.
+    pub status: Status,
+    /// The image it really runs.
+    pub image: String,
+    /// The image that was asked for, where another one stands in for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_requested: Option<String>,
+    /// `qemu`.
+    pub backend_type: String,
+    /// `US`, `EU` or the server's own name for where it is.
+    pub region: String,
+    /// Memory and processor share.
+    pub size_class: SizeClass,
+    /// Disk in GB.
+    pub disk_size_gb: u32,
+    /// Whether it was made from an archive.
+    pub is_deployed: bool,
+    /// The archive it was made from.
+    pub archive_id: Option<String>,
+    /// When it was asked for.
+    pub created_at: DateTime<Utc>,
+    /// When `status` last changed.
+    pub status_changed_at: DateTime<Utc>,
+    /// Seconds since the VM was started; 0 when it is not running.
+    pub uptime_secs: u64,
+    /// Time-to-live in seconds from creation.
+    pub ttl_seconds: Option<i64>,
+    /// When the time-to-live runs out.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// Environment of every command.
+    pub env_vars: BTreeMap<String, String>,
+    /// The start command.
+    pub start_command: Option<String>,
+    /// Default directory of commands.
+    pub working_directory: String,
+    /// Commands that ran before the start command.
+    pub setup_hooks: Vec<String>,
+    /// The reason's message, for clients that know only this field.
+    pub error_message: Option<String>,
+    /// Why it is not running.
+    pub reason: Option<Reason>,
+    /// Bound ports; never null.
+    pub urls: Vec<Endpoint>,
+    /// What was done otherwise than asked for, in sentences.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// Query of `GET /sandboxes`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ListFilter {
+    /// Living ones: provisioning, running, stopping.
+    #[default]
+    Living,
+    /// Stopped and failed ones.
+    Stopped,
+    /// All, also those removed within the last day.
+    All,
+}

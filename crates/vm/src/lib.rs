@@ -1,0 +1,194 @@
+//! Running VMs: the [`Driver`] trait that the control plane knows, and the QEMU driver behind it.
+//!
+//! A VM is known by its [`VmId`] (the sandbox's id). Its disk outlives its process: `create` makes a disk and a
+//! process, `stop` ends the process, `start` makes a new one on the kept disk, `destroy` removes both.
+//! Nothing here knows of names, HTTP or the store.
+
+pub mod agent;
+pub mod qemu;
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use heyvm_images::{Image, Kernel};
+
+pub use agent::AgentConnection;
+
+/// A sandbox's id: lower-case letters, digits and `-`, at most 64 bytes; safe as a file name.
+pub type VmId = String;
+
+/// What a VM is made from and how large it is.
+#[derive(Debug, Clone)]
+pub struct VmSpec {
+    /// Guest kernel and initramfs.
+    pub kernel: Kernel,
+    /// Root file system and image configuration.
+    pub image: Image,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Processor share in thousandths of a processor; the number of virtual processors is this rounded up.
+    pub cpu_millis: u32,
+    /// Disk in GiB.
+    pub disk_gib: u32,
+    /// Host name in the guest.
+    pub hostname: String,
+    /// Environment of every command: the image's, then the sandbox's.
+    pub env: Vec<(String, String)>,
+    /// Default directory of commands; made when missing.
+    pub working_dir: String,
+}
+
+/// Tells what a long step is doing: words, and bytes done and in all where known.
+pub type Progress = Arc<dyn Fn(&str, Option<u64>, Option<u64>) + Send + Sync>;
+
+/// Makes, finds and removes VMs on some machine. The VM need not be on the caller's machine.
+#[async_trait]
+pub trait Driver: Send + Sync {
+    /// Makes the template for such VMs unless it is there, telling of it; creates are fast afterwards.
+    async fn prepare(&self, spec: &VmSpec, progress: Progress) -> Result<(), Error>;
+
+    /// Makes the disk and starts the VM; its agent answers when this returns. On an error nothing is left behind.
+    async fn create(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error>;
+
+    /// Starts a stopped VM again on its kept disk.
+    async fn start(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error>;
+
+    /// Finds a VM that an earlier daemon started; `None` when it no longer runs.
+    async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error>;
+
+    /// Why a VM that no longer runs ended, as far as its remains tell.
+    async fn post_mortem(&self, id: &VmId) -> Exit;
+
+    /// Ends the VM, if it runs, and removes its disk and everything else of it. Succeeds when nothing is there.
+    async fn destroy(&self, id: &VmId) -> Result<(), Error>;
+
+    /// Everything this driver has anything of: running or not, whole or half-made.
+    async fn list(&self) -> Result<Vec<VmId>, Error>;
+
+    /// Checks of the host, for `doctor`.
+    async fn doctor(&self) -> Vec<HostCheck>;
+}
+
+/// A running VM.
+#[async_trait]
+pub trait Vm: Send + Sync {
+    /// Its id.
+    fn id(&self) -> &VmId;
+
+    /// A connection to its agent; reconnects by itself after a break. Cheap to clone.
+    fn agent(&self) -> AgentConnection;
+
+    /// Resolves when the VM's process has ended, however that came.
+    async fn exited(&self) -> Exit;
+
+    /// Ends the VM in order: processes get `grace` to end, the disk is unmounted; then the process is killed if need be.
+    async fn stop(&self, grace: std::time::Duration) -> Result<(), Error>;
+
+    /// The host's view of its cost.
+    async fn usage(&self) -> Result<Usage, Error>;
+}
+
+/// Why a VM's process ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit {
+    /// As far as is known.
+    pub cause: ExitCause,
+    /// The last lines of the guest's console.
+    pub console_tail: Vec<String>,
+}
+
+/// Cause of an [`Exit`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitCause {
+    /// The guest powered itself off.
+    GuestShutdown,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// The host ran since another boot.
+    HostRestarted,
+    /// The process was ended from outside, or crashed.
+    Lost,
+}
+
+/// What a VM costs the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Memory no other process shares, in bytes.
+    pub private_memory: u64,
+    /// Processor time used so far, in milliseconds.
+    pub cpu_ms: u64,
+}
+
+/// One finding about the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostCheck {
+    /// For example `kvm`.
+    pub name: &'static str,
+    /// How it came out.
+    pub status: CheckStatus,
+    /// What was found.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// How a [`HostCheck`] came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckStatus {
+    /// As it should be.
+    Ok,
+    /// Works, but not as well as it could.
+    Warn,
+    /// VMs cannot run until it is mended.
+    Fail,
+}
+
+/// What can go wrong with a VM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The host lacks a program, a device or a permission.
+    #[error("{what}")]
+    HostNotReady {
+        /// What is missing.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// No space, memory or other resource.
+    #[error("the host is out of {what}")]
+    OutOfResources {
+        /// For example `disk space`.
+        what: String,
+    },
+    /// The guest did not get as far as it should.
+    #[error("the VM {what}")]
+    Boot {
+        /// What it did instead.
+        what: String,
+        /// The last lines of its console.
+        console_tail: Vec<String>,
+    },
+    /// The VM's agent does not answer.
+    #[error("the sandbox's agent does not answer: {0}")]
+    Unreachable(String),
+    /// A system call or file operation failed.
+    #[error("{doing} ({path})", path = path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// QEMU's control socket said no.
+    #[error("QEMU refused {command}: {message}")]
+    Qmp {
+        /// The command.
+        command: &'static str,
+        /// QEMU's words.
+        message: String,
+    },
+}
