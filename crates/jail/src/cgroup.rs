@@ -1,0 +1,242 @@
+//! Limits of one VM where the host grants them: cgroup v2, v1, the hybrid of both, or none.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::Error;
+
+/// What a VM may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes, guest memory and QEMU's own together.
+    pub memory_bytes: u64,
+    /// Thousandths of a processor.
+    pub cpu_millis: u32,
+    /// Processes and threads.
+    pub tasks: u32,
+}
+
+/// Period of the processor quota in microseconds.
+const PERIOD_US: u64 = 100_000;
+/// Directory below the daemon's own place in the hierarchy.
+const OURS: &str = "heyvm";
+
+/// One hierarchy in which we may make cgroups.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Hierarchy {
+    /// All controllers in one tree.
+    Unified(PathBuf),
+    /// One controller of version 1.
+    Legacy(&'static str, PathBuf),
+}
+
+/// The hierarchies in which the daemon may make cgroups; empty where the host grants none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cgroups {
+    hierarchies: Vec<Hierarchy>,
+}
+
+impl Cgroups {
+    /// Tries what this process may do; makes nothing that stays but one directory `heyvm` in each hierarchy.
+    pub fn detect() -> Self {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let mut hierarchies = Vec::new();
+        for controller in ["cpu", "memory", "pids"] {
+            if let Some(dir) = legacy_dir(controller, &own, &mounts)
+                && make_dir(&dir).is_ok()
+            {
+                hierarchies.push(Hierarchy::Legacy(controller, dir));
+            }
+        }
+        if hierarchies.is_empty() {
+            hierarchies.extend(
+                unified_candidates(&own, &mounts).into_iter().find(|dir| delegated(dir)).map(Hierarchy::Unified),
+            );
+        }
+        Self { hierarchies }
+    }
+
+    /// Which of `cpu`, `memory` and `pids` can be limited.
+    pub fn controllers(&self) -> Vec<&str> {
+        match self.hierarchies.first() {
+            Some(Hierarchy::Unified(_)) => vec!["cpu", "memory", "pids"],
+            _ => self
+                .hierarchies
+                .iter()
+                .filter_map(|h| if let Hierarchy::Legacy(name, _) = h { Some(*name) } else { None })
+                .collect(),
+        }
+    }
+
+    /// Makes the cgroups of one VM; the launcher puts it there.
+    pub fn create(&self, name: &str, limits: Limits) -> Result<Vec<PathBuf>, Error> {
+        let dirs = self.dirs(name);
+        for (hierarchy, dir) in self.hierarchies.iter().zip(&dirs) {
+            make_dir(dir).map_err(Error::io("making the cgroup", dir))?;
+            for (file, value) in settings(hierarchy, limits) {
+                let path = dir.join(file);
+                let written = fs::write(&path, value);
+                // Older kernels lack the burst and swap settings; the limits themselves must hold.
+                if !(file.ends_with("burst")
+                    || file.ends_with("burst_us")
+                    || file.contains("swap")
+                    || file.contains("memsw"))
+                {
+                    written.map_err(Error::io("setting the cgroup's limit", path))?;
+                }
+            }
+        }
+        Ok(dirs)
+    }
+
+    /// Removes the cgroups of a VM that has ended. Succeeds when there are none.
+    pub fn remove(&self, name: &str) -> Result<(), Error> {
+        for dir in self.dirs(name) {
+            // The kernel takes a moment to notice the end of the last process.
+            let mut tries = 50;
+            loop {
+                match fs::remove_dir(&dir) {
+                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy && tries > 0 => tries -= 1,
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(Error::io("removing the cgroup", dir)(error));
+                    }
+                    _ => break,
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        Ok(())
+    }
+
+    fn dirs(&self, name: &str) -> Vec<PathBuf> {
+        self.hierarchies
+            .iter()
+            .map(|hierarchy| match hierarchy {
+                Hierarchy::Unified(dir) | Hierarchy::Legacy(_, dir) => dir.join(name),
+            })
+            .collect()
+    }
+}
+
+fn settings(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String)> {
+    let quota = u64::from(limits.cpu_millis) * PERIOD_US / 1000;
+    // Weight 100 is the default for one processor.
+    let weight = (u64::from(limits.cpu_millis) / 10).clamp(1, 10_000);
+    match hierarchy {
+        Hierarchy::Unified(_) => vec![
+            ("cpu.max", format!("{quota} {PERIOD_US}")),
+            ("cpu.max.burst", quota.to_string()),
+            ("cpu.weight", weight.to_string()),
+            ("memory.max", limits.memory_bytes.to_string()),
+            ("memory.swap.max", "0".into()),
+            ("pids.max", limits.tasks.to_string()),
+        ],
+        Hierarchy::Legacy("cpu", _) => vec![
+            ("cpu.cfs_period_us", PERIOD_US.to_string()),
+            ("cpu.cfs_quota_us", quota.to_string()),
+            ("cpu.cfs_burst_us", quota.to_string()),
+            ("cpu.shares", (u64::from(limits.cpu_millis) * 1024 / 1000).max(2).to_string()),
+        ],
+        Hierarchy::Legacy("memory", _) => vec![
+            ("memory.limit_in_bytes", limits.memory_bytes.to_string()),
+            ("memory.memsw.limit_in_bytes", limits.memory_bytes.to_string()),
+        ],
+        Hierarchy::Legacy(_, _) => vec![("pids.max", limits.tasks.to_string())],
+    }
+}
+
+fn make_dir(dir: &Path) -> io::Result<()> {
+    match fs::create_dir_all(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+/// Our directory below the daemon's own cgroup in a version 1 hierarchy.
+fn legacy_dir(controller: &str, own: &str, mounts: &str) -> Option<PathBuf> {
+    let path = own.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        fields.next()?.split(',').any(|c| c == controller).then(|| fields.next())?
+    })?;
+    let mount = mounts.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        (fields.get(2) == Some(&"cgroup") && fields.get(3)?.split(',').any(|o| o == controller)).then(|| fields[1])
+    })?;
+    // In a container the path may be the host's while the mount shows only our own part of the tree.
+    let below = Path::new(mount).join(path.trim_start_matches('/'));
+    Some(if below.is_dir() { below } else { PathBuf::from(mount) }.join(OURS))
+}
+
+/// Directories in the unified tree that may be ours to fill, best first.
+fn unified_candidates(own: &str, mounts: &str) -> Vec<PathBuf> {
+    let Some(mount) = mounts.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        (fields.get(2) == Some(&"cgroup2")).then(|| PathBuf::from(fields[1]))
+    }) else {
+        return Vec::new();
+    };
+    let path = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or("");
+    // Processes may sit in leaves alone, so ours stands beside the daemon's cgroup, at whichever height we may write.
+    Path::new(path).ancestors().skip(usize::from(!path.is_empty())).map(|dir| mount.join(dir).join(OURS)).collect()
+}
+
+/// Whether the controllers can be had below `dir`; makes it.
+fn delegated(dir: &Path) -> bool {
+    let enable = "+cpu +memory +pids";
+    let Some(parent) = dir.parent() else { return false };
+    // Usually on already; where it is not, it is worth a try.
+    let _ = fs::write(parent.join("cgroup.subtree_control"), enable);
+    make_dir(dir).is_ok() && fs::write(dir.join("cgroup.subtree_control"), enable).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "9:name=systemd:/\n4:memory:/box/7\n2:cpu,cpuacct:/\n0::/\n";
+
+    #[test]
+    fn limits_become_settings() {
+        let limits = Limits { memory_bytes: 1 << 30, cpu_millis: 250, tasks: 64 };
+        let unified = settings(&Hierarchy::Unified("/x".into()), limits);
+        assert!(unified.contains(&("cpu.max", "25000 100000".into())));
+        assert!(unified.contains(&("memory.max", (1u64 << 30).to_string())));
+        let legacy = settings(&Hierarchy::Legacy("cpu", "/x".into()), limits);
+        assert!(legacy.contains(&("cpu.cfs_quota_us", "25000".into())));
+        assert!(legacy.contains(&("cpu.shares", "256".into())));
+    }
+
+    #[test]
+    fn a_controller_is_found_by_its_mount_options() {
+        let mounts = "cgroup /cg/cpu cgroup rw,relatime,cpu,cpuacct 0 0\ncgroup2 /cg/unified cgroup2 rw 0 0\n";
+        assert_eq!(legacy_dir("cpu", HYBRID, mounts), Some("/cg/cpu/heyvm".into()));
+        assert_eq!(legacy_dir("memory", HYBRID, mounts), None);
+    }
+
+    #[test]
+    fn the_unified_tree_is_tried_from_our_sibling_upwards() {
+        let mounts = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
+        let found = unified_candidates("0::/user.slice/user-7.slice/app.scope\n", mounts);
+        let root = Path::new("/sys/fs/cgroup");
+        assert_eq!(
+            found,
+            [root.join("user.slice/user-7.slice/heyvm"), root.join("user.slice/heyvm"), root.join("heyvm")]
+        );
+    }
+
+    #[test]
+    fn a_group_comes_and_goes() {
+        let cgroups = Cgroups::detect();
+        let name = format!("test-{}", std::process::id());
+        let dirs = cgroups.create(&name, Limits { memory_bytes: 1 << 30, cpu_millis: 500, tasks: 32 }).unwrap();
+        assert_eq!(dirs.len(), cgroups.hierarchies.len());
+        assert!(dirs.iter().all(|dir| dir.is_dir()));
+        cgroups.remove(&name).unwrap();
+        assert!(dirs.iter().all(|dir| !dir.exists()));
+        cgroups.remove(&name).unwrap();
+    }
+}

@@ -1,0 +1,187 @@
+//! The way out: one network namespace per daemon that routes, filters and translates what guests send.
+//!
+//! ```text
+//! QEMU ──tap descriptor──▶ hvN ─┐
+//! QEMU ──tap descriptor──▶ hvM ─┴─ forward + nftables + masquerade ─ up0 ──▶ pasta ──▶ the host's own sockets
+//! ```
+//! A guest's tap lives in this namespace, never in the host's nor in QEMU's; QEMU holds its descriptor alone. When QEMU
+//! ends, the tap vanishes. Guests reach the internet and the resolver, not the host, not each other, no private range.
+//! Nothing of the host's own network set-up is touched, and no privilege is needed beyond user namespaces.
+
+mod holder;
+mod interface;
+mod ruleset;
+mod supervisor;
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+    process::{Command, Stdio},
+    sync::Mutex,
+};
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use serde::{Deserialize, Serialize};
+
+pub use supervisor::main_egress;
+
+use crate::{Error, channel};
+
+/// Largest packet on guests' interfaces, in bytes: as large as pasta's own, so that nothing is cut up on the way.
+pub const MTU: u32 = 65_520;
+/// Where guests find a resolver: pasta passes this on to the host's.
+pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 53);
+/// First address of the guests' range; each slot takes four: network, gateway, guest, broadcast.
+const RANGE: u32 = u32::from_be_bytes([100, 96, 0, 0]);
+/// Number of slots in the range 100.96.0.0/13.
+pub const SLOTS: u32 = 1 << 17;
+/// Name of the socket in the daemon's `run` directory.
+const SOCKET: &str = "egress.sock";
+
+/// What the user may decide.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EgressSettings {
+    /// Private ranges that guests may reach all the same, for example `10.1.0.0/16`.
+    pub allow: Vec<String>,
+}
+
+/// Addresses of one guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Addresses {
+    /// The guest's own.
+    pub guest: Ipv4Addr,
+    /// Its way out.
+    pub gateway: Ipv4Addr,
+    /// Length of the network's prefix.
+    pub prefix: u8,
+}
+
+/// The addresses that belong to a slot.
+pub fn addresses(slot: u32) -> Addresses {
+    let network = RANGE + (slot % SLOTS) * 4;
+    Addresses { gateway: Ipv4Addr::from(network + 1), guest: Ipv4Addr::from(network + 2), prefix: 30 }
+}
+
+/// What the supervisor is told at its start; the listening socket comes with it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Start {
+    settings: EgressSettings,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Request {
+    Tap { slot: u32 },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Reply {
+    /// The tap's descriptor comes with it.
+    Tap,
+    Failed(String),
+}
+
+/// The daemon's connection to its egress holder. While it is open the holder stays.
+#[derive(Debug)]
+pub struct Egress {
+    socket: Mutex<OwnedFd>,
+}
+
+impl Egress {
+    /// Connects to the holder of `run_dir`, starting it when there is none. Blocks for some milliseconds.
+    pub fn ensure(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<Self, Error> {
+        let at = run_dir.join(SOCKET);
+        ruleset::check(settings).map_err(Error::Refused)?;
+        if let Ok(socket) = dial(run_dir) {
+            return Ok(Self { socket: Mutex::new(socket) });
+        }
+        start(run_dir, launcher, settings)?;
+        let socket = dial(run_dir).map_err(Error::io("connecting to the egress holder", &at))?;
+        Ok(Self { socket: Mutex::new(socket) })
+    }
+
+    /// Makes the network device of a slot; its descriptor goes to QEMU.
+    pub fn tap(&self, slot: u32) -> Result<OwnedFd, Error> {
+        let socket = self.socket.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let answer = channel::send(&*socket, &Request::Tap { slot }, &[])
+            .and_then(|()| channel::receive::<Reply>(&*socket))
+            .map_err(Error::io("asking the egress holder for a device", SOCKET))?;
+        match answer {
+            Some((Reply::Tap, mut descriptors)) if descriptors.len() == 1 => Ok(descriptors.remove(0)),
+            Some((Reply::Failed(why), _)) => Err(Error::Refused(why)),
+            _ => Err(Error::Refused("the egress holder has ended".into())),
+        }
+    }
+}
+
+fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(), Error> {
+    let listener = bind_socket(run_dir).map_err(Error::io("making the egress socket in", run_dir))?;
+    let log_path = run_dir.join("egress.log");
+    let log = std::fs::File::options()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&log_path)
+        .map_err(Error::io("opening the egress log", log_path))?;
+    let (ours, theirs) = channel::pair().map_err(Error::io("opening a channel to the egress holder", run_dir))?;
+    let mut child = Command::new(launcher)
+        .arg("egress")
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(log))
+        .spawn()
+        .map_err(Error::io("starting the egress holder", launcher))?;
+    channel::send(&ours, &Start { settings: settings.clone() }, &[listener.as_fd()])
+        .map_err(Error::io("talking to the egress holder", launcher))?;
+    let reply =
+        channel::receive::<Result<(), String>>(&ours).map_err(Error::io("hearing from the egress holder", launcher))?;
+    // The first process leaves at once; the supervisor is its child, so that it is nobody's afterwards.
+    child.wait().map_err(Error::io("waiting for", launcher))?;
+    match reply {
+        Some((Ok(()), _)) => Ok(()),
+        Some((Err(why), _)) => Err(Error::Refused(why)),
+        None => Err(Error::Refused("the egress holder ended without a word".into())),
+    }
+}
+
+/// Socket paths are limited to 107 bytes; a directory's descriptor makes every path short.
+fn short_address(run_dir: &Path) -> io::Result<(std::fs::File, UnixAddr)> {
+    let dir = std::fs::File::open(run_dir)?;
+    let address = UnixAddr::new(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()).as_str())?;
+    Ok((dir, address))
+}
+
+fn bind_socket(run_dir: &Path) -> io::Result<OwnedFd> {
+    let _ = std::fs::remove_file(run_dir.join(SOCKET));
+    let (_dir, address) = short_address(run_dir)?;
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(listener.as_raw_fd(), &address)?;
+    listen(&listener, Backlog::new(16)?)?;
+    Ok(listener)
+}
+
+fn dial(run_dir: &Path) -> io::Result<OwnedFd> {
+    let (_dir, address) = short_address(run_dir)?;
+    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(socket.as_raw_fd(), &address)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_do_not_overlap() {
+        let (first, second) = (addresses(0), addresses(1));
+        assert_eq!(first.guest, Ipv4Addr::new(100, 96, 0, 2));
+        assert_eq!(first.gateway, Ipv4Addr::new(100, 96, 0, 1));
+        assert_eq!(second.gateway, Ipv4Addr::new(100, 96, 0, 5));
+        assert_eq!(addresses(SLOTS - 1).guest, Ipv4Addr::new(100, 103, 255, 254));
+    }
+}

@@ -1,0 +1,169 @@
+//! `heyvm egress`: starts the namespace's holder and keeps pasta running beside it.
+//!
+//! ```text
+//! first process ─fork─▶ supervisor (host's network) ─fork─▶ holder (own network, own user namespace unless root)
+//!      ends                   │ runs pasta, again when it ends; ends when the holder does
+//! ```
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    net::Ipv4Addr,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::process::CommandExt,
+    },
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sched::{CloneFlags, unshare},
+    sys::{
+        prctl,
+        signal::Signal,
+        wait::{WaitStatus, wait},
+    },
+    unistd::{ForkResult, Pid, fork, getgid, getuid, setsid},
+};
+
+use super::{RESOLVER, Start, holder, interface};
+use crate::channel;
+
+/// pasta's device in the namespace.
+pub(super) const UPLINK: &str = "up0";
+/// A pasta that ended is started again after this.
+const RESTART_DELAY: Duration = Duration::from_millis(300);
+
+/// Entry point of `heyvm egress`.
+pub fn main_egress() -> ! {
+    let socket = io::stdin();
+    // SAFETY: this program has one thread, so the child may do anything a process may.
+    match unsafe { fork() } {
+        Ok(ForkResult::Parent { .. }) => std::process::exit(0),
+        Ok(ForkResult::Child) => {}
+        Err(error) => fail(socket.as_fd(), format!("forking the egress supervisor: {error}")),
+    }
+    match supervise(socket.as_fd()) {
+        Ok(()) => std::process::exit(0),
+        Err(why) => fail(socket.as_fd(), why),
+    }
+}
+
+fn fail(socket: BorrowedFd<'_>, why: String) -> ! {
+    eprintln!("{why}");
+    let _ = channel::send(socket, &Err::<(), String>(why), &[]);
+    std::process::exit(1)
+}
+
+fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
+    let told = |doing: &'static str| move |error: io::Error| format!("{doing}: {error}");
+    let (start, mut descriptors) =
+        channel::receive::<Start>(socket).map_err(told("reading the egress settings"))?.ok_or("no egress settings")?;
+    let listener = descriptors.pop().ok_or("no egress socket")?;
+    let _ = setsid();
+    let host = interface::own_addresses();
+    let (mut ready, holder) = start_holder(start, host, listener)?;
+    let netns = File::open(format!("/proc/{holder}/ns/net")).map_err(told("opening the egress namespace"))?;
+    let mut pasta = start_pasta(holder, &netns)?;
+    let mut answer = String::new();
+    ready.read_to_string(&mut answer).map_err(told("waiting for the egress namespace"))?;
+    if answer != "ready" {
+        let _ = pasta.kill();
+        return Err(if answer.is_empty() { "the egress namespace could not be made".into() } else { answer });
+    }
+    channel::send(socket, &Ok::<(), String>(()), &[]).map_err(told("answering the daemon"))?;
+    keep_running(holder, &netns, pasta)
+}
+
+/// Starts pasta again when it ends, until the holder does.
+fn keep_running(holder: Pid, netns: &File, mut pasta: Child) -> Result<(), String> {
+    loop {
+        let ended = match wait() {
+            Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
+            Ok(_) => continue,
+            Err(error) => return Err(format!("waiting for children: {error}")),
+        };
+        if ended == holder {
+            let _ = pasta.kill();
+            return Ok(());
+        }
+        if ended.as_raw() == pasta.id() as i32 {
+            std::thread::sleep(RESTART_DELAY);
+            pasta = start_pasta(holder, netns)?;
+        }
+    }
+}
+
+/// Returns the end of a pipe that says `ready`, or why not, once the namespace works.
+fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<(io::PipeReader, Pid), String> {
+    let told = |doing: &'static str| move |error: io::Error| format!("{doing}: {error}");
+    let (mut in_namespace, entered) = io::pipe().map_err(told("making a pipe"))?;
+    let (ready, mut say) = io::pipe().map_err(told("making a pipe"))?;
+    // SAFETY: this program has one thread, so the child may do anything a process may.
+    match unsafe { fork() }.map_err(|error| format!("forking the egress holder: {error}"))? {
+        ForkResult::Child => {
+            drop((in_namespace, ready));
+            let held = enter_namespace().and_then(|()| {
+                drop(entered);
+                holder::prepare(&start.settings, &host)
+            });
+            let _ = say.write_all(held.as_ref().err().map_or("ready", String::as_str).as_bytes());
+            drop(say);
+            if held.is_ok() {
+                holder::serve(listener);
+            }
+            std::process::exit(i32::from(held.is_err()))
+        }
+        ForkResult::Parent { child } => {
+            drop((entered, say, listener));
+            in_namespace.read_to_end(&mut Vec::new()).map_err(told("waiting for the egress holder"))?;
+            Ok((ready, child))
+        }
+    }
+}
+
+fn enter_namespace() -> Result<(), String> {
+    let told = |doing: &'static str| move |error: String| format!("{doing}: {error}");
+    let (uid, gid) = (getuid(), getgid());
+    let mut namespaces = CloneFlags::CLONE_NEWNET;
+    if !uid.is_root() {
+        namespaces |= CloneFlags::CLONE_NEWUSER;
+    }
+    prctl::set_pdeathsig(Signal::SIGTERM).map_err(|e| told("tying the holder to its supervisor")(e.to_string()))?;
+    unshare(namespaces)
+        .map_err(|e| told("entering a network namespace (are unprivileged user namespaces allowed?)")(e.to_string()))?;
+    if !uid.is_root() {
+        let write =
+            |file: &str, text: String| fs::write(file, text).map_err(|e| told("mapping the user")(e.to_string()));
+        write("/proc/self/setgroups", "deny".into())?;
+        write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+        write("/proc/self/gid_map", format!("0 {gid} 1"))?;
+    }
+    Ok(())
+}
+
+fn start_pasta(holder: Pid, netns: &File) -> Result<Child, String> {
+    // pasta opens the namespace through its own copy of the descriptor: no permission over the holder is asked for.
+    fcntl(netns, FcntlArg::F_SETFD(FdFlag::empty()))
+        .map_err(|error| format!("passing the namespace to pasta: {error}"))?;
+    let mut command = Command::new("pasta");
+    command
+        .args(["--foreground", "--quiet", "--ipv4-only", "--config-net", "--no-map-gw", "--ns-ifname", UPLINK])
+        .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none", "--dns-forward"])
+        .arg(RESOLVER.to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    if getuid().is_root() {
+        command.args(["--runas", "0", "--netns"]).arg(format!("/proc/self/fd/{}", netns.as_raw_fd()));
+    } else {
+        command.args(["--userns", &format!("/proc/{holder}/ns/user"), "--netns", &format!("/proc/{holder}/ns/net")]);
+    }
+    // SAFETY: between fork and exec only prctl is called, which is safe there.
+    unsafe { command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGTERM)?)) };
+    command.spawn().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => "pasta is not installed (package passt)".to_owned(),
+        _ => format!("starting pasta: {error}"),
+    })
+}
