@@ -1,0 +1,247 @@
+//! A heyvm home of a test's own: its daemon, its sandboxes, and the end of them all.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::{Ran, Refusal, Vm, eventually, leaks};
+
+/// What hosts share: these take long to make and are only read.
+const SHARED: [&str; 4] = ["images", "kernels", "templates", "jail"];
+
+/// One heyvm home with whatever runs in it. Dropping it removes every sandbox, ends the daemon, and fails the test when
+/// a process, disk, socket, network device, mount or cgroup stays behind.
+pub struct Host {
+    /// `HEYO_HOME`.
+    pub home: PathBuf,
+    root: tempfile::TempDir,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Host {
+    /// A fresh home that shares kernel, images and templates with the others.
+    pub fn new() -> Self {
+        let host = Self::bare();
+        for name in SHARED {
+            let shared = test_home().join(name);
+            fs::create_dir_all(&shared).expect("test home");
+            symlink(&shared, host.home.join(name)).expect("link");
+        }
+        host
+    }
+
+    /// A fresh home with images of its own (a copy of the prepared ones), for tests that add or remove images.
+    pub fn with_own_images() -> Self {
+        let host = Self::bare();
+        for name in SHARED {
+            let shared = test_home().join(name);
+            fs::create_dir_all(&shared).expect("test home");
+            if name == "images" {
+                Ran::of(Command::new("cp").args(["-a", "--reflink=auto"]).arg(&shared).arg(host.home.join(name)), b"")
+                    .succeeded();
+            } else {
+                symlink(&shared, host.home.join(name)).expect("link");
+            }
+        }
+        host
+    }
+
+    /// A home without kernel and images.
+    pub fn bare() -> Self {
+        let root =
+            tempfile::Builder::new().prefix("hv-").rand_bytes(5).tempdir_in("/tmp").expect("temporary directory");
+        let home = root.path().join("h");
+        fs::create_dir(&home).expect("home");
+        fs::create_dir(root.path().join("user")).expect("user's home");
+        let host = Self { home, root };
+        // Every host has an edge port of its own, chosen by the system.
+        host.configure("[edge]\nport = 0\n");
+        host
+    }
+
+    /// Replaces config.toml; takes effect when the daemon starts next.
+    pub fn configure(&self, toml: &str) {
+        fs::write(self.home.join("config.toml"), toml).expect("config.toml");
+    }
+
+    /// A directory for the test's own files, below /tmp, removed at the end.
+    pub fn scratch(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The program with this home, ready for arguments; nothing of the caller's own settings reaches it.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(program());
+        self.environment(&mut command);
+        command
+    }
+
+    /// Sets the environment in which `heyvm` is on PATH and uses this home.
+    pub fn environment(&self, command: &mut Command) {
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("HEYO_") || text.starts_with("HEYVM_") || text.to_lowercase().ends_with("_proxy") {
+                command.env_remove(&name);
+            }
+        }
+        let bin = program().parent().expect("directory").to_owned();
+        let path = std::env::var("PATH").unwrap_or_default();
+        command
+            .env("HEYO_HOME", &self.home)
+            .env("HOME", self.root.path().join("user"))
+            .env("PATH", format!("{}:{path}", bin.display()));
+    }
+
+    /// Runs `heyvm` with these arguments, whatever comes of it.
+    pub fn run(&self, arguments: &[&str]) -> Ran {
+        Ran::of(self.command().args(arguments), b"")
+    }
+
+    /// Runs `heyvm … --format json` and gives its JSON document; standard output must be exactly that.
+    #[track_caller]
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        Ran::of(self.command().args(["--format", "json"]).args(arguments), b"").succeeded().json()
+    }
+
+    /// Runs `heyvm … --format json`, which must fail as every failure does: see [`Ran::refusal`].
+    #[track_caller]
+    pub fn refused(&self, arguments: &[&str]) -> Refusal {
+        Ran::of(self.command().args(["--format", "json"]).args(arguments), b"").refusal()
+    }
+
+    /// `heyvm create` of the smallest size unless told otherwise.
+    #[track_caller]
+    pub fn create(&self, arguments: &[&str]) -> Vm<'_> {
+        let mut all = vec!["create"];
+        if !arguments.contains(&"--size-class") {
+            all.extend(["--size-class", "micro"]);
+        }
+        all.extend(arguments);
+        Vm::of(self, self.json(&all))
+    }
+
+    /// `heyvm deploy` of the smallest size unless told otherwise.
+    #[track_caller]
+    pub fn deploy(&self, directory: &Path, arguments: &[&str]) -> Vm<'_> {
+        Vm::of(self, self.json(&Self::deploy_arguments(directory, arguments)))
+    }
+
+    /// `heyvm deploy`, which must fail.
+    #[track_caller]
+    pub fn deploy_refused(&self, directory: &Path, arguments: &[&str]) -> Refusal {
+        self.refused(&Self::deploy_arguments(directory, arguments))
+    }
+
+    fn deploy_arguments<'a>(directory: &'a Path, arguments: &[&'a str]) -> Vec<&'a str> {
+        let mut all = vec!["deploy", directory.to_str().expect("UTF-8 path")];
+        if !arguments.contains(&"--size-class") {
+            all.extend(["--size-class", "micro"]);
+        }
+        all.extend(arguments);
+        all
+    }
+
+    /// `heyvm list` with further arguments.
+    #[track_caller]
+    pub fn list(&self, arguments: &[&str]) -> Vec<Value> {
+        let mut all = vec!["list"];
+        all.extend(arguments);
+        self.json(&all).as_array().expect("list is an array").clone()
+    }
+
+    /// The names that `heyvm list` with these arguments shows.
+    #[track_caller]
+    pub fn names(&self, arguments: &[&str]) -> Vec<String> {
+        self.list(arguments).iter().filter_map(|sandbox| sandbox["name"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// Process id of the daemon; `None` when it does not run.
+    pub fn daemon(&self) -> Option<Pid> {
+        leaks::processes_of(self.root.path())
+            .into_iter()
+            .find(|process| process.arguments.get(1).is_some_and(|argument| argument == "daemon"))
+            .map(|process| Pid::from_raw(process.pid))
+    }
+
+    /// Ends the daemon with this signal and waits until it is gone.
+    pub fn end_daemon(&self, signal: Signal) {
+        if let Some(pid) = self.daemon() {
+            let _ = kill(pid, signal);
+            eventually("the daemon ends", 30, || (self.daemon() != Some(pid)).then_some(()));
+        }
+    }
+
+    /// The daemon's log, for messages.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.home.join("daemon.log")).unwrap_or_default()
+    }
+
+    fn tear_down(&self) -> Vec<String> {
+        let ids: Vec<String> =
+            self.list(&["--all"]).iter().filter_map(|sandbox| sandbox["id"].as_str().map(str::to_owned)).collect();
+        for sandbox in self.list(&["--all"]) {
+            if sandbox["status"] != "removed" {
+                self.run(&["rm", "-y", sandbox["id"].as_str().expect("id")]).succeeded();
+            }
+        }
+        let mut left = leaks::left_after_removal(self.root.path(), &self.home, &ids);
+        self.end_daemon(Signal::SIGTERM);
+        left.extend(leaks::left_after_shutdown(self.root.path()));
+        left.extend(
+            leaks::entries(&self.root.path().join("user")).map(|path| format!("{} outside HEYO_HOME", path.display())),
+        );
+        left
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let failed = std::thread::panicking();
+        let left = if failed {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- end of daemon.log ---");
+            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+            Vec::new()
+        } else if self.daemon().is_some() || self.home.join("heyvm.db").exists() {
+            self.tear_down()
+        } else {
+            Vec::new()
+        };
+        leaks::end_all(self.root.path());
+        assert!(failed || left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+    }
+}
+
+/// The program under test: HEYVM_BIN, else what `cargo build --release -p heyvm` has made.
+pub fn program() -> PathBuf {
+    let program = std::env::var_os("HEYVM_BIN").map_or_else(|| project().join("target/release/heyvm"), PathBuf::from);
+    assert!(program.exists(), "{} is not built: run ./test", program.display());
+    program
+}
+
+/// The home that `./test` prepares.
+pub fn test_home() -> PathBuf {
+    let home = std::env::var_os("HEYVM_TEST_HOME").map_or_else(|| project().join("target/test-home"), PathBuf::from);
+    assert!(home.join("kernels").exists(), "{} is not prepared: run ./test", home.display());
+    home
+}
+
+/// The project's directory.
+pub fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("project directory")
+}

@@ -1,0 +1,45 @@
+//! A framework for tests that boot real VMs: a test reads as a few lines of what happens to one.
+//!
+//! ```no_run
+//! # use heyvm_e2e::*;
+//! let host = Host::new();
+//! let vm = host.create(&[]);
+//! assert_eq!(vm.sh("echo hello").out(), "hello");
+//! ```
+//!
+//! - [`host`]: a heyvm home of the test's own, with the daemon in it; removes everything at its end and fails the test
+//!   when anything was left behind ([`leaks`]).
+//! - [`vm`]: one sandbox.
+//! - [`run`]: one call of the command line and what came of it.
+//! - [`http`]: requests to a sandbox's URL as a browser would send them.
+//! - [`apps`]: directories to deploy.
+//! - [`registry`]: a real OCI registry on loopback.
+//!
+//! Kernel, default image and templates come from the test home that `./test` prepares; all of a host's own state lies
+//! in a directory of its own below /tmp, because a Unix socket's path is short.
+
+pub mod apps;
+pub mod host;
+pub mod http;
+pub mod leaks;
+pub mod registry;
+pub mod run;
+pub mod vm;
+
+pub use host::Host;
+pub use run::{Ran, Refusal};
+pub use vm::Vm;
+
+use std::time::{Duration, Instant};
+
+/// Waits until `probe` gives something; panics with `what` when it does not within `seconds`.
+pub fn eventually<T>(what: &str, seconds: u64, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        if let Some(found) = probe() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
