@@ -146,19 +146,14 @@ fn network_devices(root: &Path) -> Vec<String> {
         seen.push(namespace);
         let net = format!("--net=/proc/{}/ns/net", process.pid);
         let listed = Ran::of(Command::new("nsenter").args([&net, "ip", "-o", "link", "show", "type", "tun"]), b"");
-        // pasta's own device is a tap, too; the sandboxes' have names that begin otherwise.
         found.extend(
             listed
                 .out()
                 .lines()
                 .filter_map(|line| line.split(": ").nth(1))
-                .filter(|name| is_sandbox_device(name))
+                .filter(|name| name.starts_with("hv"))
                 .map(str::to_owned),
         );
     }
     found
-}
-
-fn is_sandbox_device(name: &str) -> bool {
-    name.starts_with("hv") || name.starts_with("tap-") || name.starts_with("vm")
 }

@@ -1,0 +1,201 @@
+//! The REST API, as `heyvm --api` serves it, and over the daemon's socket.
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    process::{Child, Stdio},
+};
+
+use heyvm_e2e::{Host, eventually, http, registry::free_port};
+use serde_json::{Value, json};
+
+/// `heyvm --api --port N` in the foreground, ended with its test.
+pub struct Server {
+    process: Child,
+    pub url: String,
+}
+
+impl Server {
+    pub fn start(host: &Host, port: u16, environment: &[(&str, &str)]) -> Self {
+        let process = host
+            .command()
+            .args(["--api", "--port", &port.to_string()])
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("heyvm");
+        let server = Self { process, url: format!("http://127.0.0.1:{port}") };
+        eventually("the API answers", 60, || http::try_get(&format!("{}/health", server.url)).ok());
+        server
+    }
+
+    fn call(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        http::json(method, &format!("{}{path}", self.url), body)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// One request over the daemon's socket, with its status and JSON answer.
+pub fn over_socket(host: &Host, method: &str, path: &str, kind: &str, body: Vec<u8>) -> (u16, Value) {
+    let mut stream = UnixStream::connect(host.home.join("run/daemon.sock")).expect("the daemon's socket");
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).expect("request");
+    // The server may refuse before it has read everything.
+    let _ = stream.write_all(&body);
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).expect("status");
+    let status = line
+        .split_whitespace()
+        .nth(1)
+        .and_then(|code| code.parse().ok())
+        .unwrap_or_else(|| panic!("no status: {line:?}"));
+    let mut chunked = false;
+    loop {
+        line.clear();
+        reader.read_line(&mut line).expect("header");
+        if line.trim().is_empty() {
+            break;
+        }
+        chunked |= line.to_lowercase().starts_with("transfer-encoding: chunked");
+    }
+    let mut text = String::new();
+    reader.read_to_string(&mut text).expect("body");
+    if chunked {
+        text = text.split("\r\n").skip(1).step_by(2).collect();
+    }
+    (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+}
+
+#[test]
+fn the_way_through_the_api() {
+    let host = Host::new();
+    let api = Server::start(&host, free_port(), &[]);
+    assert_eq!(http::get(&format!("{}/health", api.url)).json(), json!({"status": "ok"}));
+    let start = "python3 -m http.server 8080 --bind 127.0.0.1";
+    let (status, made) = api.call(
+        "POST",
+        "/sandboxes",
+        &json!({"name": "rest", "size_class": "micro", "start_command": start, "open_ports": [8080], "env_vars": {"A": "1"}, "ttl_seconds": 600}),
+    );
+    assert!(status == 200 || status == 201, "{status} {made}");
+    for field in [
+        "id",
+        "name",
+        "slug",
+        "status",
+        "image",
+        "backend_type",
+        "region",
+        "size_class",
+        "is_deployed",
+        "created_at",
+        "status_changed_at",
+        "uptime_secs",
+        "ttl_seconds",
+        "env_vars",
+        "start_command",
+        "working_directory",
+        "setup_hooks",
+        "error_message",
+        "urls",
+    ] {
+        assert!(made.get(field).is_some(), "{field} is missing in {made}");
+    }
+    assert_eq!((&made["status"], &made["working_directory"]), (&"running".into(), &"/workspace".into()));
+    let at = |rest: &str| format!("/sandboxes/{}{rest}", made["id"].as_str().expect("id"));
+
+    let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": "python3", "args": ["-c", "print('hello')"]}));
+    assert_eq!((&ran["output"], &ran["exit_code"]), (&"hello\n".into(), &0.into()));
+    let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": "echo $A; echo problem >&2; exit 5"}));
+    assert_eq!((&ran["stdout"], &ran["stderr"], &ran["exit_code"]), (&"1\n".into(), &"problem\n".into(), &5.into()));
+
+    let upload = json!({"mount_path": "/workspace", "file_path": "deep/script.py", "content": "cHJpbnQoJ2hlbGxvJyk="});
+    let (status, uploaded) = api.call("POST", &at("/files/upload"), &upload);
+    assert_eq!((status, &uploaded["size"]), (201, &14.into()), "{uploaded}");
+    let (_, file) = api.call("GET", &at("/files/download?file_path=deep/script.py"), &Value::Null);
+    assert_eq!(file["content"], "cHJpbnQoJ2hlbGxvJyk=");
+    let (_, listed) = api.call("GET", &at("/files?file_path=deep"), &Value::Null);
+    assert_eq!(listed["entries"][0]["name"], "script.py");
+    let escaping = json!({"mount_path": "/workspace", "file_path": "../../etc/passwd", "content": ""});
+    assert_eq!(api.call("POST", &at("/files/upload"), &escaping).0, 400);
+    assert!(api.call("DELETE", &at("/files?file_path=deep/script.py"), &Value::Null).0 < 300);
+    assert_eq!(api.call("GET", &at("/files/download?file_path=deep/script.py"), &Value::Null).0, 404);
+
+    let (_, bound) = api.call("POST", &at("/proxy"), &json!({"port": 9090}));
+    assert_eq!((&bound["port"], &bound["sandbox_id"]), (&9090.into(), &made["id"]));
+    assert!(bound["subdomain"].is_string() && bound["hostname"].is_string());
+    assert_eq!(api.call("GET", &at("/proxy"), &Value::Null).1.as_array().expect("array").len(), 2);
+
+    assert_eq!(api.call("GET", "/sandboxes/rest", &Value::Null).1["id"], made["id"]);
+    assert_eq!(api.call("GET", "/sandboxes", &Value::Null).1.as_array().expect("array").len(), 1);
+    assert_eq!(api.call("POST", &at("/stop"), &Value::Null).1["status"], "stopped");
+    assert_eq!(api.call("GET", "/sandboxes/inactive", &Value::Null).1.as_array().expect("array").len(), 1);
+    assert_eq!(api.call("POST", &at("/start"), &Value::Null).1["status"], "running");
+    assert_eq!(api.call("POST", &at("/restart"), &Value::Null).1["status"], "running");
+    assert_eq!(http::get(&format!("{}{}", api.url, at("/logs"))).status, 200);
+    // It is the same API that the command line uses.
+    assert_eq!(host.json(&["get", "rest"])["id"], made["id"]);
+    assert!(api.call("DELETE", &at(""), &Value::Null).0 < 300);
+    assert!(host.names(&[]).is_empty());
+}
+
+#[test]
+fn errors_have_a_status_a_code_and_a_hint() {
+    let host = Host::new();
+    let api = Server::start(&host, free_port(), &[]);
+    let cases = [
+        ("GET", "/sandboxes/nobody", Value::Null, 404, "sandbox_not_found"),
+        ("GET", "/no/such/path", Value::Null, 404, "not_found"),
+        ("POST", "/sandboxes", json!({"open_ports": [70000]}), 400, "invalid_port"),
+        ("POST", "/sandboxes", json!({"size_class": "gigantic"}), 400, "unknown_size_class"),
+        ("POST", "/sandboxes", json!({"no_such_field": 1}), 400, "invalid_argument"),
+        ("POST", "/sandboxes", json!({"name": 7}), 400, "invalid_argument"),
+        ("POST", "/sandboxes", json!([]), 400, "invalid_argument"),
+    ];
+    for (method, path, body, status, code) in cases {
+        let (got, answer) = api.call(method, path, &body);
+        assert_eq!((got, &answer["error"]["code"]), (status, &code.into()), "{method} {path} {body}: {answer}");
+        assert!(answer["error"]["message"].is_string() && answer["error"]["hint"].is_string(), "{answer}");
+    }
+    assert!(host.names(&[]).is_empty());
+}
+
+#[test]
+fn the_document_is_openapi_3_1_and_knows_every_path() {
+    let host = Host::new();
+    let api = Server::start(&host, free_port(), &[]);
+    let document = http::get(&format!("{}/openapi.json", api.url)).json();
+    assert!(document["openapi"].as_str().expect("version").starts_with("3.1"), "{}", document["openapi"]);
+    let paths = document["paths"].as_object().expect("paths");
+    for path in [
+        "/health",
+        "/sandboxes",
+        "/sandboxes/{id}",
+        "/sandboxes/{id}/execute",
+        "/sandboxes/{id}/files/upload",
+        "/sandboxes/{id}/proxy",
+        "/sandboxes/{id}/logs",
+    ] {
+        assert!(paths.contains_key(path), "{path} is not among {:?}", paths.keys().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn with_a_secret_every_call_but_health_needs_credentials() {
+    let host = Host::new();
+    let api = Server::start(&host, free_port(), &[("JWT_SECRET", "a secret of the tests")]);
+    assert_eq!(http::get(&format!("{}/health", api.url)).status, 200);
+    let (status, answer) = api.call("GET", "/sandboxes", &Value::Null);
+    assert_eq!((status, &answer["error"]["code"]), (401, &"unauthorized".into()));
+}

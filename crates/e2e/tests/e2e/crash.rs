@@ -1,0 +1,124 @@
+//! SIGKILL to the daemon at any point: running VMs go on serving, half-made ones are cleaned up, nothing leaks.
+
+use std::{
+    collections::HashSet,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use heyvm_e2e::{Host, Ran, apps::WEB_FLAGS, eventually, http, leaks};
+use nix::sys::signal::Signal;
+
+#[test]
+fn running_sandboxes_go_on_serving_under_a_new_daemon() {
+    let host = Host::new();
+    let vm = host.deploy(&host.web_app(), &WEB_FLAGS);
+    let boot = vm.sh("cat /proc/sys/kernel/random/boot_id").out();
+    let machine = leaks::machines_of(host.scratch())[0].pid;
+    host.end_daemon(Signal::SIGKILL);
+    assert_eq!(vm.status(), "running", "the next call starts the daemon again");
+    assert_eq!(leaks::machines_of(host.scratch())[0].pid, machine, "the same machine");
+    assert_eq!(vm.sh("cat /proc/sys/kernel/random/boot_id").out(), boot);
+    assert_eq!(vm.get("/health").status, 200, "under the same URL");
+    // Its start command is still supervised: its output is kept, its end is noticed.
+    assert!(host.run(&["logs", &vm.id]).out().contains("GET /health"));
+    vm.exec(&["sh", "-c", "kill -9 $(cat /proc/[0-9]*/stat 2>/dev/null | awk '$2 == \"(python3)\" {print $1}')"]);
+    assert_eq!(vm.becomes("failed", 20)["code"], "start_command_exited");
+}
+
+#[test]
+fn an_orderly_end_of_the_daemon_harms_no_machine_either() {
+    let host = Host::new();
+    let vm = host.deploy(&host.web_app(), &WEB_FLAGS);
+    host.end_daemon(Signal::SIGTERM);
+    assert_eq!(leaks::machines_of(host.scratch()).len(), 1);
+    assert_eq!(vm.info()["status"], "running");
+    assert_eq!(vm.get("/health").status, 200);
+}
+
+#[test]
+fn a_machine_that_died_with_the_daemon_is_told_of() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    host.end_daemon(Signal::SIGKILL);
+    for machine in leaks::machines_of(host.scratch()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
+    }
+    assert_eq!(vm.becomes("failed", 20)["code"], "vm_lost");
+}
+
+/// Deploys in parallel, the daemon killed after a different time in each round.
+#[test]
+fn killed_at_any_point_of_parallel_deploys() {
+    const ROUNDS: u64 = 6;
+    const DEPLOYS: usize = 3;
+    let host = Host::new();
+    let app = host.web_app();
+    let survivor = host.deploy(&app, &[&["--name", "survivor"][..], &WEB_FLAGS].concat());
+    for round in 0..ROUNDS {
+        std::thread::scope(|scope| {
+            for number in 0..DEPLOYS {
+                let (host, app) = (&host, &app);
+                scope.spawn(move || {
+                    let name = format!("round-{round}-{number}");
+                    let app = app.to_str().expect("path");
+                    let arguments = ["deploy", app, "--name", &name, "--size-class", "micro", "--format", "json"];
+                    // What becomes of the call does not matter: some are answered, some are cut off.
+                    Ran::of(host.command().args(arguments).args(WEB_FLAGS), b"")
+                });
+            }
+            sleep(Duration::from_millis(150 + round * 220));
+            host.end_daemon(Signal::SIGKILL);
+        });
+        whole_or_gone(&host);
+        assert_eq!(survivor.get("/health").status, 200);
+    }
+}
+
+/// After a restart every sandbox either runs and answers, or is gone; machines, directories and sandboxes match.
+fn whole_or_gone(host: &Host) {
+    let started = Instant::now();
+    eventually("nothing is half-made", 60, || {
+        let all = host.list(&["--all"]);
+        all.iter()
+            .all(|sandbox| ["running", "failed", "removed"].contains(&sandbox["status"].as_str().unwrap_or_default()))
+            .then_some(())
+    });
+    let kept: Vec<_> = host.list(&["--all"]).into_iter().filter(|sandbox| sandbox["status"] != "removed").collect();
+    for sandbox in &kept {
+        let id = sandbox["id"].as_str().expect("id");
+        if sandbox["status"] == "running" {
+            assert_eq!(host.run(&["exec", id, "--", "echo", "alive"]).succeeded().out(), "alive");
+            if let Some(url) = sandbox["urls"][0]["url"].as_str() {
+                eventually("it serves", 20, || {
+                    http::try_get(&format!("{url}/health")).ok().filter(|answer| answer.status == 200)
+                });
+            }
+        } else {
+            assert!(sandbox["reason"]["code"].is_string(), "{sandbox}");
+        }
+    }
+    let running = kept.iter().filter(|sandbox| sandbox["status"] == "running").count();
+    eventually("one machine per running sandbox", 20, || {
+        (leaks::machines_of(host.scratch()).len() == running).then_some(())
+    });
+    let ids: HashSet<_> = kept.iter().filter_map(|sandbox| sandbox["id"].as_str().map(str::to_owned)).collect();
+    eventually("one directory per kept sandbox", 20, || {
+        let directories: HashSet<_> = leaks::entries(&host.home.join("sandboxes"))
+            .filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
+            .collect();
+        (directories == ids).then_some(())
+    });
+    assert!(started.elapsed() < Duration::from_secs(90));
+}
+
+#[test]
+fn an_idempotent_request_survives_the_daemon() {
+    let host = Host::new();
+    let app = host.web_app();
+    let flags = [&["--name", "once", "--idempotency-key", "k1"][..], &WEB_FLAGS].concat();
+    let first = host.deploy(&app, &flags).id;
+    host.end_daemon(Signal::SIGKILL);
+    assert_eq!(host.deploy(&app, &flags).id, first);
+    assert_eq!(host.list(&[]).len(), 1);
+}

@@ -1,0 +1,148 @@
+//! Images: honest names, a real registry on loopback, imports.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use heyvm_e2e::{
+    Host, Ran,
+    registry::{Registry, oci_layout},
+};
+
+/// A root file system just large enough to run a shell: a static busybox from the guest's own default image will not
+/// do, so the host's dynamic shell comes with its libraries.
+fn small_root(host: &Host, marker: &str) -> PathBuf {
+    let root = host.scratch().join(format!("root-{marker}"));
+    for directory in ["bin", "etc", "tmp", "proc", "sys", "dev"] {
+        fs::create_dir_all(root.join(directory)).expect("directory");
+    }
+    fs::write(root.join("etc/marker"), marker).expect("file");
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").expect("file");
+    for program in ["sh", "cat", "ls", "true"] {
+        let path = format!("/bin/{program}");
+        let libraries = Ran::of(Command::new("ldd").arg(&path), b"").succeeded().out();
+        for file in libraries.split_whitespace().filter(|word| word.starts_with('/')).chain([path.as_str()]) {
+            let target = root.join(file.trim_start_matches('/'));
+            fs::create_dir_all(target.parent().expect("parent")).expect("directory");
+            fs::copy(file, target).expect("copy");
+        }
+    }
+    root
+}
+
+fn insecure(registry: &Registry) -> String {
+    format!("[edge]\nport = 0\n[[registries]]\nhost = \"{}\"\ninsecure = true\n", registry.address)
+}
+
+#[test]
+fn list_and_deploy_say_which_image_a_sandbox_really_runs() {
+    let host = Host::new();
+    let vm = host.create(&["--image", "ubuntu:24.04"]);
+    let info = vm.info();
+    let images = host.json(&["images", "list"]);
+    let names: Vec<&str> =
+        images.as_array().expect("array").iter().filter_map(|image| image["name"].as_str()).collect();
+    assert!(names.contains(&info["image"].as_str().expect("image")), "{info} is not among {names:?}");
+    let release = vm.sh(". /etc/os-release; echo $ID").out();
+    if info["image"] == "ubuntu:24.04" {
+        assert_eq!(release, "ubuntu");
+    } else {
+        assert!(info["image"].as_str().expect("image").contains(&release), "{release} is told as {}", info["image"]);
+        assert_eq!(info["image_requested"], "ubuntu:24.04");
+        assert!(!info["warnings"].as_array().expect("warnings").is_empty());
+    }
+}
+
+#[test]
+fn pull_from_a_registry_and_run() {
+    let host = Host::with_own_images();
+    let registry = Registry::start(host.scratch());
+    host.configure(&insecure(&registry));
+    let reference = registry.push("team/tiny:1", &small_root(&host, "one"));
+
+    let pulled = host.json(&["pull", &reference]);
+    assert!(pulled["digest"].as_str().expect("digest").starts_with("sha256:"), "{pulled}");
+    assert_eq!(pulled["source"], "registry");
+    let vm = host.create(&["--image", &reference]);
+    assert_eq!(vm.info()["image"], reference.as_str());
+    assert_eq!(vm.exec(&["cat", "/etc/marker"]).succeeded().out(), "one");
+    vm.does("rm");
+
+    // Under the same name something else is there now: pulling again takes it.
+    registry.push("team/tiny:1", &small_root(&host, "two"));
+    let again = host.json(&["pull", &reference]);
+    assert_ne!(again["digest"], pulled["digest"]);
+    assert_eq!(host.create(&["--image", &reference]).exec(&["cat", "/etc/marker"]).out(), "two");
+
+    // Deploying an image that is not here yet pulls it.
+    let other = registry.push("team/other:1", &small_root(&host, "three"));
+    assert_eq!(host.create(&["--image", &other]).exec(&["cat", "/etc/marker"]).out(), "three");
+    assert_eq!(host.refused(&["pull", &format!("{}/team/missing:1", registry.address)]).code, "image_not_found");
+}
+
+#[test]
+fn bytes_that_do_not_match_their_digest_are_refused() {
+    let host = Host::with_own_images();
+    let registry = Registry::start(host.scratch());
+    host.configure(&insecure(&registry));
+    let reference = registry.push("team/tiny:1", &small_root(&host, "good"));
+    // The layer is the largest blob; one bit of it changes in the registry's storage.
+    let blob = registry
+        .blobs()
+        .into_iter()
+        .max_by_key(|path| fs::metadata(path).map(|file| file.len()).unwrap_or(0))
+        .expect("blob");
+    let mut bytes = fs::read(&blob).expect("blob");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&blob, bytes).expect("blob");
+    let refusal = host.refused(&["pull", &reference]);
+    assert_eq!(refusal.code, "image_invalid", "{}", refusal.message);
+    assert_eq!(host.refused(&["create", "--image", &reference]).code, "image_invalid");
+}
+
+#[test]
+fn a_registry_that_does_not_answer_is_told_apart_from_a_missing_image() {
+    let host = Host::with_own_images();
+    let port = heyvm_e2e::registry::free_port();
+    host.configure(&format!("[edge]\nport = 0\n[[registries]]\nhost = \"127.0.0.1:{port}\"\ninsecure = true\n"));
+    let refusal = host.refused(&["pull", &format!("127.0.0.1:{port}/team/app:1")]);
+    assert_eq!(refusal.code, "registry_unavailable", "{}", refusal.message);
+}
+
+#[test]
+fn import_of_a_layout_a_docker_archive_and_a_root_tar() {
+    let host = Host::with_own_images();
+    let root = small_root(&host, "imported");
+    let layout = oci_layout(host.scratch(), &root);
+    let docker = host.scratch().join("docker.tar");
+    let source = format!("oci:{}:latest", layout.display());
+    Ran::of(
+        Command::new("skopeo").args([
+            "copy",
+            "--quiet",
+            "--insecure-policy",
+            &source,
+            &format!("docker-archive:{}:mine:2", docker.display()),
+        ]),
+        b"",
+    )
+    .succeeded();
+    let tar = host.scratch().join("root.tar");
+    Ran::of(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("."), b"").succeeded();
+
+    for (path, name) in [(&layout, "from-layout:1"), (&docker, "from-docker:1"), (&tar, "from-tar:1")] {
+        let imported = host.json(&["images", "import", path.to_str().expect("path"), "--name", name]);
+        assert_eq!((&imported["name"], &imported["source"]), (&name.into(), &"import".into()));
+        let vm = host.create(&["--image", name]);
+        assert_eq!(vm.exec(&["cat", "/etc/marker"]).succeeded().out(), "imported");
+        vm.does("rm");
+    }
+    let nonsense = host.scratch().join("nonsense");
+    fs::write(&nonsense, "not an image at all").expect("file");
+    assert_eq!(
+        host.refused(&["images", "import", nonsense.to_str().expect("path"), "--name", "x:1"]).code,
+        "image_invalid"
+    );
+
+    host.run(&["images", "rm", "from-tar:1"]).succeeded();
+    assert_eq!(host.refused(&["create", "--image", "from-tar:1"]).code.as_str(), "image_not_found");
+}

@@ -1,0 +1,84 @@
+//! Why a sandbox ended is always readable.
+
+use heyvm_e2e::{Host, Vm, leaks};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+/// The reason that `get` and `list --all` give, which must be the same.
+fn reason(vm: &Vm<'_>, status: &str) -> Value {
+    let reason = vm.becomes(status, 40);
+    assert!(reason["message"].as_str().is_some_and(|text| !text.is_empty()), "{reason}");
+    let listed = vm.host.list(&["--all"]).into_iter().find(|sandbox| sandbox["id"] == vm.made["id"]).expect("listed");
+    assert_eq!(listed["reason"]["code"], reason["code"]);
+    assert_eq!(listed["error_message"], reason["message"]);
+    reason
+}
+
+fn tail(reason: &Value) -> String {
+    reason["log_tail"].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_start_command_exited_with_a_status() {
+    let host = Host::new();
+    let vm = host.create(&["--start-command", "echo last words; sleep 3; exit 23"]);
+    let reason = reason(&vm, "failed");
+    assert_eq!((&reason["code"], &reason["exit_code"]), (&"start_command_exited".into(), &23.into()), "{reason}");
+    assert!(tail(&reason).contains("last words"), "{reason}");
+    assert_eq!(leaks::machines_of(host.scratch()).len(), 0, "no machine without a purpose");
+    assert_eq!(vm.does("start")["status"], "running", "the disk is kept: start goes on from it");
+}
+
+#[test]
+fn out_of_memory() {
+    let host = Host::new();
+    let hog =
+        "echo eating; sleep 2; exec python3 -c 'x = bytearray(4 << 30)\nfor i in range(0, len(x), 4096): x[i] = 1'";
+    let vm = host.create(&["--start-command", hog]);
+    let reason = reason(&vm, "failed");
+    assert_eq!(reason["code"], "out_of_memory", "{reason}");
+    assert!(tail(&reason).contains("eating"), "{reason}");
+}
+
+#[test]
+fn the_guest_kernel_panicked() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    // The command dies with its machine; how its call ends does not matter.
+    vm.exec(&["sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"]);
+    let reason = reason(&vm, "failed");
+    assert_eq!(reason["code"], "guest_panic", "{reason}");
+    assert!(tail(&reason).to_lowercase().contains("panic"), "the console's last lines: {reason}");
+}
+
+#[test]
+fn the_guest_powered_itself_off() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    vm.exec(&["sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo o > /proc/sysrq-trigger; sleep 5"]);
+    assert_eq!(reason(&vm, "failed")["code"], "guest_shutdown");
+}
+
+#[test]
+fn the_machine_was_killed_from_outside() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    for machine in leaks::machines_of(host.scratch()) {
+        kill(Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
+    }
+    assert_eq!(reason(&vm, "failed")["code"], "vm_lost");
+    assert_eq!(vm.does("start")["status"], "running");
+}
+
+#[test]
+fn stopped_and_removed() {
+    let host = Host::new();
+    let vm = host.create(&["--start-command", "echo serving; exec sleep 600"]);
+    vm.does("stop");
+    assert_eq!(reason(&vm, "stopped")["code"], "stopped");
+    vm.does("rm");
+    assert_eq!(reason(&vm, "removed")["code"], "removed");
+}
