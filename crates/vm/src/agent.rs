@@ -1,10 +1,39 @@
 //! The host's end of the agent connection: one HTTP/2 connection per VM, made anew after a break.
 
-use heyvm_agent_protocol::v1::agent_client::AgentClient;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tonic::transport::Channel;
+use std::{
+    io,
+    path::{Path, PathBuf},
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use heyvm_agent_protocol::{
+    CHUNK, MAX_MESSAGE, hello,
+    v1::{DialInput, agent_client::AgentClient},
+};
+use hyper_util::rt::TokioIo;
+use rand::RngCore;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixStream,
+    sync::mpsc,
+};
+use tokio_util::{io::StreamReader, sync::PollSender};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 
 use crate::Error;
+
+/// A guest that does not answer the hello for this long is not there.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes in flight per stream and per connection: one virtio-serial round trip is long under emulation.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
 
 /// A byte stream to a port in the guest.
 pub trait PortStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -23,16 +52,111 @@ pub enum DialError {
 
 /// A handle on the VM's agent. Cheap to clone.
 #[derive(Clone)]
-pub struct AgentConnection {}
+pub struct AgentConnection {
+    client: AgentClient<Channel>,
+}
 
 impl AgentConnection {
+    /// A connection to the agent behind the Unix socket `socket`; nothing is sent before the first call.
+    pub(crate) fn new(socket: PathBuf) -> Self {
+        let channel = Endpoint::from_static("http://agent.invalid")
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .tcp_nodelay(false)
+            .connect_with_connector_lazy(tower::service_fn(move |_| {
+                let socket = socket.clone();
+                async move { Ok::<_, io::Error>(TokioIo::new(meet(&socket).await?)) }
+            }));
+        let client =
+            AgentClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+        Self { client }
+    }
+
     /// A client for the generated calls; reconnects when the connection has broken.
     pub async fn client(&self) -> Result<AgentClient<Channel>, Error> {
-        todo!()
+        Ok(self.client.clone())
     }
 
     /// A byte stream to `port` on the guest's loopback.
-    pub async fn dial(&self, _port: u16) -> Result<Box<dyn PortStream>, DialError> {
-        todo!()
+    pub async fn dial(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
+        let (sender, receiver) = mpsc::channel(16);
+        let first = DialInput { port: u32::from(port), ..DialInput::default() };
+        sender.send(first).await.map_err(|_| Error::Unreachable("the stream was closed".into()))?;
+        let input = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let output = self.client.clone().dial(input).await.map_err(|status| match status.code() {
+            Code::NotFound => DialError::NothingListens(port),
+            _ => DialError::Agent(unreachable_agent(&status)),
+        })?;
+        let chunks =
+            output.into_inner().take_while(|message| std::future::ready(!message.as_ref().is_ok_and(|m| m.half_close)));
+        let bytes = chunks.map(|message| message.map(|m| Bytes::from(m.data)).map_err(io::Error::other));
+        Ok(Box::new(DialStream { reader: StreamReader::new(Box::pin(bytes)), writer: PollSender::new(sender) }))
+    }
+}
+
+/// A failed call as the error the rest of the host knows.
+pub fn unreachable_agent(status: &tonic::Status) -> Error {
+    // The guest writes the message: it is cut and stripped before anyone sees it.
+    let clean: String = status.message().chars().filter(|c| !c.is_control()).take(200).collect();
+    Error::Unreachable(if clean.is_empty() { status.code().to_string() } else { clean })
+}
+
+/// Connects to a Unix socket whose path may be longer than an address holds.
+pub(crate) async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    use std::os::fd::AsRawFd;
+    let dir = std::fs::File::open(socket.parent().unwrap_or(Path::new("/")))?;
+    let name = socket.file_name().unwrap_or_default();
+    UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name)).await
+}
+
+async fn meet(socket: &Path) -> io::Result<UnixStream> {
+    let mut stream = connect(socket).await?;
+    let mut nonce = [0; 16];
+    rand::rng().fill_bytes(&mut nonce);
+    tokio::time::timeout(HELLO_DEADLINE, hello::greet(&mut stream, &hex::encode(nonce)))
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer"))??;
+    Ok(stream)
+}
+
+type ByteStream = Pin<Box<dyn futures::Stream<Item = io::Result<Bytes>> + Send>>;
+
+/// One `Dial` call as a byte stream.
+struct DialStream {
+    reader: StreamReader<ByteStream, Bytes>,
+    writer: PollSender<DialInput>,
+}
+
+impl AsyncRead for DialStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.reader).poll_read(cx, buffer)
+    }
+}
+
+impl DialStream {
+    fn send(&mut self, cx: &mut Context<'_>, message: impl FnOnce() -> DialInput) -> Poll<io::Result<()>> {
+        let closed = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        ready!(self.writer.poll_reserve(cx)).map_err(closed)?;
+        Poll::Ready(self.writer.send_item(message()).map_err(closed))
+    }
+}
+
+impl AsyncWrite for DialStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let length = data.len().min(CHUNK);
+        ready!(self.send(cx, || DialInput { data: data[..length].to_vec(), ..DialInput::default() }))?;
+        Poll::Ready(Ok(length))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.writer.is_closed() {
+            ready!(self.send(cx, || DialInput { half_close: true, ..DialInput::default() }))?;
+            self.writer.close();
+        }
+        Poll::Ready(Ok(()))
     }
 }

@@ -7,10 +7,11 @@
 pub mod agent;
 pub mod qemu;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use heyvm_images::{Image, Kernel};
+use serde::{Deserialize, Serialize};
 
 pub use agent::AgentConnection;
 
@@ -89,7 +90,7 @@ pub trait Vm: Send + Sync {
 }
 
 /// Why a VM's process ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// As far as is known.
     pub cause: ExitCause,
@@ -98,7 +99,7 @@ pub struct Exit {
 }
 
 /// Cause of an [`Exit`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitCause {
     /// The guest powered itself off.
     GuestShutdown,
@@ -181,7 +182,7 @@ pub enum Error {
         path: PathBuf,
         /// Why it failed.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// QEMU's control socket said no.
     #[error("QEMU refused {command}: {message}")]
@@ -191,4 +192,30 @@ pub enum Error {
         /// QEMU's words.
         message: String,
     },
+}
+
+impl Error {
+    pub(crate) fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::OutOfResources { what: "disk space".into() }
+            }
+            io::ErrorKind::OutOfMemory => Self::OutOfResources { what: "memory".into() },
+            _ => Self::Io { doing, path, source },
+        }
+    }
+}
+
+impl From<heyvm_jail::Error> for Error {
+    fn from(error: heyvm_jail::Error) -> Self {
+        match error {
+            heyvm_jail::Error::Io { doing, path, source } => Self::io(doing, path)(source),
+            heyvm_jail::Error::Program { program, problem } => Self::HostNotReady {
+                what: format!("{program} {problem}"),
+                hint: "run ./quickstart, or install QEMU for x86, and see `heyvm doctor`".into(),
+            },
+            heyvm_jail::Error::Refused(what) => Self::HostNotReady { what, hint: "`heyvm doctor` says more".into() },
+        }
+    }
 }

@@ -1,0 +1,139 @@
+//! KVM or translation: a verdict by trying, since a `/dev/kvm` that opens proves nothing.
+//!
+//! A stock kernel is started on KVM without a root file system. Where KVM works it prints its first line within a
+//! fraction of a second; where it does not (nested set-ups that lack what a guest needs) it never does. The verdict is
+//! kept for as long as the host runs.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    os::fd::{AsFd, AsRawFd},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use heyvm_images::Kernel;
+use heyvm_jail::{
+    launcher::{self, DESCRIPTORS_DIR, JailSpec},
+    process::host_boot_id,
+    root::QemuRoot,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{memory, record};
+use crate::Error;
+
+/// How guest code is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Acceleration {
+    /// By the processor.
+    Kvm,
+    /// By QEMU's translator.
+    Tcg,
+}
+
+impl Acceleration {
+    /// As QEMU and our own answers call it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What was found out, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// What VMs use.
+    pub acceleration: Acceleration,
+    /// A sentence.
+    pub why: String,
+    /// The host's boot it holds for.
+    boot_id: String,
+    /// Kernel and QEMU it was found with.
+    tried_with: String,
+}
+
+/// A guest that has not said a word after this long never will; where KVM works it takes a tenth of a second.
+const DEADLINE: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(10);
+/// The first line of every Linux kernel.
+const SIGN_OF_LIFE: &str = "Linux version";
+const FIRST_DESCRIPTOR: i32 = 3;
+
+/// The verdict kept in `file`, or a new one.
+pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel) -> Result<Verdict, Error> {
+    let (boot_id, tried_with) = (host_boot_id(), format!("{} {}", kernel.digest, root.digest));
+    let kept = std::fs::read(file).ok().and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok());
+    if let Some(kept) = kept.filter(|v| v.boot_id == boot_id && v.tried_with == tried_with) {
+        return Ok(kept);
+    }
+    let (acceleration, why) = match File::options().read(true).write(true).open("/dev/kvm") {
+        Err(error) => (Acceleration::Tcg, format!("/dev/kvm cannot be opened: {error}")),
+        Ok(_) => match boots(Acceleration::Kvm, launcher, root, kernel, &file.with_extension("pid"), DEADLINE) {
+            Ok(true) => (Acceleration::Kvm, "a test guest started on KVM".to_owned()),
+            Ok(false) => (Acceleration::Tcg, "/dev/kvm opens, but a test guest did not start on it".to_owned()),
+            Err(error) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU does not run on it: {error}")),
+        },
+    };
+    let verdict = Verdict { acceleration, why, boot_id, tried_with };
+    record::write(file, &verdict)?;
+    Ok(verdict)
+}
+
+/// Whether a stock kernel prints its first line within `deadline`. Blocks that long at most; `id_file` is used meanwhile.
+pub fn boots(
+    acceleration: Acceleration,
+    launcher: &Path,
+    root: &QemuRoot,
+    kernel: &Kernel,
+    id_file: &Path,
+    deadline: Duration,
+) -> Result<bool, Error> {
+    let mut console = memory::create(0).map_err(Error::io("making a console for", "the test guest"))?;
+    let image = File::open(&kernel.vmlinuz).map_err(Error::io("opening the kernel", &kernel.vmlinuz))?;
+    let (console_fd, kernel_fd) = (FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + 1);
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let mut argv = vec![root.program.display().to_string(), "-L".into(), root.firmware.display().to_string()];
+    argv.extend(words("-M microvm -cpu max -m 128M -nodefaults -no-user-config -nographic -no-reboot"));
+    argv.extend(words(&format!("-accel {}", acceleration.as_str())));
+    argv.extend(words("-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"));
+    argv.extend(words(&format!("-serial file:{DESCRIPTORS_DIR}/{console_fd}")));
+    argv.extend(words(&format!("-kernel {DESCRIPTORS_DIR}/{kernel_fd} -append")));
+    argv.push("console=ttyS0 earlyprintk=ttyS0 panic=-1 reboot=t".into());
+    let spec = JailSpec {
+        root: root.dir.clone(),
+        argv,
+        uid: 0x7000_0000 + (1 << 20),
+        descriptors: vec![console_fd, kernel_fd],
+        cgroups: Vec::new(),
+        devices: if acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
+        id_file: id_file.to_owned(),
+    };
+    let started = launcher::spawn(launcher, &spec, &[console.as_fd(), image.as_fd()]);
+    let _ = std::fs::remove_file(id_file);
+    let process = started?;
+    let until = Instant::now() + deadline;
+    let mut alive = false;
+    while !alive && Instant::now() < until {
+        let running = process.is_alive();
+        alive = said_something(&mut console).map_err(Error::io("reading the console of", "the test guest"))?;
+        if !running {
+            break;
+        }
+        std::thread::sleep(POLL);
+    }
+    process.kill().map_err(Error::io("ending", "the test guest"))?;
+    Ok(alive)
+}
+
+fn said_something(console: &mut File) -> std::io::Result<bool> {
+    let mut text = Vec::new();
+    // The guest writes it: a few kilobytes tell.
+    let mut own = File::open(format!("/proc/self/fd/{}", console.as_raw_fd()))?;
+    own.seek(SeekFrom::Start(0))?;
+    own.take(64 << 10).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).contains(SIGN_OF_LIFE))
+}

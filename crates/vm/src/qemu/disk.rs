@@ -1,0 +1,89 @@
+//! Disks of sandboxes: sparse ext4 files, copied from an empty one of the same size that is made once.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use super::memory::copy_sparse;
+use crate::Error;
+
+/// Bytes of a GiB.
+const GIB: u64 = 1 << 30;
+
+/// Makes `path` an empty file system of `gib`; `seeds` is where the empty ones are kept.
+pub fn create(seeds: &Path, path: &Path, gib: u32) -> Result<(), Error> {
+    let seed = seed(seeds, gib)?;
+    let from = File::open(&seed).map_err(Error::io("opening the empty disk", &seed))?;
+    let to = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::io("making the disk", path))?;
+    copy_sparse(&from, &to).map_err(Error::io("filling the disk", path))?;
+    Ok(())
+}
+
+fn seed(seeds: &Path, gib: u32) -> Result<PathBuf, Error> {
+    let path = seeds.join(format!("empty-{gib}g.ext4"));
+    if path.exists() {
+        return Ok(path);
+    }
+    fs::create_dir_all(seeds).map_err(Error::io("making", seeds))?;
+    let half = seeds.join(format!(".empty-{gib}g-{}-{:?}", std::process::id(), std::thread::current().id()));
+    let made =
+        make_file_system(&half, gib).and_then(|()| fs::rename(&half, &path).map_err(Error::io("keeping", &path)));
+    if made.is_err() {
+        let _ = fs::remove_file(&half);
+    }
+    made.map(|()| path)
+}
+
+fn make_file_system(path: &Path, gib: u32) -> Result<(), Error> {
+    let file = File::create(path).map_err(Error::io("making", path))?;
+    file.set_len(u64::from(gib) * GIB).map_err(Error::io("sizing", path))?;
+    // Everything that can be left for later is, so that the file stays small; no space is kept for root, who is the user.
+    let output = Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-m", "0", "-b", "4096", "-L", "heyvm", "-O", "^metadata_csum_seed,uninit_bg"])
+        .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
+        .args(["-J", "size=16"])
+        .arg(path)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Error::HostNotReady {
+                what: "mkfs.ext4 is not installed".into(),
+                hint: "install the package e2fsprogs".into(),
+            },
+            _ => Error::io("running mkfs.ext4 on", path)(error),
+        })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Error::io("making a file system on", path)(io::Error::other(why)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_is_large_and_costs_little() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.ext4");
+        create(dir.path(), &disk, 10).unwrap();
+        let meta = fs::metadata(&disk).unwrap();
+        assert_eq!(meta.len(), 10 * GIB);
+        assert!(meta.blocks() * 512 < 16 << 20, "{} bytes", meta.blocks() * 512);
+        let check = Command::new("e2fsck").args(["-fn"]).arg(&disk).output().unwrap();
+        assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+        assert!(matches!(create(dir.path(), &disk, 10), Err(Error::Io { .. })), "a disk is never overwritten");
+    }
+}

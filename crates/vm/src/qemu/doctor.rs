@@ -1,0 +1,83 @@
+//! Whether this host can run VMs, how well, and what to do about it.
+
+use super::{QemuDriver, accel::Verdict};
+use crate::{CheckStatus, Error, HostCheck};
+
+/// Runs every check; none depends on another's outcome.
+pub async fn examine(driver: &QemuDriver) -> Vec<HostCheck> {
+    let mut checks = Vec::new();
+    match driver.host().await {
+        Ok(host) => {
+            checks.push(ok("qemu", format!("QEMU {}", host.root.version)));
+            checks.push(cgroups(&host.cgroups.controllers()));
+        }
+        Err(error) => checks.push(fail("qemu", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)")),
+    }
+    checks.push(acceleration(driver.verdict.get()));
+    checks.push(match driver.egress().await {
+        Ok(Some(_)) => ok("network", "sandboxes reach the internet, and neither this host nor each other".into()),
+        Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
+        Err(error) => fail(
+            "network",
+            &error,
+            "install passt and nftables, allow unprivileged user namespaces and /dev/net/tun, or set network.enabled = false",
+        ),
+    });
+    checks.push(match std::process::Command::new("mkfs.ext4").arg("-V").output() {
+        Ok(_) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
+        Err(error) => fail("e2fsprogs", &error, "install the package e2fsprogs"),
+    });
+    checks
+}
+
+fn acceleration(verdict: Option<&Verdict>) -> HostCheck {
+    match verdict {
+        None => ok("acceleration", "not tried yet: it is at the first sandbox".into()),
+        Some(verdict) => {
+            let message = format!("{}: {}", verdict.acceleration.as_str(), verdict.why);
+            match verdict.acceleration {
+                super::accel::Acceleration::Kvm => ok("acceleration", message),
+                super::accel::Acceleration::Tcg => warn(
+                    "acceleration",
+                    message,
+                    "sandboxes run without KVM, only slower; for KVM: load kvm_intel or kvm_amd, join the group kvm, and on a \
+                     virtual machine switch on nested virtualisation",
+                ),
+            }
+        }
+    }
+}
+
+fn cgroups(controllers: &[&str]) -> HostCheck {
+    let missing: Vec<&str> = ["cpu", "memory", "pids"].into_iter().filter(|c| !controllers.contains(c)).collect();
+    if missing.is_empty() {
+        return ok("cgroups", "processor, memory and process limits hold".into());
+    }
+    warn(
+        "cgroups",
+        format!(
+            "no limits for {}: size classes hold for guest memory and virtual processors alone",
+            missing.join(", ")
+        ),
+        "run the daemon as root, or in a systemd user session with delegated controllers (systemd-run --user --scope -p Delegate=yes)",
+    )
+}
+
+fn ok(name: &'static str, message: String) -> HostCheck {
+    HostCheck { name, status: CheckStatus::Ok, message, hint: None }
+}
+
+fn warn(name: &'static str, message: String, hint: &str) -> HostCheck {
+    HostCheck { name, status: CheckStatus::Warn, message, hint: Some(hint.into()) }
+}
+
+fn fail(name: &'static str, error: &dyn std::error::Error, hint: &str) -> HostCheck {
+    let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+    HostCheck { name, status: CheckStatus::Fail, message: format!("{error}{source}"), hint: Some(hint.into()) }
+}
+
+impl Error {
+    pub(super) fn task(error: tokio::task::JoinError) -> Self {
+        Self::Io { doing: "running a task", path: "".into(), source: std::io::Error::other(error) }
+    }
+}

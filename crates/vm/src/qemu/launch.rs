@@ -1,0 +1,124 @@
+//! Starting one confined QEMU: opens everything it will touch and hands it to the jail.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::net::UnixListener,
+    },
+    path::{Path, PathBuf},
+};
+
+use heyvm_jail::{
+    cgroup::{Cgroups, Limits},
+    egress::Egress,
+    launcher::{self, JailSpec},
+    process::ProcessId,
+    root::QemuRoot,
+};
+
+use super::{
+    accel::Acceleration,
+    machine::{Machine, fd},
+    record::{Record, VmDir},
+};
+use crate::Error;
+
+/// First user id of confined processes where the daemon is root; far from where systems put people and services.
+const FIRST_UID: u32 = 0x7000_0000;
+/// How many user ids are used.
+const UIDS: u32 = 1 << 20;
+/// QEMU's own memory beside the guest's, in MiB: its heap and translated code.
+const OVERHEAD_MIB: u64 = 256;
+/// Threads of one QEMU beside its virtual processors.
+const THREADS: u32 = 64;
+
+/// What all VMs of a daemon share.
+pub struct Host {
+    /// The program that becomes QEMU: our own.
+    pub launcher: PathBuf,
+    /// QEMU's root directory.
+    pub root: QemuRoot,
+    /// Limits.
+    pub cgroups: Cgroups,
+}
+
+/// Descriptors with the numbers they get.
+#[derive(Default)]
+pub struct Descriptors {
+    all: Vec<(RawFd, OwnedFd)>,
+}
+
+impl Descriptors {
+    /// Adds one under its number.
+    pub fn add(&mut self, number: RawFd, descriptor: impl Into<OwnedFd>) {
+        self.all.push((number, descriptor.into()));
+    }
+}
+
+/// One QEMU to start.
+pub struct Launch<'a> {
+    /// Name of its cgroups, and what its user id is made from.
+    pub name: &'a str,
+    /// Its directory, which must be there.
+    pub dir: &'a VmDir,
+    /// What stands in the directory from now on.
+    pub record: Record,
+    /// The machine.
+    pub machine: Machine,
+    /// Thousandths of a processor.
+    pub cpu_millis: u32,
+    /// Everything but the sockets, which are made here.
+    pub descriptors: Descriptors,
+}
+
+/// Starts QEMU. Blocks for some milliseconds. When it fails, nothing runs and no cgroup is left; files may be.
+pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<ProcessId, Error> {
+    launch.dir.write_record(&launch.record)?;
+    launch.descriptors.add(fd::QMP, listen(&launch.dir.qmp_socket())?);
+    launch.descriptors.add(fd::AGENT, listen(&launch.dir.agent_socket())?);
+    let machine = &launch.machine;
+    let limits = Limits {
+        memory_bytes: (u64::from(machine.memory_mib) + OVERHEAD_MIB) << 20,
+        cpu_millis: launch.cpu_millis,
+        tasks: THREADS + machine.processors,
+    };
+    let cgroups = host.cgroups.create(launch.name, limits)?;
+    let spec = JailSpec {
+        root: host.root.dir.clone(),
+        argv: machine.argv(&host.root),
+        uid: uid_for(launch.name),
+        descriptors: launch.descriptors.all.iter().map(|(number, _)| *number).collect(),
+        cgroups,
+        devices: if machine.acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
+        id_file: launch.dir.id_file(),
+    };
+    let descriptors: Vec<_> = launch.descriptors.all.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
+    launcher::spawn(&host.launcher, &spec, &descriptors).map_err(|error| {
+        let _ = host.cgroups.remove(launch.name);
+        Error::from(error)
+    })
+}
+
+/// Network device of a slot, where there is a network.
+pub fn tap(egress: Option<&Egress>, slot: u32) -> Result<Option<OwnedFd>, Error> {
+    Ok(egress.map(|egress| egress.tap(slot)).transpose()?)
+}
+
+/// A user id of the VM's own; two VMs share one about never, and then still nothing else.
+fn uid_for(name: &str) -> u32 {
+    let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    FIRST_UID + hash % UIDS
+}
+
+/// A listening socket whose path may be longer than an address holds.
+pub fn listen(path: &Path) -> Result<UnixListener, Error> {
+    let bound = || -> io::Result<UnixListener> {
+        let _ = std::fs::remove_file(path);
+        let dir = File::open(path.parent().unwrap_or(Path::new("/")))?;
+        let name = path.file_name().unwrap_or_default();
+        UnixListener::bind(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name))
+    };
+    bound().map_err(Error::io("making the socket", path))
+}

@@ -1,0 +1,129 @@
+//! QEMU's control protocol: the few commands the driver needs, and the news that a guest has ended.
+//! Protocol: QEMU Machine Protocol, as the `qapi` crate speaks it.
+
+use std::{path::Path, time::Duration};
+
+use futures::StreamExt;
+use qapi::{
+    Command,
+    futures::{QapiService, QmpStreamTokio},
+    qmp,
+};
+use tokio::{
+    io::{WriteHalf, split},
+    net::UnixStream,
+    sync::watch,
+};
+
+use crate::{Error, agent};
+
+/// A QEMU that does not answer a command for this long is stuck.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
+/// Pause between two looks at a running migration.
+const MIGRATION_POLL: Duration = Duration::from_millis(2);
+
+/// What is known of the guest's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestState {
+    /// It runs, or is about to.
+    Alive,
+    /// It powered off, reset itself or panicked; QEMU waits for us.
+    Ended,
+    /// QEMU closed the connection.
+    Disconnected,
+}
+
+/// A connection to one QEMU; there is room for one at a time.
+pub struct Qmp {
+    service: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
+    guest: watch::Receiver<GuestState>,
+}
+
+impl Qmp {
+    /// Connects to the control socket.
+    pub async fn connect(socket: &Path) -> Result<Self, Error> {
+        let io = |source| Error::Io { doing: "connecting to QEMU's control socket", path: socket.to_owned(), source };
+        let (read, write) = split(agent::connect(socket).await.map_err(io)?);
+        let stream = deadline("qmp_capabilities", async {
+            QmpStreamTokio::open_split(read, write).await.map_err(io)?.negotiate().await.map_err(io)
+        })
+        .await?;
+        let (service, mut events) = stream.into_parts();
+        let (say, guest) = watch::channel(GuestState::Alive);
+        tokio::spawn(async move {
+            while let Some(Ok(event)) = events.next().await {
+                if matches!(event, qmp::Event::SHUTDOWN { .. } | qmp::Event::GUEST_PANICKED { .. }) {
+                    say.send_replace(GuestState::Ended);
+                }
+            }
+            say.send_if_modified(|state| std::mem::replace(state, GuestState::Disconnected) == GuestState::Alive);
+        });
+        Ok(Self { service, guest })
+    }
+
+    /// Resolves when the guest has ended or QEMU has gone.
+    pub async fn guest_ended(&self) -> GuestState {
+        let mut guest = self.guest.clone();
+        match guest.wait_for(|state| *state != GuestState::Alive).await {
+            Ok(state) => *state,
+            Err(_) => GuestState::Disconnected,
+        }
+    }
+
+    /// Whether the guest has ended before we connected.
+    pub async fn has_ended(&self) -> Result<bool, Error> {
+        use qmp::RunState;
+        let status = self.run("query-status", qmp::query_status {}).await?.status;
+        Ok(matches!(status, RunState::shutdown | RunState::guest_panicked | RunState::internal_error))
+    }
+
+    /// The last output of the guest's console.
+    pub async fn console(&self, bytes: u32) -> Result<String, Error> {
+        let command = qmp::ringbuf_read { device: "console".into(), size: i64::from(bytes), format: None };
+        self.run("ringbuf-read", command).await
+    }
+
+    /// Halts the processors.
+    pub async fn stop(&self) -> Result<(), Error> {
+        self.run("stop", qmp::stop {}).await.map(drop)
+    }
+
+    /// Sends the device state to where `uri` says and waits until it is there.
+    pub async fn migrate(&self, uri: String) -> Result<(), Error> {
+        let command = qmp::migrate { uri: Some(uri), channels: None, detach: None, resume: None };
+        self.run("migrate", command).await?;
+        loop {
+            use qmp::MigrationStatus;
+            let info = self.run("query-migrate", qmp::query_migrate {}).await?;
+            match info.status {
+                Some(MigrationStatus::completed) => return Ok(()),
+                Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
+                    let message = info.error_desc.unwrap_or_else(|| "the snapshot failed".into());
+                    return Err(Error::Qmp { command: "migrate", message });
+                }
+                _ => tokio::time::sleep(MIGRATION_POLL).await,
+            }
+        }
+    }
+
+    /// Ends QEMU.
+    pub async fn quit(&self) -> Result<(), Error> {
+        self.run("quit", qmp::quit {}).await.map(drop)
+    }
+
+    async fn run<C: qmp::QmpCommand>(&self, name: &'static str, command: C) -> Result<<C as Command>::Ok, Error> {
+        deadline(name, async {
+            self.service
+                .execute(command)
+                .await
+                .map_err(|error| Error::Qmp { command: name, message: error.to_string() })
+        })
+        .await
+    }
+}
+
+async fn deadline<T>(command: &'static str, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::time::timeout(COMMAND_DEADLINE, work)
+        .await
+        .unwrap_or_else(|_| Err(Error::Qmp { command, message: "no answer in time".into() }))
+}

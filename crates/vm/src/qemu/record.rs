@@ -1,0 +1,171 @@
+//! What stands in a VM's directory, `sandboxes/<id>/`: enough for a later daemon to find, judge and remove it.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use heyvm_jail::process::ProcessId;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{Error, Exit, VmId};
+
+/// Paths of one VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmDir {
+    path: PathBuf,
+}
+
+/// Written before QEMU is started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Slot of the network addresses.
+    pub slot: u32,
+    /// The host's boot in which QEMU was started.
+    pub host_boot_id: String,
+}
+
+impl VmDir {
+    /// The directory of `id` below `parent`; nothing is made.
+    pub fn new(parent: &Path, id: &VmId) -> Self {
+        Self { path: parent.join(id) }
+    }
+
+    /// Makes the directory; an existing one is an error unless `existing`.
+    pub fn make(&self, existing: bool) -> Result<(), Error> {
+        match fs::DirBuilder::new().mode(0o700).create(&self.path) {
+            Err(error) if existing && error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.map_err(Error::io("making the VM's directory", &self.path)),
+        }
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its disk.
+    pub fn disk(&self) -> PathBuf {
+        self.path.join("disk.ext4")
+    }
+
+    /// Socket of the control protocol.
+    pub fn qmp_socket(&self) -> PathBuf {
+        self.path.join("qmp.sock")
+    }
+
+    /// Socket of the agent's port.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.path.join("agent.sock")
+    }
+
+    /// File with QEMU's process id and start time.
+    pub fn id_file(&self) -> PathBuf {
+        self.path.join("qemu.pid")
+    }
+
+    /// The process, if it was ever started.
+    pub fn process(&self) -> Option<ProcessId> {
+        fs::read_to_string(self.id_file()).ok()?.parse().ok()
+    }
+
+    /// What was written at its last start.
+    pub fn record(&self) -> Option<Record> {
+        read(&self.path.join("vm.json"))
+    }
+
+    /// Writes what the next daemon must know.
+    pub fn write_record(&self, record: &Record) -> Result<(), Error> {
+        let _ = fs::remove_file(self.id_file());
+        let _ = fs::remove_file(self.path.join("exit.json"));
+        write(&self.path.join("vm.json"), record)
+    }
+
+    /// How it ended, if that was seen.
+    pub fn exit(&self) -> Option<Exit> {
+        read(&self.path.join("exit.json"))
+    }
+
+    /// Remembers how it ended.
+    pub fn write_exit(&self, exit: &Exit) -> Result<(), Error> {
+        write(&self.path.join("exit.json"), exit)
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Whole or not at all.
+pub(super) fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    let half = path.with_extension("half");
+    let written = || -> io::Result<()> {
+        let mut file = fs::File::options().create(true).write(true).truncate(true).mode(0o600).open(&half)?;
+        file.write_all(&serde_json::to_vec(value)?)?;
+        fs::rename(&half, path)
+    };
+    written().map_err(Error::io("writing", path))
+}
+
+/// Hands out network slots; two living VMs of one daemon never share one.
+#[derive(Debug, Default)]
+pub struct Slots {
+    taken: Mutex<BTreeSet<u32>>,
+}
+
+impl Slots {
+    /// Takes the lowest free slot.
+    pub fn take(&self) -> u32 {
+        let mut taken = self.lock();
+        let slot = (0..).find(|slot| !taken.contains(slot)).unwrap_or_default();
+        taken.insert(slot);
+        slot
+    }
+
+    /// Marks a slot that a running VM has.
+    pub fn mark(&self, slot: u32) {
+        self.lock().insert(slot);
+    }
+
+    /// Gives a slot back.
+    pub fn give_back(&self, slot: u32) {
+        self.lock().remove(&slot);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<u32>> {
+        self.taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ExitCause;
+
+    #[test]
+    fn slots_are_used_again() {
+        let slots = Slots::default();
+        slots.mark(1);
+        assert_eq!((slots.take(), slots.take()), (0, 2));
+        slots.give_back(1);
+        assert_eq!(slots.take(), 1);
+    }
+
+    #[test]
+    fn a_new_start_forgets_the_last_end() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = VmDir::new(parent.path(), &"a".to_owned());
+        dir.make(false).unwrap();
+        assert!(dir.make(false).is_err());
+        let exit = Exit { cause: ExitCause::GuestPanic, console_tail: vec!["Kernel panic".into()] };
+        dir.write_exit(&exit).unwrap();
+        assert_eq!(dir.exit(), Some(exit));
+        let record = Record { slot: 7, host_boot_id: "b".into() };
+        dir.write_record(&record).unwrap();
+        assert_eq!((dir.record(), dir.exit()), (Some(record), None));
+    }
+}

@@ -1,0 +1,190 @@
+//! A running VM: watches its process, knows why it ended, ends it.
+//!
+//! ```text
+//! guest ends ──▶ QEMU pauses ──▶ console is read ──▶ quit ─┐
+//! QEMU ends by itself ─────────────────────────────────────┴▶ exit.json, cgroup and slot given back ──▶ `exited`
+//! ```
+
+use std::{
+    fs,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use heyvm_agent_protocol::v1::{MetricsRequest, ShutdownRequest};
+use heyvm_jail::process::{ProcessHandle, ProcessId};
+use tokio::{io::unix::AsyncFd, sync::watch};
+
+use super::{
+    console,
+    launch::Host,
+    qmp::{GuestState, Qmp},
+    record::{Slots, VmDir},
+};
+use crate::{AgentConnection, Error, Exit, ExitCause, Usage, Vm, VmId};
+
+/// What the agent needs beyond the grace it was given, to unmount and power off.
+const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
+/// QEMU ends at once when told to; one that does not is killed.
+const QUIT_DEADLINE: Duration = Duration::from_secs(3);
+
+/// One QEMU, started by this daemon or an earlier one.
+pub struct RunningVm {
+    id: VmId,
+    process: ProcessId,
+    agent: AgentConnection,
+    exit: watch::Receiver<Option<Exit>>,
+    stopping: Arc<OnceLock<()>>,
+}
+
+/// What is given back when a VM has ended.
+pub struct Belongings {
+    /// For its cgroups.
+    pub host: Arc<Host>,
+    /// For its slot.
+    pub slots: Arc<Slots>,
+    /// Its slot.
+    pub slot: u32,
+}
+
+impl RunningVm {
+    /// Watches `process` from now on.
+    pub fn watch(
+        id: VmId,
+        dir: VmDir,
+        process: ProcessId,
+        agent: AgentConnection,
+        belongings: Belongings,
+    ) -> Arc<Self> {
+        let (say, exit) = watch::channel(None);
+        let stopping = Arc::new(OnceLock::new());
+        let watched = id.clone();
+        tokio::spawn(async move {
+            let exit = watch_to_the_end(&dir, process).await;
+            let host = Arc::clone(&belongings.host);
+            let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&watched)).await;
+            belongings.slots.give_back(belongings.slot);
+            if let Err(error) = dir.write_exit(&exit) {
+                tracing::warn!(%error, "the end of a VM could not be remembered");
+            }
+            say.send_replace(Some(exit));
+        });
+        Arc::new(Self { id, process, agent, exit, stopping })
+    }
+
+    /// Asks the guest to end; whether it did so in time.
+    async fn end_in_order(&self, grace: Duration) -> bool {
+        let asked = async {
+            let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+            let mut client = self.agent.client().await?;
+            // The guest may be gone before its answer is through.
+            let _ = client.shutdown(ShutdownRequest { grace_ms }).await;
+            self.exited().await;
+            Ok::<(), Error>(())
+        };
+        tokio::time::timeout(grace + SHUTDOWN_MARGIN, asked).await.is_ok_and(|ended| ended.is_ok())
+    }
+}
+
+#[async_trait]
+impl Vm for RunningVm {
+    fn id(&self) -> &VmId {
+        &self.id
+    }
+
+    fn agent(&self) -> AgentConnection {
+        self.agent.clone()
+    }
+
+    async fn exited(&self) -> Exit {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.clone().unwrap_or_else(lost),
+            Err(_) => lost(),
+        }
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<(), Error> {
+        // A second caller does not ask again, it waits for the first one's outcome.
+        let first = self.stopping.set(()).is_ok();
+        if first && !self.end_in_order(grace).await {
+            self.process.kill().map_err(Error::io("ending QEMU of", &self.id))?;
+        }
+        self.exited().await;
+        Ok(())
+    }
+
+    async fn usage(&self) -> Result<Usage, Error> {
+        let pid = self.process.pid;
+        let read = |name: &str| {
+            let path = format!("/proc/{pid}/{name}");
+            fs::read_to_string(&path).map_err(Error::io("reading", path))
+        };
+        Ok(Usage { private_memory: private_memory(&read("smaps_rollup")?), cpu_ms: cpu_ms(&read("stat")?) })
+    }
+}
+
+impl RunningVm {
+    /// Whether the agent answers at all.
+    pub async fn answers(&self) -> bool {
+        let Ok(mut client) = self.agent.client().await else { return false };
+        client.metrics(MetricsRequest {}).await.is_ok()
+    }
+}
+
+fn lost() -> Exit {
+    Exit { cause: ExitCause::Lost, console_tail: Vec::new() }
+}
+
+async fn watch_to_the_end(dir: &VmDir, process: ProcessId) -> Exit {
+    let Ok(Some(handle)) = process.open() else { return lost() };
+    // SAFETY: the AsyncFd owns the descriptor, which is open until both are dropped together.
+    let Ok(ended) = (unsafe { AsyncFd::register(handle.into_fd()) }) else { return lost() };
+    let process_ended = async {
+        let _ = ended.readable().await;
+    };
+    tokio::pin!(process_ended);
+    let guest_ended = async {
+        let qmp = Qmp::connect(&dir.qmp_socket()).await.ok()?;
+        // The end may have come before the connection did.
+        if !qmp.has_ended().await.ok()? && qmp.guest_ended().await == GuestState::Disconnected {
+            return None;
+        }
+        let exit = console::judge(&qmp).await;
+        let _ = qmp.quit().await;
+        Some(exit)
+    };
+    let exit = tokio::select! {
+        () = &mut process_ended => return lost(),
+        exit = guest_ended => exit,
+    };
+    if exit.is_some() && tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
+        let _ = process.open().ok().flatten().as_ref().map(ProcessHandle::kill);
+    }
+    process_ended.await;
+    exit.unwrap_or_else(lost)
+}
+
+/// Bytes, from `/proc/PID/smaps_rollup`.
+fn private_memory(rollup: &str) -> u64 {
+    let kib = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    rollup.lines().filter(|line| line.starts_with("Private_")).map(kib).sum::<u64>() * 1024
+}
+
+/// Milliseconds, from fields 14 and 15 of `/proc/PID/stat` (in hundredths of a second on every Linux there is).
+fn cpu_ms(stat: &str) -> u64 {
+    let Some((_, rest)) = stat.rsplit_once(')') else { return 0 };
+    rest.split_ascii_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum::<u64>() * 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn costs_are_read() {
+        assert_eq!(private_memory("Rss: 9 kB\nPrivate_Clean: 4 kB\nPrivate_Dirty: 6 kB\n"), 10 * 1024);
+        assert_eq!(cpu_ms("7 (a b) S 1 1 1 0 -1 0 0 0 0 0 12 30 0 0 20 0"), 420);
+    }
+}

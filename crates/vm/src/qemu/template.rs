@@ -1,0 +1,348 @@
+//! Templates: a guest booted up to its agent once, whose memory and device state every later VM starts from.
+//!
+//! ```text
+//! templates/<key>/memory   guest memory, sparse
+//! templates/<key>/state    device state, as QEMU's migration stream
+//! ```
+//! The guest is halted with its agent waiting for a host, no disk mounted and no command run, so that nothing of one
+//! sandbox is in it and every clone begins with a fresh connection.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::Write,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{OpenOptionsExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use heyvm_agent_protocol::v1::WarmUpRequest;
+use heyvm_jail::{egress::Egress, process::host_boot_id};
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest, Sha256};
+use tokio::io::AsyncReadExt;
+
+use super::{
+    accel::Acceleration,
+    console,
+    launch::{Descriptors, Host, Launch, launch, listen, tap},
+    machine::{MACHINE_VERSION, Machine, Start, fd},
+    memory,
+    qmp::{GuestState, Qmp},
+    record::{Record, Slots, VmDir},
+};
+use crate::{AgentConnection, Error, Progress, VmSpec, agent::unreachable_agent};
+
+/// Booting takes some six seconds under translation on an idle machine.
+const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// The agent has noticed the host's leave, and is waiting again, after this.
+const SETTLE: Duration = Duration::from_millis(300);
+/// Largest device state we take from a guest's QEMU, in bytes.
+const MAX_STATE: u64 = 64 << 20;
+/// The disk a template boots with is empty and as large as any clone's can be.
+const DISK_GIB: u64 = 250;
+
+/// What a template depends on, beside the host's own parts.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    machine: Machine,
+    kernel: heyvm_images::Kernel,
+    image: heyvm_images::Image,
+}
+
+impl Recipe {
+    /// The recipe for VMs like `spec`.
+    pub fn new(spec: &VmSpec, acceleration: Acceleration, network: bool) -> Self {
+        let machine = Machine {
+            acceleration,
+            memory_mib: spec.memory_mib,
+            processors: spec.cpu_millis.div_ceil(1000).max(1),
+            network,
+            start: Start::Boot,
+        };
+        Self { machine, kernel: spec.kernel.clone(), image: spec.image.clone() }
+    }
+
+    /// The machine of a clone.
+    pub fn clone_machine(&self) -> Machine {
+        Machine { start: Start::Resume, ..self.machine.clone() }
+    }
+
+    /// The same for the same inputs alone.
+    fn key(&self, host: &Host) -> String {
+        let machine = format!("{:?} {MACHINE_VERSION} {}", self.machine, processor_model());
+        let mut hash = Sha256::new();
+        for part in [&machine, &self.kernel.digest, &self.image.digest, &host.root.digest] {
+            hash.update(part);
+            hash.update([0]);
+        }
+        hex::encode(hash.finalize())[..24].to_owned()
+    }
+}
+
+/// What the guest sees of the host's processor goes into a template that was made with it.
+fn processor_model() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut lines = info.lines().filter(|line| line.starts_with("model name") || line.starts_with("flags"));
+    lines.next().into_iter().chain(lines.next()).collect()
+}
+
+/// A template that is ready to be cloned.
+#[derive(Clone)]
+pub struct Template {
+    /// Sealed guest memory.
+    pub memory: Arc<OwnedFd>,
+    /// Device state.
+    pub state: PathBuf,
+}
+
+/// All templates of a daemon.
+pub struct Templates {
+    dir: PathBuf,
+    loaded: Mutex<HashMap<String, Template>>,
+    building: tokio::sync::Mutex<()>,
+}
+
+impl Templates {
+    /// Templates kept in `dir`.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir, loaded: Mutex::default(), building: tokio::sync::Mutex::default() }
+    }
+
+    /// The template of a recipe: loaded, from disk, or made.
+    pub async fn get(
+        &self,
+        host: &Arc<Host>,
+        egress: Option<&Arc<Egress>>,
+        slots: &Slots,
+        recipe: &Recipe,
+        progress: &Progress,
+    ) -> Result<Template, Error> {
+        let key = recipe.key(host);
+        if let Some(found) = self.loaded(&key) {
+            return Ok(found);
+        }
+        let _one_at_a_time = self.building.lock().await;
+        if let Some(found) = self.loaded(&key) {
+            return Ok(found);
+        }
+        fs::create_dir_all(&self.dir).map_err(Error::io("making", &self.dir))?;
+        let _across_daemons = lock(&self.dir.join(format!("{key}.lock"))).await?;
+        let home = self.dir.join(&key);
+        if !home.join("state").exists() {
+            progress("booting a template (once per image and size)", None, None);
+            let slot = slots.take();
+            let built = Build { host, egress, recipe, home: &home, slot }.run().await;
+            slots.give_back(slot);
+            built?;
+        }
+        let template = tokio::task::spawn_blocking(move || load(&home)).await.map_err(Error::task)??;
+        self.lock_loaded().insert(key, template.clone());
+        Ok(template)
+    }
+
+    fn loaded(&self, key: &str) -> Option<Template> {
+        self.lock_loaded().get(key).cloned()
+    }
+
+    fn lock_loaded(&self) -> std::sync::MutexGuard<'_, HashMap<String, Template>> {
+        self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+async fn lock(path: &Path) -> Result<Flock<File>, Error> {
+    let path = path.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let file = File::create(&path).map_err(Error::io("making", &path))?;
+        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::io("locking", path)(errno.into()))
+    })
+    .await
+    .map_err(Error::task)?
+}
+
+/// Brings a template's memory from disk into sealed memory.
+fn load(home: &Path) -> Result<Template, Error> {
+    let path = home.join("memory");
+    let file = File::open(&path).map_err(Error::io("opening the template's memory", &path))?;
+    let loaded = || {
+        let bytes = file.metadata()?.len();
+        let memory = memory::create(bytes)?;
+        memory::copy_sparse(&file, &memory)?;
+        memory::seal(&memory)?;
+        Ok(memory)
+    };
+    let memory = loaded().map_err(Error::io("loading the template's memory", &path))?;
+    Ok(Template { memory: Arc::new(memory.into()), state: home.join("state") })
+}
+
+/// One template in the making.
+struct Build<'a> {
+    host: &'a Arc<Host>,
+    egress: Option<&'a Arc<Egress>>,
+    recipe: &'a Recipe,
+    home: &'a Path,
+    slot: u32,
+}
+
+impl Build<'_> {
+    async fn run(self) -> Result<(), Error> {
+        let half = self.home.with_extension(format!("making-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&half);
+        let name = half.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let dir = VmDir::new(half.parent().unwrap_or(Path::new("/")), &name);
+        dir.make(false)?;
+        let built = self.boot_and_keep(&dir, &name).await;
+        if let Some(process) = dir.process() {
+            let _ = process.kill();
+        }
+        let _ = self.host.cgroups.remove(&name);
+        if built.is_err() {
+            let _ = fs::remove_dir_all(&half);
+            return built;
+        }
+        for leftover in [dir.disk(), dir.qmp_socket(), dir.agent_socket(), dir.id_file(), half.join("state.sock")] {
+            let _ = fs::remove_file(leftover);
+        }
+        fs::rename(&half, self.home).map_err(Error::io("keeping the template", self.home))
+    }
+
+    async fn boot_and_keep(&self, dir: &VmDir, name: &str) -> Result<(), Error> {
+        let bytes = u64::from(self.recipe.machine.memory_mib) << 20;
+        let guest_memory = memory::create(bytes).map_err(Error::io("making guest memory for", dir.path()))?;
+        let state = dir.path().join("state.sock");
+        let listener = listen(&state)?;
+        let state_reference = reference(&state)?;
+        let mut descriptors = image_descriptors(&self.recipe.image.rootfs)?;
+        descriptors
+            .add(fd::MEMORY, guest_memory.try_clone().map_err(Error::io("passing guest memory to", dir.path()))?);
+        descriptors.add(fd::STATE, state_reference);
+        descriptors.add(fd::DISK, empty_disk(dir)?);
+        descriptors.add(fd::KERNEL, open(&self.recipe.kernel.vmlinuz)?);
+        descriptors.add(fd::INITRAMFS, open(&self.recipe.kernel.initramfs)?);
+        if let Some(tap) = tap(self.egress.map(AsRef::as_ref), self.slot)? {
+            descriptors.add(fd::TAP, tap);
+        }
+        let start = Launch {
+            name,
+            dir,
+            record: Record { slot: self.slot, host_boot_id: host_boot_id() },
+            machine: self.recipe.machine.clone(),
+            // A template boots as fast as it can, whatever its clones are allowed later.
+            cpu_millis: 1000 * self.recipe.machine.processors,
+            descriptors,
+        };
+        launch(self.host, start)?;
+        let qmp = Qmp::connect(&dir.qmp_socket()).await?;
+        boot(dir, &qmp).await?;
+        qmp.stop().await?;
+        save_state(&qmp, listener, &dir.path().join("half")).await?;
+        save_memory(&guest_memory, &dir.path().join("memory"))?;
+        fs::rename(dir.path().join("half"), dir.path().join("state")).map_err(Error::io("keeping", dir.path()))?;
+        qmp.quit().await
+    }
+}
+
+/// Waits for the agent, has it warm up, and leaves it waiting.
+async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
+    let give_up = Instant::now() + BOOT_DEADLINE;
+    loop {
+        let agent = AgentConnection::new(dir.agent_socket());
+        let warmed = async { agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|s| unreachable_agent(&s)) };
+        let outcome = tokio::select! {
+            warmed = warmed => warmed.map(drop),
+            state = qmp.guest_ended() => {
+                return Err(Error::Boot { what: ended(state).into(), console_tail: console::tail(qmp).await });
+            }
+        };
+        match outcome {
+            Ok(()) => break,
+            Err(_) if Instant::now() < give_up => tokio::time::sleep(Duration::from_millis(100)).await,
+            Err(error) => {
+                let what = format!("did not get as far as its agent ({error})");
+                return Err(Error::Boot { what, console_tail: console::tail(qmp).await });
+            }
+        }
+    }
+    tokio::time::sleep(SETTLE).await;
+    Ok(())
+}
+
+fn ended(state: GuestState) -> &'static str {
+    match state {
+        GuestState::Disconnected => "ended while it booted: QEMU went away",
+        _ => "ended while it booted",
+    }
+}
+
+/// QEMU sends its state to a socket of ours; it may neither open files nor start programs.
+async fn save_state(qmp: &Qmp, listener: std::os::unix::net::UnixListener, path: &Path) -> Result<(), Error> {
+    let io = |source| Error::Io { doing: "saving the template's state", path: path.to_owned(), source };
+    listener.set_nonblocking(true).map_err(io)?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(io)?;
+    let receive = async {
+        let (stream, _) = listener.accept().await?;
+        let mut state = Vec::new();
+        stream.take(MAX_STATE).read_to_end(&mut state).await?;
+        let mut file = File::options().create_new(true).write(true).mode(0o400).open(path)?;
+        file.write_all(&state)?;
+        file.sync_all()
+    };
+    let uri = format!("unix:{}/{}", heyvm_jail::launcher::DESCRIPTORS_DIR, fd::STATE);
+    let (received, migrated) = tokio::join!(receive, qmp.migrate(uri));
+    migrated?;
+    received.map_err(io)
+}
+
+fn save_memory(guest_memory: &File, path: &Path) -> Result<(), Error> {
+    let saved = || {
+        let file = File::options().create_new(true).write(true).mode(0o400).open(path)?;
+        memory::copy_sparse(guest_memory, &file)?;
+        file.sync_all()
+    };
+    saved().map_err(Error::io("saving the template's memory", path))
+}
+
+/// Names a socket without opening it; whoever holds the descriptor can connect to it and to nothing else.
+fn reference(socket: &Path) -> Result<OwnedFd, Error> {
+    let referred = || {
+        fs::set_permissions(socket, fs::Permissions::from_mode(0o666))?;
+        File::options().read(true).custom_flags(nix::libc::O_PATH).open(socket)
+    };
+    referred().map(OwnedFd::from).map_err(Error::io("referring to", socket))
+}
+
+fn empty_disk(dir: &VmDir) -> Result<File, Error> {
+    let path = dir.disk();
+    let made = || {
+        let file = File::options().create_new(true).read(true).write(true).mode(0o600).open(&path)?;
+        file.set_len(DISK_GIB << 30)?;
+        Ok(file)
+    };
+    made().map_err(Error::io("making the template's disk", &path))
+}
+
+fn open(path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(Error::io("opening", path))
+}
+
+/// The descriptors that a template and its clones have alike.
+pub fn image_descriptors(rootfs: &Path) -> Result<Descriptors, Error> {
+    let mut descriptors = Descriptors::default();
+    descriptors.add(fd::ROOT, open(rootfs)?);
+    Ok(descriptors)
+}
+
+impl Template {
+    /// The descriptors of a clone, without disk and network.
+    pub fn descriptors(&self, rootfs: &Path) -> Result<Descriptors, Error> {
+        let mut descriptors = image_descriptors(rootfs)?;
+        let memory = self.memory.as_fd().try_clone_to_owned().map_err(Error::io("passing", "the template's memory"))?;
+        descriptors.add(fd::MEMORY, memory);
+        descriptors.add(fd::STATE, open(&self.state)?);
+        Ok(descriptors)
+    }
+}
