@@ -1,0 +1,188 @@
+"""What is measured, one function each. A measurement gives its row of the table as a dictionary."""
+
+import concurrent.futures
+import math
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+from stage import wait_for_200
+
+HELLO = Path(__file__).resolve().parent.parent / "examples/hello"
+MIB = 1024 * 1024
+MEASUREMENTS = {}
+
+
+def measurement(name, needs_podman=False):
+    def register(function):
+        function.needs_podman = needs_podman
+        MEASUREMENTS[name] = function
+        return function
+
+    return register
+
+
+def seconds(work):
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def p95(values):
+    return sorted(values)[math.ceil(len(values) * 0.95) - 1]
+
+
+def comparison(what, ours, peer, theirs, limit):
+    """A row of two series that were measured in pairs."""
+    ratio = statistics.median(own / other for own, other in zip(ours, theirs))
+    return {
+        "what": what,
+        "median": statistics.median(ours),
+        "p95": p95(ours),
+        "against": {"what": peer, "median": statistics.median(theirs), "p95": p95(theirs)},
+        "ratio": ratio,
+        "reach": f"<= {limit} x",
+        "reached": ratio <= limit,
+        "samples": {"ours": ours, "against": theirs},
+    }
+
+
+def in_pairs(rounds, ours, theirs):
+    """Times both, in turns, one going first in even rounds and the other in odd ones."""
+    series = ([], [])
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            series[which].append((ours, theirs)[which]())
+    return series
+
+
+@measurement("create", needs_podman=True)
+def create(stage, options):
+    """`create` of a warm image until the first `exec` has answered, against `podman run --rm IMAGE true`."""
+    stage.prepare_podman()
+
+    def ours():
+        made = []
+
+        def work():
+            made.append(stage.create())
+            stage.run("exec", made[0], "--", "true")
+
+        took = seconds(work)
+        stage.remove(made[0])
+        return took
+
+    def theirs():
+        return seconds(stage.podman_run)
+
+    ours(), theirs()  # what only the first one pays
+    own, other = in_pairs(options.rounds, ours, theirs)
+    return comparison("create until first exec", own, "podman run --rm true", other, 1.0)
+
+
+@measurement("exec", needs_podman=True)
+def execute(stage, options):
+    """`exec true` in a running sandbox against `podman exec true`."""
+    stage.prepare_podman()
+    sandbox = stage.create()
+    stage.podman_run("--detach", "--name", "peer", command=("sleep", "3600"))
+
+    def ours():
+        return seconds(lambda: stage.run("exec", sandbox, "--", "true"))
+
+    def theirs():
+        return seconds(lambda: stage.podman("exec", "peer", "true"))
+
+    ours(), theirs()
+    own, other = in_pairs(options.rounds, ours, theirs)
+    stage.remove(sandbox)
+    stage.podman("rm", "--force", "--time", "0", "peer")
+    return comparison("exec true", own, "podman exec true", other, 0.3)
+
+
+@measurement("deploy")
+def deploy(stage, options):
+    """`deploy` of examples/hello until HTTP 200 through the proxy, warm, against the cold boot of the same VM."""
+
+    def once():
+        made = []
+
+        def work():
+            flags = ["--port", "8080", "--start-command", "python3 app.py", "--size-class", stage.size_class]
+            made.append(stage.json("deploy", str(HELLO), *flags))
+            wait_for_200(made[0]["urls"][0]["url"] + "/")
+
+        took = seconds(work)
+        stage.remove(made[0]["id"])
+        return took
+
+    def series(settings, rounds):
+        stage.end_daemon()
+        stage.configure(settings)
+        once()  # starts the daemon and loads what only the first one pays
+        return [once() for _ in range(rounds)]
+
+    # A daemon either clones or boots, so that pairs are blocks here; few, because a cold boot takes seconds.
+    cold, warm = [], []
+    for _ in range(max(2, options.rounds // 5)):
+        warm += series("", 2)
+        cold += series("[vm]\ntemplates = false\n", 2)
+    stage.end_daemon()
+    stage.configure("")
+    return comparison("deploy until HTTP 200, warm", warm, "cold boot, no template", cold, 0.15)
+
+
+@measurement("memory")
+def memory(stage, _options):
+    """Private memory of idle sandboxes, ten seconds after their creation."""
+    sandboxes = [stage.create() for _ in range(4)]
+    for sandbox in sandboxes:
+        stage.run("exec", sandbox, "--", "true")
+    time.sleep(10)
+    private = sorted(private_bytes(pid) / MIB for pid in stage.machines())
+    for sandbox in sandboxes:
+        stage.remove(sandbox)
+    median = statistics.median(private)
+    return {
+        "what": "private memory of an idle sandbox",
+        "median": f"{median:.0f} MiB",
+        "p95": f"{p95(private):.0f} MiB",
+        "reach": "<= 64 MiB",
+        "reached": len(private) == len(sandboxes) and median <= 64,
+        "samples": {"ours": private},
+    }
+
+
+def private_bytes(pid):
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
+@measurement("many")
+def many(stage, options):
+    """Many sandboxes, ten at a time: all answer `exec`."""
+    count, made, failures = options.sandboxes, [], []
+
+    def one(_):
+        try:
+            sandbox = stage.create("micro")
+            made.append(sandbox)
+            stage.run("exec", sandbox, "--", "true")
+        except (subprocess.CalledProcessError, ValueError) as error:
+            failures.append(f"{error} {getattr(error, 'stderr', '')}")
+
+    started = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        list(pool.map(one, range(count)))
+        took = time.perf_counter() - started
+        alive = sum(pool.map(lambda sandbox: stage.run("exec", sandbox, "--", "true", check=False).returncode == 0, made))
+        list(pool.map(stage.remove, made))
+    return {
+        "what": f"{count} sandboxes, 10 at a time",
+        "median": f"{alive} answer",
+        "p95": f"{took:.1f} s in all",
+        "reach": f"{count} of {count}",
+        "reached": alive == count and not failures,
+        "failures": failures,
+    }
