@@ -147,7 +147,7 @@ apt_install() { # PACKAGES…
     fi
     theirs=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
     ours=$(apt-cache policy qemu-system-x86 | awk '/Candidate:/ {print $2}')
-    if grep -q 'remove is disabled' "$log" && [ -n "$theirs" ] && [ -n "$ours" ] && [ "$theirs" != "$ours" ]; then
+    if grep -q 'remove is disabled\|qemu-utils' "$log" && [ -n "$theirs" ] && [ -n "$ours" ] && [ "$theirs" != "$ours" ]; then
         say "qemu-utils $theirs conflicts with this distribution's qemu-system-x86 $ours"
         note "qemu-utils is brought to $ours, rather than removed; heyvm itself does not use it"
         if as_root env DEBIAN_FRONTEND=noninteractive apt-get install "${APT_OPTIONS[@]}" --no-remove --allow-downgrades \
@@ -188,7 +188,10 @@ ensure_rust() {
     done
     if ! command -v cargo >/dev/null; then
         say "Installing Rust by rustup (the distributions' own Rust is mostly older than $wanted)"
-        curl --proto '=https' --tlsv1.2 -sSf --max-time 600 https://sh.rustup.rs | sh -s -- -y -q --profile minimal --no-modify-path >&2 ||
+        (
+            set -o pipefail
+            curl --proto '=https' --tlsv1.2 -sSf --max-time 600 https://sh.rustup.rs | sh -s -- -y -q --profile minimal --no-modify-path >&2
+        ) ||
             fail "Rust is not installed, and rustup could not be fetched" \
                 "install Rust $wanted or newer from https://rustup.rs and run this again; Debian's package rustc is too old"
         PATH=$HOME/.cargo/bin:$PATH
@@ -202,11 +205,11 @@ ensure_rust() {
 
 # Builds target/release/heyvm and, static, target/HOST/release/heyvm-agent. The agent is always built with an explicit
 # target: without one, +crt-static would reach the procedural macros, too, and break them.
+# shellcheck disable=SC2034 # AGENT and HEYVM are for the script that sources this
 build_programs() {
     local host
     need_disk "$PROJECT/target" 4
     host=$(rustc -vV | sed -n 's/^host: //p')
-    # shellcheck disable=SC2034 # both are for the script that sources this
     AGENT=$PROJECT/target/$host/release/heyvm-agent
     HEYVM=$PROJECT/target/release/heyvm
     (
