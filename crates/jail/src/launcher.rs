@@ -12,7 +12,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -23,7 +23,12 @@ use nix::{
     libc,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
-    sys::{prctl, resource::Resource, resource::setrlimit, stat::Mode},
+    sys::{
+        prctl,
+        resource::Resource,
+        resource::setrlimit,
+        stat::{Mode, SFlag, mknod, stat, umask},
+    },
     unistd::{ForkResult, Gid, Uid, chdir, execve, fork, getuid, pivot_root, setgroups, setresgid, setresuid, setsid},
 };
 use serde::{Deserialize, Serialize};
@@ -179,6 +184,7 @@ fn become_program(spec: &JailSpec, descriptors: Vec<OwnedFd>) -> Launch<()> {
 
 /// Makes the prepared directory the root: read-only, without devices but the named ones, without set-user-id.
 fn enter_root(spec: &JailSpec) -> Launch<()> {
+    umask(Mode::empty());
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(told("making mounts private"))?;
     let root = spec.root.as_path();
@@ -189,38 +195,68 @@ fn enter_root(spec: &JailSpec) -> Launch<()> {
     let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
     mount(Some("/proc/self/fd"), &inside(Path::new(DESCRIPTORS_DIR)), none, MsFlags::MS_BIND, none)
         .map_err(told("mounting the descriptors' directory"))?;
-    for device in &spec.devices {
-        mount(Some(device.as_path()), &inside(device), none, MsFlags::MS_BIND, none)
-            .map_err(told("mounting a device"))?;
-    }
+    provide_devices(spec, &inside)?;
     chdir(root).map_err(told("entering the jail's root"))?;
     pivot_root(".", ".").map_err(told("changing the root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(told("leaving the host's root"))?;
     chdir("/").map_err(told("entering the root"))?;
-    nix::sys::stat::umask(Mode::from_bits_truncate(0o077));
+    umask(Mode::from_bits_truncate(0o077));
+    Ok(())
+}
+
+/// Root makes new nodes that the unprivileged identity may open, whoever owns the host's; a user gets the host's own.
+fn provide_devices(spec: &JailSpec, inside: &impl Fn(&Path) -> PathBuf) -> Launch<()> {
+    let none = None::<&str>;
+    if getuid().is_root() && !spec.devices.is_empty() {
+        let options = Some("size=64k,mode=755");
+        mount(
+            Some("devices"),
+            &inside(Path::new("/dev")),
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            options,
+        )
+        .map_err(told("mounting the devices' directory"))?;
+    }
+    for device in &spec.devices {
+        if getuid().is_root() {
+            let number = stat(device).map_err(told("looking at a device"))?.st_rdev;
+            let mode = Mode::from_bits_truncate(0o666);
+            mknod(&inside(device), SFlag::S_IFCHR, mode, number).map_err(told("making a device"))?;
+        } else {
+            mount(Some(device.as_path()), &inside(device), none, MsFlags::MS_BIND, none)
+                .map_err(told("mounting a device"))?;
+        }
+    }
     Ok(())
 }
 
 /// Gives each descriptor its number. First all are moved out of the way of the numbers that are wanted.
 fn place_descriptors(spec: &JailSpec, descriptors: Vec<OwnedFd>, standard: &File) -> Launch<()> {
+    let failed = || format!("placing a descriptor: {}", io::Error::last_os_error());
     let above = spec.descriptors.iter().max().map_or(3, |most| most + 1).max(3);
-    let moved: Vec<(RawFd, RawFd)> = descriptors
-        .iter()
-        .zip(&spec.descriptors)
-        .map(|(fd, wanted)| {
-            // SAFETY: fcntl with F_DUPFD_CLOEXEC on a descriptor that we own makes a new one.
-            let fd = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, above) };
-            (fd, *wanted)
-        })
-        .collect();
+    let mut placed = Vec::new();
+    for (fd, wanted) in descriptors.into_iter().zip(&spec.descriptors) {
+        // SAFETY: fcntl with F_DUPFD_CLOEXEC on a descriptor that we own makes a new one.
+        let moved = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, above) };
+        if moved < 0 {
+            return Err(failed());
+        }
+        // Its old number may be one that is wanted; it closes with the program's start in any case.
+        let _ = fd.into_raw_fd();
+        placed.push((moved, *wanted));
+    }
+    // SAFETY: close_range takes integers; everything from 3 on closes on exec, also what the daemon inherited itself.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) } < 0 {
+        return Err(failed());
+    }
     let standards = (0..3).filter(|n| !spec.descriptors.contains(n)).map(|n| (standard.as_raw_fd(), n));
-    for (from, to) in standards.chain(moved) {
+    for (from, to) in standards.chain(placed) {
         // SAFETY: dup2 onto a number that nothing in this single-threaded child uses any more.
-        if from < 0 || unsafe { libc::dup2(from, to) } < 0 {
-            return Err(format!("placing a descriptor: {}", io::Error::last_os_error()));
+        if unsafe { libc::dup2(from, to) } < 0 {
+            return Err(failed());
         }
     }
-    // All others close on exec: Rust opens them so, and the channel receives them so.
     Ok(())
 }
 

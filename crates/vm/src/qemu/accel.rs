@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Seek, SeekFrom},
+    io::Read,
     os::fd::{AsFd, AsRawFd},
     path::Path,
     time::{Duration, Instant},
@@ -73,14 +73,26 @@ pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel) -
     let (acceleration, why) = match File::options().read(true).write(true).open("/dev/kvm") {
         Err(error) => (Acceleration::Tcg, format!("/dev/kvm cannot be opened: {error}")),
         Ok(_) => match boots(Acceleration::Kvm, launcher, root, kernel, &file.with_extension("pid"), DEADLINE) {
-            Ok(true) => (Acceleration::Kvm, "a test guest started on KVM".to_owned()),
-            Ok(false) => (Acceleration::Tcg, "/dev/kvm opens, but a test guest did not start on it".to_owned()),
+            Ok(Trial::Started) => (Acceleration::Kvm, "a test guest started on KVM".to_owned()),
+            Ok(Trial::Silent) => (Acceleration::Tcg, "/dev/kvm opens, but a test guest did not start on it".to_owned()),
+            Ok(Trial::Ended(why)) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU ended on it: {why}")),
             Err(error) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU does not run on it: {error}")),
         },
     };
     let verdict = Verdict { acceleration, why, boot_id, tried_with };
     record::write(file, &verdict)?;
     Ok(verdict)
+}
+
+/// How a test guest fared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trial {
+    /// Its kernel printed its first line.
+    Started,
+    /// Nothing came before the deadline.
+    Silent,
+    /// QEMU ended, with these words.
+    Ended(String),
 }
 
 /// Whether a stock kernel prints its first line within `deadline`. Blocks that long at most; `id_file` is used meanwhile.
@@ -91,13 +103,16 @@ pub fn boots(
     kernel: &Kernel,
     id_file: &Path,
     deadline: Duration,
-) -> Result<bool, Error> {
-    let mut console = memory::create(0).map_err(Error::io("making a console for", "the test guest"))?;
+) -> Result<Trial, Error> {
+    let words_of_qemu = memory::create(0).map_err(Error::io("making a log for", "the test guest"))?;
+    let console = memory::create(0).map_err(Error::io("making a console for", "the test guest"))?;
     let image = File::open(&kernel.vmlinuz).map_err(Error::io("opening the kernel", &kernel.vmlinuz))?;
     let (console_fd, kernel_fd) = (FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + 1);
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
     let mut argv = vec![root.program.display().to_string(), "-L".into(), root.firmware.display().to_string()];
-    argv.extend(words("-M microvm -cpu max -m 128M -nodefaults -no-user-config -nographic -no-reboot"));
+    argv.extend(words(
+        "-M microvm,x-option-roms=off -cpu max -m 128M -nodefaults -no-user-config -nographic -no-reboot",
+    ));
     argv.extend(words(&format!("-accel {}", acceleration.as_str())));
     argv.extend(words("-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"));
     argv.extend(words(&format!("-serial file:{DESCRIPTORS_DIR}/{console_fd}")));
@@ -107,33 +122,35 @@ pub fn boots(
         root: root.dir.clone(),
         argv,
         uid: 0x7000_0000 + (1 << 20),
-        descriptors: vec![console_fd, kernel_fd],
+        descriptors: vec![console_fd, kernel_fd, 2],
         cgroups: Vec::new(),
         devices: if acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
         id_file: id_file.to_owned(),
     };
-    let started = launcher::spawn(launcher, &spec, &[console.as_fd(), image.as_fd()]);
+    let started = launcher::spawn(launcher, &spec, &[console.as_fd(), image.as_fd(), words_of_qemu.as_fd()]);
     let _ = std::fs::remove_file(id_file);
     let process = started?;
     let until = Instant::now() + deadline;
-    let mut alive = false;
-    while !alive && Instant::now() < until {
+    let mut trial = Trial::Silent;
+    while trial == Trial::Silent && Instant::now() < until {
         let running = process.is_alive();
-        alive = said_something(&mut console).map_err(Error::io("reading the console of", "the test guest"))?;
-        if !running {
-            break;
+        if text_of(&console).map_err(Error::io("reading the console of", "the test guest"))?.contains(SIGN_OF_LIFE) {
+            trial = Trial::Started;
+        } else if !running {
+            let words = text_of(&words_of_qemu).unwrap_or_default();
+            trial = Trial::Ended(words.lines().last().unwrap_or("it said nothing").to_owned());
+        } else {
+            std::thread::sleep(POLL);
         }
-        std::thread::sleep(POLL);
     }
     process.kill().map_err(Error::io("ending", "the test guest"))?;
-    Ok(alive)
+    Ok(trial)
 }
 
-fn said_something(console: &mut File) -> std::io::Result<bool> {
+/// The first few kilobytes: a guest may write without end.
+fn text_of(file: &File) -> std::io::Result<String> {
     let mut text = Vec::new();
-    // The guest writes it: a few kilobytes tell.
-    let mut own = File::open(format!("/proc/self/fd/{}", console.as_raw_fd()))?;
-    own.seek(SeekFrom::Start(0))?;
+    let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     own.take(64 << 10).read_to_end(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).contains(SIGN_OF_LIFE))
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }

@@ -63,7 +63,7 @@ impl Machine {
     pub fn argv(&self, root: &QemuRoot) -> Vec<String> {
         let mut argv = Arguments(vec![root.program.display().to_string()]);
         argv.option("-L", root.firmware.display());
-        argv.option("-M", "microvm,memory-backend=memory");
+        argv.option("-M", "microvm,memory-backend=memory,x-option-roms=off");
         self.processor(&mut argv);
         argv.option("-m", format!("{}M", self.memory_mib));
         let share = if self.start == Start::Boot { "on" } else { "off" };
