@@ -21,8 +21,10 @@ pub struct Limits {
 
 /// Period of the processor quota in microseconds.
 const PERIOD_US: u64 = 100_000;
-/// Directory below the daemon's own place in the hierarchy.
-const OURS: &str = "heyvm";
+/// Directory below the daemon's own place in the hierarchy; each user's own.
+fn ours() -> String {
+    format!("heyvm-{}", nix::unistd::getuid())
+}
 
 /// One hierarchy in which we may make cgroups.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,14 +42,14 @@ pub struct Cgroups {
 }
 
 impl Cgroups {
-    /// Tries what this process may do; makes nothing that stays but one directory `heyvm` in each hierarchy.
+    /// Tries what this process may do; makes nothing that stays but one directory of ours in each hierarchy.
     pub fn detect() -> Self {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let mut hierarchies = Vec::new();
         for controller in ["cpu", "memory", "pids"] {
             if let Some(dir) = legacy_dir(controller, &own, &mounts)
-                && make_dir(&dir).is_ok()
+                && can_fill(&dir)
             {
                 hierarchies.push(Hierarchy::Legacy(controller, dir));
             }
@@ -168,7 +170,7 @@ fn legacy_dir(controller: &str, own: &str, mounts: &str) -> Option<PathBuf> {
     })?;
     // In a container the path may be the host's while the mount shows only our own part of the tree.
     let below = Path::new(mount).join(path.trim_start_matches('/'));
-    Some(if below.is_dir() { below } else { PathBuf::from(mount) }.join(OURS))
+    Some(if below.is_dir() { below } else { PathBuf::from(mount) }.join(ours()))
 }
 
 /// Directories in the unified tree that may be ours to fill, best first.
@@ -181,7 +183,7 @@ fn unified_candidates(own: &str, mounts: &str) -> Vec<PathBuf> {
     };
     let path = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or("");
     // Processes may sit in leaves alone, so ours stands beside the daemon's cgroup, at whichever height we may write.
-    Path::new(path).ancestors().skip(usize::from(!path.is_empty())).map(|dir| mount.join(dir).join(OURS)).collect()
+    Path::new(path).ancestors().skip(usize::from(!path.is_empty())).map(|dir| mount.join(dir).join(ours())).collect()
 }
 
 /// Whether the controllers can be had below `dir`; makes it.
@@ -190,7 +192,13 @@ fn delegated(dir: &Path) -> bool {
     let Some(parent) = dir.parent() else { return false };
     // Usually on already; where it is not, it is worth a try.
     let _ = fs::write(parent.join("cgroup.subtree_control"), enable);
-    make_dir(dir).is_ok() && fs::write(dir.join("cgroup.subtree_control"), enable).is_ok()
+    can_fill(dir) && fs::write(dir.join("cgroup.subtree_control"), enable).is_ok()
+}
+
+/// Whether we may make cgroups in `dir`; makes `dir` itself.
+fn can_fill(dir: &Path) -> bool {
+    let trial = dir.join(format!("trial-{}", std::process::id()));
+    make_dir(dir).is_ok() && fs::create_dir(&trial).is_ok() && fs::remove_dir(&trial).is_ok()
 }
 
 #[cfg(test)]
@@ -213,7 +221,7 @@ mod tests {
     #[test]
     fn a_controller_is_found_by_its_mount_options() {
         let mounts = "cgroup /cg/cpu cgroup rw,relatime,cpu,cpuacct 0 0\ncgroup2 /cg/unified cgroup2 rw 0 0\n";
-        assert_eq!(legacy_dir("cpu", HYBRID, mounts), Some("/cg/cpu/heyvm".into()));
+        assert_eq!(legacy_dir("cpu", HYBRID, mounts), Some(Path::new("/cg/cpu").join(ours())));
         assert_eq!(legacy_dir("memory", HYBRID, mounts), None);
     }
 
@@ -222,10 +230,7 @@ mod tests {
         let mounts = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
         let found = unified_candidates("0::/user.slice/user-7.slice/app.scope\n", mounts);
         let root = Path::new("/sys/fs/cgroup");
-        assert_eq!(
-            found,
-            [root.join("user.slice/user-7.slice/heyvm"), root.join("user.slice/heyvm"), root.join("heyvm")]
-        );
+        assert_eq!(found, ["user.slice/user-7.slice", "user.slice", ""].map(|dir| root.join(dir).join(ours())));
     }
 
     #[test]
