@@ -37,18 +37,16 @@ pub async fn answer<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> io::Re
     stream.flush().await
 }
 
-/// Reads byte by byte, so that nothing behind the line is swallowed; the line comes once per connection.
+/// Never reads behind the line: first as much as a line is long, then byte by byte for as long as it is not one.
 async fn next_line<S: AsyncRead + Unpin>(stream: &mut S, wanted: impl Fn(&[u8]) -> bool) -> io::Result<Vec<u8>> {
-    let mut window: Vec<u8> = Vec::with_capacity(LEN);
+    let mut window = vec![0; LEN];
+    stream.read_exact(&mut window).await?;
     for _ in 0..MAX_STALE {
-        let byte = stream.read_u8().await?;
-        if window.len() == LEN {
-            window.remove(0);
-        }
-        window.push(byte);
-        if window.len() == LEN && wanted(&window) {
+        if wanted(&window) {
             return Ok(window);
         }
+        window.rotate_left(1);
+        window[LEN - 1] = stream.read_u8().await?;
     }
     Err(io::Error::new(io::ErrorKind::InvalidData, "no hello on the agent's port"))
 }

@@ -261,6 +261,8 @@ fn place_descriptors(spec: &JailSpec, descriptors: Vec<OwnedFd>, standard: &File
 }
 
 fn limit_resources() -> Launch<()> {
+    // Huge pages would make a sparsely used translation cache cost several times what is in it.
+    prctl::set_thp_disable(true).map_err(told("forbidding huge pages"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(told("forbidding core dumps"))?;
     setrlimit(Resource::RLIMIT_NOFILE, 512, 512).map_err(told("limiting open files"))
 }

@@ -6,8 +6,7 @@
 
 use std::{
     fs::File,
-    io::Read,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::AsFd,
     path::Path,
     time::{Duration, Instant},
 };
@@ -134,10 +133,10 @@ pub fn boots(
     let mut trial = Trial::Silent;
     while trial == Trial::Silent && Instant::now() < until {
         let running = process.is_alive();
-        if text_of(&console).map_err(Error::io("reading the console of", "the test guest"))?.contains(SIGN_OF_LIFE) {
+        if memory::read_log(&console).contains(SIGN_OF_LIFE) {
             trial = Trial::Started;
         } else if !running {
-            let words = text_of(&words_of_qemu).unwrap_or_default();
+            let words = memory::read_log(&words_of_qemu);
             trial = Trial::Ended(words.lines().last().unwrap_or("it said nothing").to_owned());
         } else {
             std::thread::sleep(POLL);
@@ -145,12 +144,4 @@ pub fn boots(
     }
     process.kill().map_err(Error::io("ending", "the test guest"))?;
     Ok(trial)
-}
-
-/// The first few kilobytes: a guest may write without end.
-fn text_of(file: &File) -> std::io::Result<String> {
-    let mut text = Vec::new();
-    let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    own.take(64 << 10).read_to_end(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
 }

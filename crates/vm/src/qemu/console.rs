@@ -23,7 +23,7 @@ pub async fn judge(qmp: &Qmp) -> Exit {
 }
 
 /// The guest writes it: control characters go, lengths are bounded.
-fn lines(text: &str) -> Vec<String> {
+pub fn lines(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = text
         .lines()
         .map(|line| line.chars().filter(|c| !c.is_control()).take(LINE_LENGTH).collect::<String>())

@@ -20,7 +20,9 @@ use heyvm_jail::{
 
 use super::{
     accel::Acceleration,
+    console,
     machine::{Machine, fd},
+    memory,
     record::{Record, VmDir},
 };
 use crate::Error;
@@ -73,8 +75,24 @@ pub struct Launch<'a> {
     pub descriptors: Descriptors,
 }
 
+/// A QEMU that was started.
+pub struct Launched {
+    /// Its process.
+    pub process: ProcessId,
+    log: File,
+}
+
+impl Launched {
+    /// What QEMU itself said, which is little unless it failed.
+    pub fn last_words(&self) -> Vec<String> {
+        console::lines(&memory::read_log(&self.log))
+    }
+}
+
 /// Starts QEMU. Blocks for some milliseconds. When it fails, nothing runs and no cgroup is left; files may be.
-pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<ProcessId, Error> {
+pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
+    let log = memory::create(0).map_err(Error::io("making a log in", launch.dir.path()))?;
+    launch.descriptors.add(fd::LOG, log.try_clone().map_err(Error::io("passing a log to", launch.dir.path()))?);
     launch.dir.write_record(&launch.record)?;
     launch.descriptors.add(fd::QMP, listen(&launch.dir.qmp_socket())?);
     launch.descriptors.add(fd::AGENT, listen(&launch.dir.agent_socket())?);
@@ -95,10 +113,10 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<ProcessId, Error> {
         id_file: launch.dir.id_file(),
     };
     let descriptors: Vec<_> = launch.descriptors.all.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
-    launcher::spawn(&host.launcher, &spec, &descriptors).map_err(|error| {
+    let process = launcher::spawn(&host.launcher, &spec, &descriptors).inspect_err(|_| {
         let _ = host.cgroups.remove(launch.name);
-        Error::from(error)
-    })
+    })?;
+    Ok(Launched { process, log })
 }
 
 /// Network device of a slot, where there is a network.

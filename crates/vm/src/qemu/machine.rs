@@ -7,6 +7,8 @@ use super::accel::Acceleration;
 
 /// Numbers of the descriptors that QEMU inherits.
 pub mod fd {
+    /// QEMU's own words.
+    pub const LOG: i32 = 2;
     /// Guest memory.
     pub const MEMORY: i32 = 3;
     /// Device state to resume from (clones), or the socket to send it to (templates).
@@ -80,10 +82,9 @@ impl Machine {
         // A guest that ends stays long enough for its last words to be read.
         argv.option("-action", "reboot=shutdown,shutdown=pause,panic=pause");
         self.devices(&mut argv);
-        argv.option("-global", "migration.x-ignore-shared=on");
         match self.start {
             Start::Boot => self.boot(&mut argv),
-            Start::Resume => argv.option("-incoming", format!("fd:{}", fd::STATE)),
+            Start::Resume => argv.option("-incoming", "defer"),
         }
         argv.0
     }
@@ -107,7 +108,7 @@ impl Machine {
         argv.option("-serial", "chardev:console");
         argv.option("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", fd::QMP));
         argv.option("-mon", "chardev=qmp,mode=control");
-        argv.block("root", fd::ROOT, 1, "read-only=on,file.locking=off,auto-read-only=off");
+        argv.block("root", fd::ROOT, 1, "read-only=on,auto-read-only=off");
         argv.block("disk", fd::DISK, 2, "read-only=off,discard=unmap,detect-zeroes=unmap,file.discard=unmap");
         argv.flags(&["-device", "virtio-rng-device"]);
         argv.option("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT));
@@ -145,7 +146,7 @@ impl Arguments {
         self.option("-add-fd", format!("fd={fd},set={set}"));
         self.option(
             "-blockdev",
-            format!("driver=raw,node-name={name},file.driver=file,file.filename=/dev/fdset/{set},{properties}"),
+            format!("driver=raw,node-name={name},file.driver=file,file.filename=/dev/fdset/{set},file.locking=off,{properties}"),
         );
         self.option("-device", format!("virtio-blk-device,drive={name}"));
     }
@@ -171,7 +172,7 @@ mod tests {
     fn a_clone_differs_from_its_template_in_memory_and_start_alone() {
         let (template, clone) = (machine(Start::Boot), machine(Start::Resume));
         assert!(template.contains("share=on") && clone.contains("share=off"));
-        let head = |text: &str| text.split("-global").next().unwrap().replace("share=on", "share=off");
+        let head = |text: &str| text.split("x-option-roms=off").next().unwrap().replace("share=on", "share=off");
         assert_eq!(head(&template), head(&clone));
     }
 

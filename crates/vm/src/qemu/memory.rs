@@ -17,6 +17,8 @@ use nix::{
     sys::memfd::{MFdFlags, memfd_create},
 };
 
+/// Bytes of a log that are looked at; who writes it may write without end.
+const LOG_BYTES: u64 = 64 << 10;
 const BLOCK: usize = 1 << 20;
 const PAGE: usize = 4096;
 const NAME: &CStr = c"heyvm-guest-memory";
@@ -26,6 +28,14 @@ pub fn create(bytes: u64) -> io::Result<File> {
     let file = File::from(memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(bytes)?;
     Ok(file)
+}
+
+/// What was written to an anonymous file that a confined process has as its log.
+pub fn read_log(log: &File) -> String {
+    let mut text = Vec::new();
+    let own = File::open(format!("/proc/self/fd/{}", log.as_raw_fd()));
+    let _ = own.map(|file| file.take(LOG_BYTES).read_to_end(&mut text));
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// From now on nobody can change the memory or its size, but for private copies of its pages.

@@ -29,7 +29,7 @@ use heyvm_agent_protocol::v1::{EnvVar, Network, PersonalizeRequest};
 use heyvm_jail::{
     cgroup::Cgroups,
     egress::{self, Egress, EgressSettings},
-    process::{ProcessId, host_boot_id},
+    process::host_boot_id,
     root,
 };
 use rand::{Rng, RngCore};
@@ -37,16 +37,14 @@ use tokio::sync::OnceCell;
 
 use self::{
     accel::Verdict,
-    launch::{Host, Launch, launch, tap},
+    launch::{Host, Launch, Launched, launch, tap},
     machine::fd,
     qmp::Qmp,
     record::{Record, Slots, VmDir},
     running::{Belongings, RunningVm},
     template::{Recipe, Templates},
 };
-use crate::{
-    AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Vm, VmId, VmSpec, agent::unreachable_agent,
-};
+use crate::{Driver, Error, Exit, ExitCause, HostCheck, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
 
 /// Bytes of fresh entropy that a clone gets before its first command.
 const ENTROPY: usize = 64;
@@ -158,7 +156,7 @@ impl QemuDriver {
         let start = {
             let (host, egress, dir, id, spec) =
                 (Arc::clone(&host), egress.clone(), dir.clone(), id.clone(), spec.clone());
-            move || -> Result<ProcessId, Error> {
+            move || -> Result<Launched, Error> {
                 let mut descriptors = template.descriptors(&spec.image.rootfs)?;
                 let disk = fs::File::options().read(true).write(true).open(dir.disk());
                 descriptors.add(fd::DISK, disk.map_err(Error::io("opening the disk", dir.disk()))?);
@@ -173,16 +171,33 @@ impl QemuDriver {
                 )
             }
         };
-        let process = blocking(start).await.inspect_err(|_| self.slots.give_back(slot))?;
-        let agent = AgentConnection::new(dir.agent_socket());
-        let belongings = Belongings { host, slots: Arc::clone(&self.slots), slot };
-        let vm = RunningVm::watch(id.clone(), dir, process, agent.clone(), belongings);
+        let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot))?;
+        let process = launched.process;
+        let belongings = Belongings { host: Arc::clone(&host), slots: Arc::clone(&self.slots), slot };
+        let resumed = async {
+            let qmp = Qmp::connect(&dir.qmp_socket()).await?;
+            qmp.resume(format!("fd:{}", fd::STATE)).await?;
+            Ok::<Qmp, Error>(qmp)
+        };
+        let vm = match resumed.await {
+            Ok(qmp) => RunningVm::watch(id.clone(), dir, process, qmp, belongings),
+            Err(error) => {
+                process.kill().map_err(Error::io("ending QEMU of", id))?;
+                self.slots.give_back(slot);
+                let console_tail = launched.last_words();
+                return Err(Error::Boot { what: format!("could not be resumed: {error}"), console_tail });
+            }
+        };
+        let agent = vm.agent();
         let request = personalize_request(spec, slot, egress.is_some());
         let personalized =
             async { agent.client().await?.personalize(request).await.map_err(|s| unreachable_agent(&s)) };
         let failed = tokio::select! {
             answer = personalized => answer.err(),
-            exit = vm.exited() => Some(Error::Boot { what: "ended as it was resumed".into(), console_tail: exit.console_tail }),
+            exit = vm.exited() => {
+                let console_tail = [launched.last_words(), exit.console_tail].concat();
+                Some(Error::Boot { what: "ended as it was resumed".into(), console_tail })
+            }
         };
         match failed {
             None => Ok(vm),
@@ -233,17 +248,22 @@ impl Driver for QemuDriver {
         if !process.is_alive() {
             return Ok(None);
         }
-        if let Some(exit) = ended_meanwhile(&dir).await {
-            dir.write_exit(&exit)?;
+        let qmp = Qmp::connect(&dir.qmp_socket()).await;
+        let ended = match &qmp {
+            Ok(qmp) if !qmp.has_ended().await? => None,
+            Ok(qmp) => Some(console::judge(qmp).await),
+            Err(_) => Some(Exit { cause: ExitCause::Lost, console_tail: Vec::new() }),
+        };
+        let (Ok(qmp), None) = (qmp, &ended) else {
+            dir.write_exit(&ended.unwrap_or(Exit { cause: ExitCause::Lost, console_tail: Vec::new() }))?;
             process.kill().map_err(Error::io("ending QEMU of", id))?;
             return Ok(None);
-        }
+        };
         self.slots.mark(record.slot);
         // Existing taps keep their namespace alive; the daemon's own connection keeps its holder there.
         self.egress().await?;
-        let agent = AgentConnection::new(dir.agent_socket());
         let belongings = Belongings { host: self.host().await?, slots: Arc::clone(&self.slots), slot: record.slot };
-        let vm = RunningVm::watch(id.clone(), dir, process, agent, belongings);
+        let vm = RunningVm::watch(id.clone(), dir, process, qmp, belongings);
         if !vm.answers().await {
             process.kill().map_err(Error::io("ending QEMU of", id))?;
             vm.exited().await;
@@ -289,15 +309,6 @@ impl Driver for QemuDriver {
     async fn doctor(&self) -> Vec<HostCheck> {
         doctor::examine(self).await
     }
-}
-
-/// How a guest ended while no daemon was there to see it; `None` while it runs.
-async fn ended_meanwhile(dir: &VmDir) -> Option<Exit> {
-    let qmp = Qmp::connect(&dir.qmp_socket()).await.ok()?;
-    if !qmp.has_ended().await.ok()? {
-        return None;
-    }
-    Some(console::judge(&qmp).await)
 }
 
 fn personalize_request(spec: &VmSpec, slot: u32, network: bool) -> PersonalizeRequest {

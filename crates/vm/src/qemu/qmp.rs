@@ -20,7 +20,7 @@ use crate::{Error, agent};
 /// A QEMU that does not answer a command for this long is stuck.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
 /// Pause between two looks at a running migration.
-const MIGRATION_POLL: Duration = Duration::from_millis(2);
+const MIGRATION_POLL: Duration = Duration::from_millis(1);
 
 /// What is known of the guest's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,17 +88,39 @@ impl Qmp {
         self.run("stop", qmp::stop {}).await.map(drop)
     }
 
-    /// Sends the device state to where `uri` says and waits until it is there.
-    pub async fn migrate(&self, uri: String) -> Result<(), Error> {
+    /// Sends the device state to where `uri` says and waits until it is there. Memory is left out: it is in its file.
+    pub async fn save(&self, uri: String) -> Result<(), Error> {
+        self.ignore_shared_memory().await?;
         let command = qmp::migrate { uri: Some(uri), channels: None, detach: None, resume: None };
         self.run("migrate", command).await?;
+        self.migrated().await
+    }
+
+    /// Takes the device state from where `uri` says and waits until the guest runs.
+    pub async fn resume(&self, uri: String) -> Result<(), Error> {
+        self.ignore_shared_memory().await?;
+        let command = qmp::migrate_incoming { uri: Some(uri), channels: None, exit_on_error: None };
+        self.run("migrate-incoming", command).await?;
+        self.migrated().await?;
+        // The template was halted when its state was saved, so the clone is.
+        self.run("cont", qmp::cont {}).await.map(drop)
+    }
+
+    async fn ignore_shared_memory(&self) -> Result<(), Error> {
+        let ignore =
+            qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state: true };
+        let command = qmp::migrate_set_capabilities { capabilities: vec![ignore] };
+        self.run("migrate-set-capabilities", command).await.map(drop)
+    }
+
+    async fn migrated(&self) -> Result<(), Error> {
         loop {
             use qmp::MigrationStatus;
             let info = self.run("query-migrate", qmp::query_migrate {}).await?;
             match info.status {
                 Some(MigrationStatus::completed) => return Ok(()),
                 Some(MigrationStatus::failed | MigrationStatus::cancelled) => {
-                    let message = info.error_desc.unwrap_or_else(|| "the snapshot failed".into());
+                    let message = info.error_desc.unwrap_or_else(|| "the machine's state did not come through".into());
                     return Err(Error::Qmp { command: "migrate", message });
                 }
                 _ => tokio::time::sleep(MIGRATION_POLL).await,

@@ -13,7 +13,7 @@ use std::{
 
 use async_trait::async_trait;
 use heyvm_agent_protocol::v1::{MetricsRequest, ShutdownRequest};
-use heyvm_jail::process::{ProcessHandle, ProcessId};
+use heyvm_jail::process::ProcessId;
 use tokio::{io::unix::AsyncFd, sync::watch};
 
 use super::{
@@ -50,18 +50,13 @@ pub struct Belongings {
 
 impl RunningVm {
     /// Watches `process` from now on.
-    pub fn watch(
-        id: VmId,
-        dir: VmDir,
-        process: ProcessId,
-        agent: AgentConnection,
-        belongings: Belongings,
-    ) -> Arc<Self> {
+    pub fn watch(id: VmId, dir: VmDir, process: ProcessId, qmp: Qmp, belongings: Belongings) -> Arc<Self> {
+        let agent = AgentConnection::new(dir.agent_socket());
         let (say, exit) = watch::channel(None);
         let stopping = Arc::new(OnceLock::new());
         let watched = id.clone();
         tokio::spawn(async move {
-            let exit = watch_to_the_end(&dir, process).await;
+            let exit = watch_to_the_end(qmp, process).await;
             let host = Arc::clone(&belongings.host);
             let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&watched)).await;
             belongings.slots.give_back(belongings.slot);
@@ -137,7 +132,7 @@ fn lost() -> Exit {
     Exit { cause: ExitCause::Lost, console_tail: Vec::new() }
 }
 
-async fn watch_to_the_end(dir: &VmDir, process: ProcessId) -> Exit {
+async fn watch_to_the_end(qmp: Qmp, process: ProcessId) -> Exit {
     let Ok(Some(handle)) = process.open() else { return lost() };
     // SAFETY: the AsyncFd owns the descriptor, which is open until both are dropped together.
     let Ok(ended) = (unsafe { AsyncFd::register(handle.into_fd()) }) else { return lost() };
@@ -146,7 +141,6 @@ async fn watch_to_the_end(dir: &VmDir, process: ProcessId) -> Exit {
     };
     tokio::pin!(process_ended);
     let guest_ended = async {
-        let qmp = Qmp::connect(&dir.qmp_socket()).await.ok()?;
         // The end may have come before the connection did.
         if !qmp.has_ended().await.ok()? && qmp.guest_ended().await == GuestState::Disconnected {
             return None;
@@ -159,11 +153,17 @@ async fn watch_to_the_end(dir: &VmDir, process: ProcessId) -> Exit {
         () = &mut process_ended => return lost(),
         exit = guest_ended => exit,
     };
-    if exit.is_some() && tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
-        let _ = process.open().ok().flatten().as_ref().map(ProcessHandle::kill);
+    if exit.is_none() || tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
+        let _ = process.kill();
+        process_is_gone(process).await;
     }
-    process_ended.await;
     exit.unwrap_or_else(lost)
+}
+
+async fn process_is_gone(process: ProcessId) {
+    while process.is_alive() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// Bytes, from `/proc/PID/smaps_rollup`.

@@ -235,8 +235,11 @@ impl Build<'_> {
             cpu_millis: 1000 * self.recipe.machine.processors,
             descriptors,
         };
-        launch(self.host, start)?;
-        let qmp = Qmp::connect(&dir.qmp_socket()).await?;
+        let launched = launch(self.host, start)?;
+        let qmp = Qmp::connect(&dir.qmp_socket()).await.map_err(|error| Error::Boot {
+            what: format!("could not be started: {error}"),
+            console_tail: launched.last_words(),
+        })?;
         boot(dir, &qmp).await?;
         qmp.stop().await?;
         save_state(&qmp, listener, &dir.path().join("half")).await?;
@@ -292,7 +295,7 @@ async fn save_state(qmp: &Qmp, listener: std::os::unix::net::UnixListener, path:
         file.sync_all()
     };
     let uri = format!("unix:{}/{}", heyvm_jail::launcher::DESCRIPTORS_DIR, fd::STATE);
-    let (received, migrated) = tokio::join!(receive, qmp.migrate(uri));
+    let (received, migrated) = tokio::join!(receive, qmp.save(uri));
     migrated?;
     received.map_err(io)
 }
