@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::Path,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -27,7 +27,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::Error;
+use crate::{Error, qemu::Place};
 
 /// A guest that does not answer the hello for this long is not there.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -57,14 +57,14 @@ pub struct AgentConnection {
 }
 
 impl AgentConnection {
-    /// A connection to the agent behind the Unix socket `socket`; nothing is sent before the first call.
-    pub(crate) fn new(socket: PathBuf) -> Self {
+    /// A connection to the agent of the VM at `place`; nothing is sent before the first call.
+    pub(crate) fn new(place: Place) -> Self {
         let channel = Endpoint::from_static("http://agent.invalid")
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .tcp_nodelay(false)
             .connect_with_connector_lazy(tower::service_fn(move |_| {
-                let socket = socket.clone();
+                let socket = place.dir().agent_socket();
                 async move { Ok::<_, io::Error>(TokioIo::new(meet(&socket).await?)) }
             }));
         let client =

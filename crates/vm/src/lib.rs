@@ -66,6 +66,9 @@ pub trait Driver: Send + Sync {
     /// Everything this driver has anything of: running or not, whole or half-made.
     async fn list(&self) -> Result<Vec<VmId>, Error>;
 
+    /// Ends VMs that are kept in reserve and are nobody's; a daemon calls it as it ends.
+    async fn let_go_of_reserve(&self) {}
+
     /// Checks of the host, for `doctor`.
     async fn doctor(&self) -> Vec<HostCheck>;
 }

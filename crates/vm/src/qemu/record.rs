@@ -6,7 +6,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Arc, Mutex, RwLock},
 };
 
 use heyvm_jail::process::ProcessId;
@@ -27,6 +27,33 @@ pub struct Record {
     pub slot: u32,
     /// The host's boot in which QEMU was started.
     pub host_boot_id: String,
+    /// Name of its cgroups, which it keeps when a VM from the reserve becomes a sandbox's.
+    pub cgroup: String,
+}
+
+/// A VM's directory, which is another one once a VM from the reserve has become a sandbox's.
+#[derive(Debug, Clone)]
+pub struct Place(Arc<RwLock<VmDir>>);
+
+impl Place {
+    /// Begins at `dir`.
+    pub fn new(dir: VmDir) -> Self {
+        Self(Arc::new(RwLock::new(dir)))
+    }
+
+    /// Where it is now.
+    pub fn dir(&self) -> VmDir {
+        self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Moves everything to `to`, which must not exist. Open sockets and disks move along.
+    pub fn move_to(&self, to: VmDir) -> Result<(), Error> {
+        let mut dir = self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // RENAME_NOREPLACE is not needed: a directory replaces an empty one alone, and `make` of an id comes first.
+        fs::rename(dir.path(), to.path()).map_err(Error::io("moving the VM's directory", to.path()))?;
+        *dir = to;
+        Ok(())
+    }
 }
 
 impl VmDir {
@@ -164,7 +191,7 @@ mod tests {
         let exit = Exit { cause: ExitCause::GuestPanic, console_tail: vec!["Kernel panic".into()] };
         dir.write_exit(&exit).unwrap();
         assert_eq!(dir.exit(), Some(exit));
-        let record = Record { slot: 7, host_boot_id: "b".into() };
+        let record = Record { slot: 7, host_boot_id: "b".into(), cgroup: "c".into() };
         dir.write_record(&record).unwrap();
         assert_eq!((dir.record(), dir.exit()), (Some(record), None));
     }

@@ -20,7 +20,7 @@ use super::{
     console,
     launch::Host,
     qmp::{GuestState, Qmp},
-    record::{Slots, VmDir},
+    record::{Place, Record, Slots},
 };
 use crate::{AgentConnection, Error, Exit, ExitCause, Usage, Vm, VmId};
 
@@ -29,13 +29,21 @@ const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
 /// QEMU ends at once when told to; one that does not is killed.
 const QUIT_DEADLINE: Duration = Duration::from_secs(3);
 
-/// One QEMU, started by this daemon or an earlier one.
+/// One QEMU, started by this daemon or an earlier one, under the name it has now.
 pub struct RunningVm {
     id: VmId,
+    watched: Arc<Watched>,
+    stopping: OnceLock<()>,
+}
+
+/// One QEMU that is watched to its end, whoever's it is.
+pub struct Watched {
+    /// Where its files are.
+    pub place: Place,
+    /// Its agent.
+    pub agent: AgentConnection,
     process: ProcessId,
-    agent: AgentConnection,
     exit: watch::Receiver<Option<Exit>>,
-    stopping: Arc<OnceLock<()>>,
 }
 
 /// What is given back when a VM has ended.
@@ -44,35 +52,67 @@ pub struct Belongings {
     pub host: Arc<Host>,
     /// For its slot.
     pub slots: Arc<Slots>,
-    /// Its slot.
-    pub slot: u32,
+    /// Its slot and its cgroups.
+    pub record: Record,
+}
+
+impl Watched {
+    /// Watches `process` from now on.
+    pub fn new(place: Place, process: ProcessId, qmp: Qmp, belongings: Belongings) -> Arc<Self> {
+        let agent = AgentConnection::new(place.clone());
+        let (say, exit) = watch::channel(None);
+        let watched = Self { place: place.clone(), agent, process, exit };
+        tokio::spawn(async move {
+            let exit = watch_to_the_end(qmp, process).await;
+            let Belongings { host, slots, record } = belongings;
+            slots.give_back(record.slot);
+            let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&record.cgroup)).await;
+            // Gone with its directory where it was destroyed.
+            let _ = place.dir().write_exit(&exit);
+            say.send_replace(Some(exit));
+        });
+        Arc::new(watched)
+    }
+
+    /// Resolves when the process has ended.
+    pub async fn exited(&self) -> Exit {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.clone().unwrap_or_else(lost),
+            Err(_) => lost(),
+        }
+    }
+
+    /// Ends it at once.
+    pub async fn kill(&self) -> Result<(), Error> {
+        self.process.kill().map_err(Error::io("ending QEMU in", self.place.dir().path()))?;
+        self.exited().await;
+        Ok(())
+    }
+
+    /// Whether its process has not ended.
+    pub fn is_alive(&self) -> bool {
+        self.exit.borrow().is_none()
+    }
+
+    /// Whether the agent answers at all.
+    pub async fn answers(&self) -> bool {
+        let Ok(mut client) = self.agent.client().await else { return false };
+        client.metrics(MetricsRequest {}).await.is_ok()
+    }
 }
 
 impl RunningVm {
-    /// Watches `process` from now on.
-    pub fn watch(id: VmId, dir: VmDir, process: ProcessId, qmp: Qmp, belongings: Belongings) -> Arc<Self> {
-        let agent = AgentConnection::new(dir.agent_socket());
-        let (say, exit) = watch::channel(None);
-        let stopping = Arc::new(OnceLock::new());
-        let watched = id.clone();
-        tokio::spawn(async move {
-            let exit = watch_to_the_end(qmp, process).await;
-            let host = Arc::clone(&belongings.host);
-            let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&watched)).await;
-            belongings.slots.give_back(belongings.slot);
-            if let Err(error) = dir.write_exit(&exit) {
-                tracing::warn!(%error, "the end of a VM could not be remembered");
-            }
-            say.send_replace(Some(exit));
-        });
-        Arc::new(Self { id, process, agent, exit, stopping })
+    /// `watched` under the name `id`.
+    pub fn new(id: VmId, watched: Arc<Watched>) -> Arc<Self> {
+        Arc::new(Self { id, watched, stopping: OnceLock::new() })
     }
 
     /// Asks the guest to end; whether it did so in time.
     async fn end_in_order(&self, grace: Duration) -> bool {
         let asked = async {
             let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-            let mut client = self.agent.client().await?;
+            let mut client = self.watched.agent.client().await?;
             // The guest may be gone before its answer is through.
             let _ = client.shutdown(ShutdownRequest { grace_ms }).await;
             self.exited().await;
@@ -89,42 +129,30 @@ impl Vm for RunningVm {
     }
 
     fn agent(&self) -> AgentConnection {
-        self.agent.clone()
+        self.watched.agent.clone()
     }
 
     async fn exited(&self) -> Exit {
-        let mut exit = self.exit.clone();
-        match exit.wait_for(Option::is_some).await {
-            Ok(exit) => exit.clone().unwrap_or_else(lost),
-            Err(_) => lost(),
-        }
+        self.watched.exited().await
     }
 
     async fn stop(&self, grace: Duration) -> Result<(), Error> {
         // A second caller does not ask again, it waits for the first one's outcome.
         let first = self.stopping.set(()).is_ok();
         if first && !self.end_in_order(grace).await {
-            self.process.kill().map_err(Error::io("ending QEMU of", &self.id))?;
+            self.watched.kill().await?;
         }
         self.exited().await;
         Ok(())
     }
 
     async fn usage(&self) -> Result<Usage, Error> {
-        let pid = self.process.pid;
+        let pid = self.watched.process.pid;
         let read = |name: &str| {
             let path = format!("/proc/{pid}/{name}");
             fs::read_to_string(&path).map_err(Error::io("reading", path))
         };
         Ok(Usage { private_memory: private_memory(&read("smaps_rollup")?), cpu_ms: cpu_ms(&read("stat")?) })
-    }
-}
-
-impl RunningVm {
-    /// Whether the agent answers at all.
-    pub async fn answers(&self) -> bool {
-        let Ok(mut client) = self.agent.client().await else { return false };
-        client.metrics(MetricsRequest {}).await.is_ok()
     }
 }
 

@@ -33,7 +33,7 @@ use super::{
     machine::{MACHINE_VERSION, Machine, Start, fd},
     memory,
     qmp::{GuestState, Qmp},
-    record::{Record, Slots, VmDir},
+    record::{Place, Record, Slots, VmDir},
 };
 use crate::{AgentConnection, Error, Progress, VmSpec, agent::unreachable_agent};
 
@@ -73,7 +73,7 @@ impl Recipe {
     }
 
     /// The same for the same inputs alone.
-    fn key(&self, host: &Host) -> String {
+    pub fn key(&self, host: &Host) -> String {
         let machine = format!("{:?} {MACHINE_VERSION} {}", self.machine, processor_model());
         let mut hash = Sha256::new();
         for part in [&machine, &self.kernel.digest, &self.image.digest, &host.root.digest] {
@@ -229,7 +229,7 @@ impl Build<'_> {
         let start = Launch {
             name,
             dir,
-            record: Record { slot: self.slot, host_boot_id: host_boot_id() },
+            record: Record { slot: self.slot, host_boot_id: host_boot_id(), cgroup: name.to_owned() },
             machine: self.recipe.machine.clone(),
             // A template boots as fast as it can, whatever its clones are allowed later.
             cpu_millis: 1000 * self.recipe.machine.processors,
@@ -253,7 +253,7 @@ impl Build<'_> {
 async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
     let give_up = Instant::now() + BOOT_DEADLINE;
     loop {
-        let agent = AgentConnection::new(dir.agent_socket());
+        let agent = AgentConnection::new(Place::new(dir.clone()));
         let warmed = async { agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|s| unreachable_agent(&s)) };
         let outcome = tokio::select! {
             warmed = warmed => warmed.map(drop),

@@ -1,0 +1,241 @@
+//! A VM from a template: on a new disk, on a kept one, or out of the reserve.
+
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use heyvm_agent_protocol::v1::{EnvVar, ExecInput, ExecStart, Network, PersonalizeRequest, exec_input};
+use heyvm_jail::{egress, process::host_boot_id};
+use rand::{Rng, RngCore};
+
+use super::{
+    QemuDriver, blocking, disk,
+    launch::{Launch, Launched, launch, tap},
+    machine::fd,
+    qmp::Qmp,
+    record::{Place, Record},
+    reserve::{self, Kind},
+    running::{Belongings, RunningVm, Watched},
+    silent,
+    template::Recipe,
+};
+use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
+
+/// Bytes of fresh entropy that a clone gets before its first command.
+const ENTROPY: usize = 64;
+/// VMs in reserve, of whatever kind.
+const MAX_RESERVE: usize = 6;
+/// The one who asked for the last sandbox wants the processor first.
+const REFILL_DELAY: Duration = Duration::from_millis(400);
+
+impl QemuDriver {
+    async fn recipe(&self, spec: &VmSpec) -> Result<Recipe, Error> {
+        let acceleration = self.acceleration(&spec.kernel).await?.acceleration;
+        Ok(Recipe::new(spec, acceleration, self.egress().await?.is_some()))
+    }
+
+    /// What a VM in reserve must be to become one like `spec`.
+    pub(super) async fn kind_of(&self, spec: &VmSpec) -> Result<Kind, Error> {
+        let (host, recipe) = (self.host().await?, self.recipe(spec).await?);
+        Ok(format!("{} {} {}", recipe.key(&host), spec.disk_gib, spec.cpu_millis))
+    }
+
+    /// A new disk, and a clone on it.
+    pub(super) async fn create_anew(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
+        self.make_disk(id, spec).await?;
+        let watched = self.resume(id, spec, &silent()).await?;
+        self.make_own(&watched, spec, false).await?;
+        Ok(RunningVm::new(id.clone(), watched))
+    }
+
+    async fn make_disk(&self, id: &VmId, spec: &VmSpec) -> Result<(), Error> {
+        let (dir, seeds, gib) = (self.dir(id), self.home.join("templates"), spec.disk_gib);
+        dir.make(false)?;
+        blocking(move || disk::create(&seeds, &dir.disk(), gib)).await
+    }
+
+    /// A VM from the reserve under a sandbox's id.
+    pub(super) async fn take_over(
+        &self,
+        reserved: Arc<Watched>,
+        id: &VmId,
+        spec: &VmSpec,
+    ) -> Result<Arc<dyn Vm>, Error> {
+        let moved = reserved.place.move_to(self.dir(id));
+        let taken = match moved {
+            Ok(()) => self.make_own(&reserved, spec, false).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            self.discard(&reserved).await;
+            return Err(error);
+        }
+        Ok(RunningVm::new(id.clone(), reserved))
+    }
+
+    /// Ends a VM that is nobody's and removes its files.
+    pub(super) async fn discard(&self, vm: &Watched) {
+        let _ = vm.kill().await;
+        let _ = fs::remove_dir_all(vm.place.dir().path());
+    }
+
+    /// A running clone on the disk in the VM's directory. Nothing has been said to its agent.
+    pub(super) async fn resume(&self, id: &VmId, spec: &VmSpec, progress: &Progress) -> Result<Arc<Watched>, Error> {
+        let (host, egress) = (self.host().await?, self.egress().await?);
+        let recipe = self.recipe(spec).await?;
+        let template = self.templates.get(&host, egress.as_ref(), &self.slots, &recipe, progress).await?;
+        let (slot, dir) = (self.slots.take(), self.dir(id));
+        let record = Record { slot, host_boot_id: host_boot_id(), cgroup: id.clone() };
+        let start = {
+            let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
+            let record = record.clone();
+            move || -> Result<Launched, Error> {
+                let mut descriptors = template.descriptors(&spec.image.rootfs)?;
+                let disk = fs::File::options().read(true).write(true).open(dir.disk());
+                descriptors.add(fd::DISK, disk.map_err(Error::io("opening the disk", dir.disk()))?);
+                if let Some(tap) = tap(egress.as_deref(), slot)? {
+                    descriptors.add(fd::TAP, tap);
+                }
+                let (name, machine) = (record.cgroup.clone(), recipe.clone_machine());
+                let cpu_millis = spec.cpu_millis;
+                launch(&host, Launch { name: &name, dir: &dir, record, machine, cpu_millis, descriptors })
+            }
+        };
+        let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot))?;
+        let resumed = async {
+            let qmp = Qmp::connect(&dir.qmp_socket()).await?;
+            qmp.resume(format!("fd:{}", fd::STATE)).await?;
+            Ok::<Qmp, Error>(qmp)
+        };
+        match resumed.await {
+            Ok(qmp) => {
+                let belongings = Belongings { host, slots: Arc::clone(&self.slots), record };
+                Ok(Watched::new(Place::new(dir), launched.process, qmp, belongings))
+            }
+            Err(error) => {
+                launched.process.kill().map_err(Error::io("ending QEMU of", id))?;
+                self.slots.give_back(slot);
+                let console_tail = launched.last_words();
+                Err(Error::Boot { what: format!("could not be resumed: {error}"), console_tail })
+            }
+        }
+    }
+
+    /// Has the agent make the clone its own; a clone that fails to is ended.
+    pub(super) async fn make_own(&self, vm: &Watched, spec: &VmSpec, reserve: bool) -> Result<(), Error> {
+        let slot = vm.place.dir().record().map(|record| record.slot).unwrap_or_default();
+        let request = personalize_request(spec, slot, self.egress().await?.is_some(), reserve);
+        let personalized =
+            async { vm.agent.client().await?.personalize(request).await.map_err(|s| unreachable_agent(&s)) };
+        let failed = tokio::select! {
+            answer = personalized => answer.err(),
+            exit = vm.exited() => {
+                Some(Error::Boot { what: "ended as it was resumed".into(), console_tail: exit.console_tail })
+            }
+        };
+        match failed {
+            None => Ok(()),
+            Some(error) => {
+                vm.kill().await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes up the reserve of a kind, in the background.
+    pub(super) fn refill(&self, kind: Kind, spec: VmSpec) {
+        let (Some(driver), wanted) = (self.me.upgrade(), self.settings.reserve) else { return };
+        if wanted == 0 {
+            return;
+        }
+        tokio::spawn(async move {
+            tokio::time::sleep(REFILL_DELAY).await;
+            let _one_at_a_time = driver.reserve.making.lock().await;
+            while driver.reserve.count(&kind) < wanted && driver.reserve.total() < MAX_RESERVE {
+                match driver.make_reserve(&spec).await {
+                    Ok(vm) => driver.reserve.add(kind.clone(), vm),
+                    Err(error) => {
+                        tracing::warn!(%error, "no VM could be made in reserve");
+                        return;
+                    }
+                }
+            }
+            drop(_one_at_a_time);
+            tokio::time::sleep(reserve::SHELF_LIFE).await;
+            for old in driver.reserve.older_than(reserve::SHELF_LIFE) {
+                driver.discard(&old).await;
+            }
+        });
+    }
+
+    async fn make_reserve(&self, spec: &VmSpec) -> Result<Arc<Watched>, Error> {
+        let id = format!("{}{:016x}", reserve::PREFIX, rand::random::<u64>());
+        let made = async {
+            self.make_disk(&id, spec).await?;
+            let vm = self.resume(&id, spec, &silent()).await?;
+            self.make_own(&vm, spec, true).await?;
+            run_once(&vm).await?;
+            Ok(vm)
+        };
+        let made = made.await;
+        if made.is_err() {
+            let _ = crate::Driver::destroy(self, &id).await;
+        }
+        made
+    }
+}
+
+/// Runs a command, so that what running one takes is translated.
+async fn run_once(vm: &Watched) -> Result<(), Error> {
+    let start = ExecStart { argv: vec!["true".into()], cwd: "/".into(), ..ExecStart::default() };
+    let input = tokio_stream::iter([ExecInput { kind: Some(exec_input::Kind::Start(start)) }]);
+    let mut client = vm.agent.client().await?;
+    let mut output = client.exec(input).await.map_err(|s| unreachable_agent(&s))?.into_inner();
+    while output.message().await.map_err(|s| unreachable_agent(&s))?.is_some() {}
+    Ok(())
+}
+
+fn personalize_request(spec: &VmSpec, slot: u32, network: bool, reserve: bool) -> PersonalizeRequest {
+    let mut random = rand::rng();
+    let mut entropy = vec![0; ENTROPY];
+    random.fill_bytes(&mut entropy);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let addresses = egress::addresses(slot);
+    PersonalizeRequest {
+        entropy,
+        unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or_default(),
+        hostname: spec.hostname.clone(),
+        machine_id: format!("{:032x}", random.random::<u128>()),
+        boot_id: uuid_from(random.random()),
+        network: network.then(|| Network {
+            address: addresses.guest.to_string(),
+            prefix: u32::from(addresses.prefix),
+            gateway: addresses.gateway.to_string(),
+            nameservers: vec![egress::RESOLVER.to_string()],
+            mtu: egress::MTU,
+        }),
+        env: spec.env.iter().map(|(name, value)| EnvVar { name: name.clone(), value: value.clone() }).collect(),
+        working_dir: spec.working_dir.clone(),
+        reserve,
+    }
+}
+
+/// A random (version 4) UUID, as the kernel's own boot id is one.
+fn uuid_from(bits: u128) -> String {
+    let bits = bits & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{bits:032x}");
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boot_ids_are_uuids() {
+        assert_eq!(uuid_from(u128::MAX), "ffffffff-ffff-4fff-bfff-ffffffffffff");
+        assert_eq!(uuid_from(0), "00000000-0000-4000-8000-000000000000");
+    }
+}

@@ -1,0 +1,73 @@
+//! Clones kept in reserve: resumed, connected, their disk mounted, one command run, so that a create has little left to
+//! do. Under translation most of a clone's first moments go into translating; a clone from the reserve has that behind.
+//!
+//! A VM in reserve lives in `sandboxes/reserve-…`, an id no sandbox has; a daemon that starts removes what an earlier
+//! one left. Nothing of a sandbox is in it: entropy, clock, names and address come when it is taken.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use super::running::Watched;
+
+/// How the ids of VMs in reserve begin.
+pub const PREFIX: &str = "reserve-";
+/// A VM that nobody took for this long is let go.
+pub const SHELF_LIFE: Duration = Duration::from_secs(600);
+
+/// What a VM in reserve is fit for: a template and a disk size.
+pub type Kind = String;
+
+/// The VMs in reserve.
+#[derive(Default)]
+pub struct Reserve {
+    ready: Mutex<HashMap<Kind, Vec<(Arc<Watched>, Instant)>>>,
+    /// Held while one is being made: one at a time, so that creates are not slowed down.
+    pub making: tokio::sync::Mutex<()>,
+}
+
+impl Reserve {
+    /// A VM of this kind that still runs.
+    pub fn take(&self, kind: &Kind) -> Option<Arc<Watched>> {
+        let mut ready = self.lock();
+        let shelf = ready.get_mut(kind)?;
+        while let Some((vm, _)) = shelf.pop() {
+            if vm.is_alive() {
+                return Some(vm);
+            }
+        }
+        None
+    }
+
+    /// Adds one.
+    pub fn add(&self, kind: Kind, vm: Arc<Watched>) {
+        self.lock().entry(kind).or_default().push((vm, Instant::now()));
+    }
+
+    /// How many there are of a kind.
+    pub fn count(&self, kind: &Kind) -> usize {
+        self.lock().get(kind).map_or(0, Vec::len)
+    }
+
+    /// How many there are in all.
+    pub fn total(&self) -> usize {
+        self.lock().values().map(Vec::len).sum()
+    }
+
+    /// Takes out those that are older than `age`.
+    pub fn older_than(&self, age: Duration) -> Vec<Arc<Watched>> {
+        let mut old = Vec::new();
+        for shelf in self.lock().values_mut() {
+            let (gone, kept) = std::mem::take(shelf).into_iter().partition(|(_, since)| since.elapsed() >= age);
+            *shelf = kept;
+            old.extend(gone.into_iter().map(|(vm, _): (Arc<Watched>, Instant)| vm));
+        }
+        old
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Kind, Vec<(Arc<Watched>, Instant)>>> {
+        self.ready.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
