@@ -1,11 +1,13 @@
 //! The hello: finds the start of a fresh conversation on a byte stream that may still hold an old one.
 //!
-//! A virtio-serial port keeps bytes across a reconnect of the host. So the host sends `HEYVM1 ` and 32 hex digits of
-//! a fresh nonce and a newline until the guest repeats that very line; both then start HTTP/2 right behind it.
+//! A virtio-serial port keeps bytes across a reconnect of the host, and an end that has not noticed the reconnect yet
+//! may swallow some. So the host sends `HEYVM1 `, 32 hex digits of a fresh nonce and a newline, again and again until
+//! the guest repeats that very line; both then start HTTP/2 right behind it. The guest skips copies that were on their
+//! way: HTTP/2 begins with another letter.
 
-use std::io;
+use std::{io, time::Duration};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 const MAGIC: &[u8] = b"HEYVM1 ";
 const NONCE: usize = 32;
@@ -13,28 +15,60 @@ const NONCE: usize = 32;
 pub const LEN: usize = MAGIC.len() + NONCE + 1;
 /// More stale bytes than this before a hello mean that the other end is not speaking this protocol.
 const MAX_STALE: usize = 64 << 20;
+/// A guest that was busy with an old conversation has found out by then.
+const AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// Host side: sends the hello with `nonce` (32 hex digits) and discards everything up to the guest's echo of it.
+///
+/// Waits for as long as the guest takes; the caller gives up.
 pub async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, nonce: &str) -> io::Result<()> {
     debug_assert_eq!(nonce.len(), NONCE);
     let line = [MAGIC, nonce.as_bytes(), b"\n"].concat();
-    stream.write_all(&line).await?;
-    stream.flush().await?;
-    let echoed = next_line(stream, |candidate| candidate == line).await?;
-    debug_assert_eq!(echoed, line);
-    Ok(())
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let echo = next_line(&mut reader, |candidate| candidate == line);
+    tokio::pin!(echo);
+    loop {
+        writer.write_all(&line).await?;
+        writer.flush().await?;
+        if let Ok(echoed) = tokio::time::timeout(AGAIN_AFTER, &mut echo).await {
+            return echoed.map(drop);
+        }
+    }
 }
 
-/// Guest side: discards everything up to the next hello and repeats it.
-pub async fn answer<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> io::Result<()> {
-    let line = next_line(stream, |candidate| {
-        candidate.starts_with(MAGIC)
-            && candidate.ends_with(b"\n")
-            && candidate[MAGIC.len()..LEN - 1].iter().all(u8::is_ascii_hexdigit)
-    })
-    .await?;
-    stream.write_all(&line).await?;
-    stream.flush().await
+/// Guest side: discards everything up to the next hello and repeats it; returns when the conversation begins.
+pub async fn answer<S: AsyncBufRead + AsyncWrite + Unpin>(stream: &mut S) -> io::Result<()> {
+    let mut line = next_line(stream, is_hello).await?;
+    loop {
+        stream.write_all(&line).await?;
+        stream.flush().await?;
+        match next_hello(stream, &line).await? {
+            // Another host has come before this one has said anything.
+            Some(newer) => line = newer,
+            None => return Ok(()),
+        }
+    }
+}
+
+fn is_hello(candidate: &[u8]) -> bool {
+    candidate.starts_with(MAGIC)
+        && candidate.ends_with(b"\n")
+        && candidate[MAGIC.len()..LEN - 1].iter().all(u8::is_ascii_hexdigit)
+}
+
+/// Skips copies of `answered`; `None` when the conversation begins, a line when another hello comes first.
+async fn next_hello<S: AsyncBufRead + Unpin>(stream: &mut S, answered: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    loop {
+        match stream.fill_buf().await?.first() {
+            None => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(&letter) if letter != MAGIC[0] => return Ok(None),
+            Some(_) => {}
+        }
+        let line = next_line(stream, is_hello).await?;
+        if line != answered {
+            return Ok(Some(line));
+        }
+    }
 }
 
 /// Never reads behind the line: first as much as a line is long, then byte by byte for as long as it is not one.
@@ -53,27 +87,68 @@ async fn next_line<S: AsyncRead + Unpin>(stream: &mut S, wanted: impl Fn(&[u8]) 
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{BufStream, DuplexStream, duplex};
+
     use super::*;
+
+    const NONCE: &str = "0123456789abcdef0123456789abcdef";
+
+    fn pair() -> (DuplexStream, BufStream<DuplexStream>) {
+        let (host, guest) = duplex(4096);
+        (host, BufStream::new(guest))
+    }
+
+    async fn greet_and_begin(host: &mut DuplexStream) {
+        greet(host, NONCE).await.unwrap();
+        host.write_all(b"PRI").await.unwrap();
+    }
+
+    async fn assert_begun(guest: &mut BufStream<DuplexStream>) {
+        let mut after = [0; 3];
+        guest.read_exact(&mut after).await.unwrap();
+        assert_eq!(&after, b"PRI");
+    }
 
     #[tokio::test]
     async fn both_ends_meet_behind_stale_bytes() {
-        let (mut host, mut guest) = tokio::io::duplex(4096);
+        let (mut host, mut guest) = pair();
         guest.write_all(b"old frames HEYVM1 not-a-nonce\n").await.unwrap();
+        guest.flush().await.unwrap();
         host.write_all(b"\0\0\x04 rest of an old request").await.unwrap();
-        let nonce = "0123456789abcdef0123456789abcdef";
-        let (host_end, guest_end) = tokio::join!(greet(&mut host, nonce), answer(&mut guest));
-        host_end.unwrap();
-        guest_end.unwrap();
-        host.write_all(b"after").await.unwrap();
-        let mut after = [0; 5];
-        guest.read_exact(&mut after).await.unwrap();
-        assert_eq!(&after, b"after");
+        let ((), answered) = tokio::join!(greet_and_begin(&mut host), answer(&mut guest));
+        answered.unwrap();
+        assert_begun(&mut guest).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hello_that_was_swallowed_is_said_again() {
+        let (mut host, mut guest) = pair();
+        let swallow_then_answer = async {
+            let mut swallowed = [0; LEN];
+            guest.read_exact(&mut swallowed).await.unwrap();
+            answer(&mut guest).await.unwrap();
+        };
+        tokio::join!(greet_and_begin(&mut host), swallow_then_answer);
+        assert_begun(&mut guest).await;
+    }
+
+    #[tokio::test]
+    async fn copies_and_earlier_hosts_are_skipped() {
+        let (mut host, mut guest) = pair();
+        let line = |digit: &str| format!("HEYVM1 {}\n", digit.repeat(NONCE.len()));
+        let said = [line("a"), line("a"), line("b"), line("b"), "PRI".into()].concat();
+        host.write_all(said.as_bytes()).await.unwrap();
+        answer(&mut guest).await.unwrap();
+        let mut echoed = vec![0; 2 * LEN];
+        host.read_exact(&mut echoed).await.unwrap();
+        assert_eq!(echoed, [line("a"), line("b")].concat().as_bytes());
+        assert_begun(&mut guest).await;
     }
 
     #[tokio::test]
     async fn an_end_of_stream_is_an_error() {
-        let (mut host, guest) = tokio::io::duplex(64);
+        let (mut host, guest) = duplex(64);
         drop(guest);
-        assert!(greet(&mut host, "0123456789abcdef0123456789abcdef").await.is_err());
+        assert!(greet(&mut host, NONCE).await.is_err());
     }
 }

@@ -1,0 +1,33 @@
+//! heyvm-agent: process 1 of every guest. Brings the guest up, then does what the host asks over one byte stream.
+//!
+//! ```text
+//! boot ──▶ port (waits for the host) ──▶ connection (HTTP/2) ──▶ service (one method per call)
+//!                                                                  ├─ personalize   this clone becomes a sandbox
+//!                                                                  ├─ exec, main_command ──▶ process
+//!                                                                  ├─ net           ports
+//!                                                                  ├─ files
+//!                                                                  └─ shutdown
+//! ```
+//! Process 1 must not end: the kernel panics when it does. So a panic ends one task alone, memory and queues are
+//! bounded, and what may block runs on other threads.
+
+pub mod boot;
+pub mod connection;
+pub mod console;
+mod descriptor;
+mod exec;
+mod files;
+mod main_command;
+mod metrics;
+mod net;
+mod oom;
+mod personalize;
+pub mod port;
+mod process;
+mod sandbox;
+pub mod service;
+mod shutdown;
+mod warm_up;
+
+pub use process::Reaper;
+pub use sandbox::Sandbox;

@@ -1,0 +1,177 @@
+//! From the host's `ExecStart` to a program with everything looked up.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{CString, NulError},
+    path::Path,
+};
+
+use heyvm_agent_protocol::v1::{EnvVar, ExecStart, Pty};
+
+use super::{
+    lookup::{DEFAULT_PATH, candidates},
+    spawn::Program,
+    user::{Identity, UserError},
+};
+use crate::{
+    exec::session::{self, Session},
+    sandbox::Sandbox,
+};
+
+const SHELL: &str = "/bin/sh";
+
+/// Something to start.
+pub struct Command {
+    /// The program.
+    pub program: Program,
+    /// Whether input will be sent.
+    pub stdin: bool,
+    /// Whether it gets a terminal, and of which size.
+    pub terminal: Option<Pty>,
+    /// Whether it reports on descriptor 3.
+    pub report: bool,
+}
+
+/// Why a command makes no sense.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CommandError {
+    /// No arguments at all.
+    #[error("there is no command")]
+    Empty,
+    /// A text with a zero byte in it.
+    #[error("a command, its directory and its environment cannot hold a zero byte")]
+    ZeroByte(#[from] NulError),
+    /// A name that cannot be a variable's.
+    #[error("{0:?} cannot be the name of an environment variable")]
+    VariableName(String),
+    /// The user does not exist.
+    #[error(transparent)]
+    User(#[from] UserError),
+}
+
+impl Command {
+    /// Looks everything up that `start` names; `session` is where it goes on from.
+    pub fn new(start: &ExecStart, sandbox: &Sandbox, session: Option<&Session>) -> Result<Self, CommandError> {
+        if start.argv.is_empty() {
+            return Err(CommandError::Empty);
+        }
+        let identity = Identity::find(&start.user, Path::new("/etc"))?;
+        let environment = environment(start, sandbox, session, &identity)?;
+        let argv = arguments(start);
+        let path = environment.get("PATH").map_or(DEFAULT_PATH, String::as_str);
+        let program = Program {
+            root: None,
+            candidates: candidates(&argv[0], path),
+            argv: argv.into_iter().map(CString::new).collect::<Result<_, _>>()?,
+            env: environment.iter().map(|(k, v)| CString::new(format!("{k}={v}"))).collect::<Result<_, _>>()?,
+            cwd: CString::new(directory(start, sandbox, session))?,
+            identity,
+        };
+        Ok(Self { program, stdin: start.stdin, terminal: start.pty.clone(), report: !start.session.is_empty() })
+    }
+}
+
+fn arguments(start: &ExecStart) -> Vec<String> {
+    let own = start.argv.iter().map(String::as_str);
+    let head: &[&str] = match (start.session.is_empty(), start.shell) {
+        (true, false) => &[],
+        (true, true) => &[SHELL, "-c"],
+        (false, shell) => &[SHELL, "-c", if shell { session::SCRIPT } else { session::ARGV }, "sh"],
+    };
+    let mut argv: Vec<String> = head.iter().copied().chain(own).map(String::from).collect();
+    if start.shell && start.session.is_empty() {
+        // `sh -c script name arguments…`: the name is what the shell calls itself.
+        argv.insert(3, "sh".into());
+    }
+    argv
+}
+
+fn environment(
+    start: &ExecStart,
+    sandbox: &Sandbox,
+    session: Option<&Session>,
+    identity: &Identity,
+) -> Result<BTreeMap<String, String>, CommandError> {
+    let kept = session.map_or(&sandbox.env, |session| &session.env);
+    let mut all: BTreeMap<String, String> = kept.iter().cloned().collect();
+    for EnvVar { name, value } in &start.env {
+        if name.is_empty() || name.contains('=') {
+            return Err(CommandError::VariableName(name.clone()));
+        }
+        all.insert(name.clone(), value.clone());
+    }
+    let mut default = |name: &str, value: &str| {
+        all.entry(name.into()).or_insert_with(|| value.into());
+    };
+    default("PATH", DEFAULT_PATH);
+    default("HOME", &identity.home);
+    default("HOSTNAME", &sandbox.hostname);
+    if let Some(pty) = &start.pty {
+        default("TERM", if pty.term.is_empty() { "xterm-256color" } else { &pty.term });
+    }
+    Ok(all)
+}
+
+/// A relative directory is one below the directory that would be taken otherwise.
+fn directory(start: &ExecStart, sandbox: &Sandbox, session: Option<&Session>) -> String {
+    let usual = session.map_or(sandbox.working_dir.as_str(), |session| &session.cwd);
+    let usual = if usual.is_empty() { "/" } else { usual };
+    Path::new(usual).join(&start.cwd).to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sandbox() -> Sandbox {
+        let env = [("A", "1"), ("PATH", "/x")].map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
+        Sandbox { env, working_dir: "/workspace".into(), hostname: "box".into() }
+    }
+
+    fn start(argv: &[&str]) -> ExecStart {
+        ExecStart { argv: argv.iter().map(ToString::to_string).collect(), ..ExecStart::default() }
+    }
+
+    fn texts(strings: &[CString]) -> Vec<&str> {
+        strings.iter().map(|s| s.to_str().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_program_gets_its_arguments_as_they_are() {
+        let command = Command::new(&start(&["ls", "-l a"]), &sandbox(), None).unwrap();
+        assert_eq!(texts(&command.program.candidates), ["/x/ls"]);
+        assert_eq!(texts(&command.program.argv), ["ls", "-l a"]);
+        assert_eq!(command.program.cwd.to_str(), Ok("/workspace"));
+        assert_eq!(texts(&command.program.env), ["A=1", "HOME=/root", "HOSTNAME=box", "PATH=/x"]);
+    }
+
+    #[test]
+    fn a_script_gets_its_arguments_from_one_on() {
+        let command = Command::new(&ExecStart { shell: true, ..start(&["echo $1", "x"]) }, &sandbox(), None).unwrap();
+        assert_eq!(texts(&command.program.argv), ["/bin/sh", "-c", "echo $1", "sh", "x"]);
+    }
+
+    #[test]
+    fn the_calls_environment_comes_on_top() {
+        let env = vec![EnvVar { name: "A".into(), value: "2".into() }];
+        let command = Command::new(&ExecStart { env, ..start(&["ls"]) }, &sandbox(), None).unwrap();
+        assert!(texts(&command.program.env).contains(&"A=2"));
+    }
+
+    #[test]
+    fn a_directory_may_be_relative() {
+        let within = |cwd: &str| ExecStart { cwd: cwd.into(), ..start(&["ls"]) };
+        let cwd = |cwd: &str| Command::new(&within(cwd), &sandbox(), None).unwrap().program.cwd.into_string().unwrap();
+        assert_eq!(cwd("src"), "/workspace/src");
+        assert_eq!(cwd("/srv"), "/srv");
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let refused = |start: ExecStart| Command::new(&start, &sandbox(), None).err().unwrap();
+        assert_eq!(refused(start(&[])), CommandError::Empty);
+        assert!(matches!(refused(start(&["a\0b"])), CommandError::ZeroByte(_)));
+        let env = vec![EnvVar { name: "A=B".into(), value: String::new() }];
+        assert_eq!(refused(ExecStart { env, ..start(&["ls"]) }), CommandError::VariableName("A=B".into()));
+    }
+}

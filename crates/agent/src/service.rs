@@ -1,0 +1,284 @@
+//! The calls of `agent.proto`, one method each: checks that the guest is a sandbox by now and hands over.
+
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use heyvm_agent_protocol::v1::{
+    DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, Exit, FileChunk, FileInfo, ListDirReply, ListDirRequest,
+    MainEvent, MetricsReply, MetricsRequest, PackRequest, PersonalizeReply, PersonalizeRequest, PortStatusReply,
+    PortStatusRequest, ReadFileRequest, RemoveReply, RemoveRequest, ShutdownReply, ShutdownRequest, StartMainReply,
+    StartMainRequest, StatRequest, UnpackInput, UnpackReply, WarmUpReply, WarmUpRequest, WatchMainRequest,
+    WriteFileInput, WriteFileReply, agent_server::Agent, exec_input, exec_output,
+};
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::Instant,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    exec::{self, Run, session::Sessions},
+    files::{archive, blocking, content, listing},
+    main_command::MainCommand,
+    metrics, net,
+    oom::OomKills,
+    personalize::{self, OldRoot, PersonalizeError},
+    process::{Command, Nursery, Reaper, SpawnError, command::CommandError},
+    sandbox::Sandbox,
+    shutdown, warm_up,
+};
+
+/// Longer time-outs are none.
+const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// The agent as the host sees it.
+pub struct Service {
+    nursery: Nursery,
+    sandbox: RwLock<Option<Arc<Sandbox>>>,
+    /// Held while the guest becomes a sandbox or ends.
+    stage: Mutex<Stage>,
+    sessions: Arc<Sessions>,
+    main: Arc<MainCommand>,
+    oom_kills: Arc<OomKills>,
+}
+
+/// ```text
+/// fresh ──Personalize(reserve)──▶ reserved ──Personalize──▶ personal
+///   └───────────────────────Personalize──────────────────────▲
+/// ```
+#[derive(Default)]
+enum Stage {
+    #[default]
+    Fresh,
+    Reserved(OldRoot),
+    Personal(OldRoot),
+}
+
+impl Service {
+    /// An agent that waits for `Personalize`; children are born in `cgroup`.
+    pub fn new(reaper: Arc<Reaper>, cgroup: Option<OwnedFd>) -> Self {
+        Self {
+            nursery: Nursery { reaper, cgroup },
+            sandbox: RwLock::default(),
+            stage: Mutex::default(),
+            sessions: Arc::default(),
+            main: Arc::default(),
+            oom_kills: Arc::default(),
+        }
+    }
+
+    /// An agent that serves the machine it is on as it is.
+    pub fn personalized(reaper: Arc<Reaper>, sandbox: Sandbox) -> Self {
+        let service = Self::new(reaper, None);
+        service.become_sandbox(sandbox);
+        service
+    }
+
+    fn become_sandbox(&self, sandbox: Sandbox) {
+        *self.sandbox.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(sandbox));
+    }
+
+    fn sandbox(&self) -> Result<Arc<Sandbox>, Status> {
+        let sandbox = self.sandbox.read().unwrap_or_else(PoisonError::into_inner);
+        sandbox.clone().ok_or_else(|| Status::failed_precondition("this guest is not a sandbox yet"))
+    }
+}
+
+type Replies<T> = Response<ReceiverStream<Result<T, Status>>>;
+
+fn stream<T>(receiver: mpsc::Receiver<Result<T, Status>>) -> Replies<T> {
+    Response::new(ReceiverStream::new(receiver))
+}
+
+impl From<PersonalizeError> for Status {
+    fn from(error: PersonalizeError) -> Self {
+        match error {
+            PersonalizeError::Request(_) => Self::invalid_argument(error.to_string()),
+            PersonalizeError::Step { .. } => Self::internal(error.to_string()),
+        }
+    }
+}
+
+/// Why nothing was started: the caller's mistake, or an end with an exit code before the beginning.
+enum NotStarted {
+    Refused(Status),
+    Ended(Exit),
+}
+
+impl From<CommandError> for NotStarted {
+    fn from(error: CommandError) -> Self {
+        match error {
+            CommandError::User(_) => Self::Ended(Exit { code: 126, error: error.to_string(), ..Exit::default() }),
+            _ => Self::Refused(Status::invalid_argument(error.to_string())),
+        }
+    }
+}
+
+impl From<NotStarted> for Status {
+    fn from(reason: NotStarted) -> Self {
+        match reason {
+            NotStarted::Refused(status) => status,
+            NotStarted::Ended(exit) => Self::invalid_argument(exit.error),
+        }
+    }
+}
+
+fn not_started(name: &str, error: &SpawnError) -> NotStarted {
+    NotStarted::Ended(Exit { code: error.code(), error: format!("{name}: {error}"), ..Exit::default() })
+}
+
+impl Service {
+    fn start(&self, start: &ExecStart) -> Result<(crate::process::Child, crate::process::Streams), NotStarted> {
+        let sandbox = self.sandbox().map_err(NotStarted::Refused)?;
+        let session = self.sessions.get(&start.session);
+        let command = Command::new(start, &sandbox, session.as_ref())?;
+        self.nursery.start(&command).map_err(|error| not_started(&start.argv[0], &error))
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for Service {
+    type ExecStream = ReceiverStream<Result<ExecOutput, Status>>;
+    type WatchMainStream = ReceiverStream<Result<MainEvent, Status>>;
+    type DialStream = ReceiverStream<Result<DialOutput, Status>>;
+    type ReadFileStream = ReceiverStream<Result<FileChunk, Status>>;
+    type PackStream = ReceiverStream<Result<FileChunk, Status>>;
+
+    async fn personalize(&self, request: Request<PersonalizeRequest>) -> Result<Response<PersonalizeReply>, Status> {
+        let request = request.into_inner();
+        let mut stage = self.stage.lock().await;
+        *stage = match (std::mem::take(&mut *stage), request.reserve) {
+            (Stage::Fresh, true) => Stage::Reserved(personalize::reserve(&request)?),
+            (Stage::Fresh, false) => Stage::Personal(personalize::personalize(&request, None)?),
+            (Stage::Reserved(root), false) => Stage::Personal(personalize::personalize(&request, Some(root))?),
+            // Asked for a second time: it is done.
+            (stage, _) => stage,
+        };
+        self.become_sandbox(Sandbox::new(request));
+        let kernel = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned());
+        let reply =
+            PersonalizeReply { kernel: kernel.unwrap_or_default(), agent_version: env!("CARGO_PKG_VERSION").into() };
+        Ok(Response::new(reply))
+    }
+
+    async fn warm_up(&self, _: Request<WarmUpRequest>) -> Result<Response<WarmUpReply>, Status> {
+        if self.sandbox().is_ok() {
+            return Err(Status::failed_precondition("only a template is warmed up"));
+        }
+        Ok(Response::new(WarmUpReply { bytes_read: warm_up::warm_up(&self.nursery).await }))
+    }
+
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Replies<ExecOutput>, Status> {
+        let mut requests = request.into_inner();
+        let start = match requests.message().await?.and_then(|first| first.kind) {
+            Some(exec_input::Kind::Start(start)) => start,
+            _ => return Err(Status::invalid_argument("the first message of a call must say what to run")),
+        };
+        let (replies, receiver) = mpsc::channel(exec::QUEUE);
+        let (child, streams) = match self.start(&start) {
+            Ok(started) => started,
+            Err(NotStarted::Refused(status)) => return Err(status),
+            Err(NotStarted::Ended(exit)) => {
+                let _ = replies.try_send(Ok(ExecOutput { kind: Some(exec_output::Kind::Exit(exit)) }));
+                return Ok(stream(receiver));
+            }
+        };
+        let timeout = Duration::from_millis(start.timeout_ms).min(MAX_TIMEOUT);
+        let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
+        let oom_kills = Arc::clone(&self.oom_kills);
+        let sessions = Arc::clone(&self.sessions);
+        let run = Run { child, streams, replies, requests, deadline, oom_kills };
+        tokio::spawn(async move {
+            run.finish(|session| sessions.put(&start.session, session)).await;
+        });
+        Ok(stream(receiver))
+    }
+
+    async fn start_main(&self, request: Request<StartMainRequest>) -> Result<Response<StartMainReply>, Status> {
+        let start = request.into_inner().start.ok_or_else(|| Status::invalid_argument("there is no command"))?;
+        if start.pty.is_some() || start.stdin || !start.session.is_empty() {
+            let what = "a start command has neither terminal nor input nor session";
+            return Err(Status::invalid_argument(what));
+        }
+        let pid = self.main.start(&self.oom_kills, || self.start(&start))?;
+        Ok(Response::new(StartMainReply { pid }))
+    }
+
+    async fn watch_main(&self, request: Request<WatchMainRequest>) -> Result<Replies<MainEvent>, Status> {
+        self.sandbox()?;
+        Ok(stream(self.main.watch(request.get_ref().from_offset)?))
+    }
+
+    async fn dial(&self, request: Request<Streaming<DialInput>>) -> Result<Replies<DialOutput>, Status> {
+        self.sandbox()?;
+        Ok(stream(net::dial::dial(request.into_inner()).await?))
+    }
+
+    async fn port_status(&self, request: Request<PortStatusRequest>) -> Result<Response<PortStatusReply>, Status> {
+        self.sandbox()?;
+        let port = request.get_ref().port;
+        let port = u16::try_from(port).map_err(|_| Status::invalid_argument(format!("{port} is not a port")))?;
+        Ok(Response::new(PortStatusReply { listening: net::listening::listens(port) }))
+    }
+
+    async fn read_file(&self, request: Request<ReadFileRequest>) -> Result<Replies<FileChunk>, Status> {
+        self.sandbox()?;
+        Ok(stream(content::read(request.into_inner().path).await?))
+    }
+
+    async fn write_file(
+        &self,
+        request: Request<Streaming<WriteFileInput>>,
+    ) -> Result<Response<WriteFileReply>, Status> {
+        self.sandbox()?;
+        Ok(Response::new(content::write(request.into_inner()).await?))
+    }
+
+    async fn stat(&self, request: Request<StatRequest>) -> Result<Response<FileInfo>, Status> {
+        self.sandbox()?;
+        Ok(Response::new(blocking(move || listing::stat(&request.get_ref().path)).await?))
+    }
+
+    async fn list_dir(&self, request: Request<ListDirRequest>) -> Result<Response<ListDirReply>, Status> {
+        self.sandbox()?;
+        Ok(Response::new(blocking(move || listing::list(&request.get_ref().path)).await?))
+    }
+
+    async fn remove(&self, request: Request<RemoveRequest>) -> Result<Response<RemoveReply>, Status> {
+        self.sandbox()?;
+        let RemoveRequest { path, recursive } = request.into_inner();
+        blocking(move || listing::remove(&path, recursive)).await?;
+        Ok(Response::new(RemoveReply {}))
+    }
+
+    async fn unpack(&self, request: Request<Streaming<UnpackInput>>) -> Result<Response<UnpackReply>, Status> {
+        self.sandbox()?;
+        Ok(Response::new(archive::unpack(request.into_inner()).await?))
+    }
+
+    async fn pack(&self, request: Request<PackRequest>) -> Result<Replies<FileChunk>, Status> {
+        self.sandbox()?;
+        Ok(stream(archive::pack(request.into_inner().path).await?))
+    }
+
+    async fn metrics(&self, _: Request<MetricsRequest>) -> Result<Response<MetricsReply>, Status> {
+        self.sandbox()?;
+        Ok(Response::new(metrics::read()))
+    }
+
+    async fn shutdown(&self, request: Request<ShutdownRequest>) -> Result<Response<ShutdownReply>, Status> {
+        self.sandbox()?;
+        let stage = self.stage.lock().await;
+        let (Stage::Reserved(old_root) | Stage::Personal(old_root)) = &*stage else {
+            return Err(Status::failed_precondition("this machine is not the agent's to switch off"));
+        };
+        shutdown::end_processes(Duration::from_millis(request.get_ref().grace_ms)).await;
+        shutdown::close_disk(old_root);
+        tokio::spawn(shutdown::power_off());
+        Ok(Response::new(ShutdownReply {}))
+    }
+}

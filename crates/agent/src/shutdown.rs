@@ -1,0 +1,75 @@
+//! The sandbox's end: processes, disk, power.
+
+use std::time::Duration;
+
+use nix::{
+    libc::{SIGKILL, SIGTERM},
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::reboot::{RebootMode, reboot},
+    unistd::sync,
+};
+use tokio::time::{Instant, sleep};
+
+use crate::{console, personalize::OldRoot, process::ended};
+
+/// Processes that have been killed are gone after this, or hang in the kernel.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// How often it is looked whether all are gone.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// For the last answer to leave.
+const FAREWELL: Duration = Duration::from_millis(20);
+
+/// Ends every process but this one: with a grace first, when there is one.
+pub async fn end_processes(grace: Duration) {
+    if !grace.is_zero() {
+        let _ = ended::kill(-1, SIGTERM);
+        if all_gone(grace).await {
+            return;
+        }
+    }
+    let _ = ended::kill(-1, SIGKILL);
+    if !all_gone(KILL_DEADLINE).await {
+        console::say(format_args!("some processes could not be ended"));
+    }
+}
+
+/// Every orphan becomes our child, so that no child left means no process left.
+async fn all_gone(patience: Duration) -> bool {
+    let give_up = Instant::now() + patience;
+    while ended::any_left() {
+        if Instant::now() >= give_up {
+            return false;
+        }
+        sleep(LOOK_EVERY).await;
+    }
+    true
+}
+
+/// Leaves the disk as a clean file system.
+pub fn close_disk(old_root: &OldRoot) {
+    sync();
+    let root = umount2("/", MntFlags::MNT_DETACH);
+    let closed = root.and_then(|()| old_root.enter()).and_then(|()| {
+        mount(
+            None::<&str>,
+            crate::personalize::DISK_MOUNT,
+            None::<&str>,
+            MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+            None::<&str>,
+        )
+    });
+    if let Err(errno) = closed {
+        // The journal is played back at the next start; nothing that was synced is lost.
+        console::say(format_args!("the disk was left mounted: {}", errno.desc()));
+    }
+    sync();
+}
+
+/// Switches the machine off once the last answer has had time to leave.
+pub async fn power_off() {
+    sleep(FAREWELL).await;
+    // Without ACPI there is no power switch, and the kernel would halt for ever: a restart is what ends the machine,
+    // for the host starts it with `reboot=t` and has QEMU take a restart as the end.
+    let Err(errno) = reboot(RebootMode::RB_AUTOBOOT);
+    console::say(format_args!("no way to switch off: {}", errno.desc()));
+}
