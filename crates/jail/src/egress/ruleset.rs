@@ -58,6 +58,7 @@ pub fn render(settings: &EgressSettings, uplink: &str, host: &[Ipv4Addr]) -> Str
     type filter hook input priority filter; policy drop;
     ct state established,related accept
     ip protocol icmp icmp type echo-request limit rate 10/second accept
+    iifname \"hv*\" reject
   }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;

@@ -14,7 +14,7 @@ use std::{
 use heyvm_images::Kernel;
 use heyvm_jail::{
     launcher::{self, DESCRIPTORS_DIR, JailSpec},
-    process::host_boot_id,
+    process::{ProcessId, host_boot_id},
     root::QemuRoot,
 };
 use serde::{Deserialize, Serialize};
@@ -126,8 +126,11 @@ pub fn boots(
         devices: if acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
         id_file: id_file.to_owned(),
     };
+    // One that a killed daemon left behind may hang on KVM for good.
+    if let Some(stray) = std::fs::read_to_string(id_file).ok().and_then(|text| text.parse::<ProcessId>().ok()) {
+        stray.kill().map_err(Error::io("ending", "an earlier test guest"))?;
+    }
     let started = launcher::spawn(launcher, &spec, &[console.as_fd(), image.as_fd(), words_of_qemu.as_fd()]);
-    let _ = std::fs::remove_file(id_file);
     let process = started?;
     let until = Instant::now() + deadline;
     let mut trial = Trial::Silent;
@@ -143,5 +146,6 @@ pub fn boots(
         }
     }
     process.kill().map_err(Error::io("ending", "the test guest"))?;
+    let _ = std::fs::remove_file(id_file);
     Ok(trial)
 }

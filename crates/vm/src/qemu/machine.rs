@@ -97,7 +97,7 @@ impl Machine {
             }
             Acceleration::Tcg => {
                 argv.option("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
-                argv.option("-cpu", "max");
+                argv.option("-cpu", "max,la57=off");
             }
         }
         argv.option("-smp", self.processors);

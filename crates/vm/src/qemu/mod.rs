@@ -108,6 +108,12 @@ impl QemuDriver {
                 driver.slots.mark(record.slot);
             }
         }
+        let cleaned = Arc::clone(&driver);
+        blocking(move || {
+            cleaned.templates.clean_up(&Cgroups::detect());
+            Ok(())
+        })
+        .await?;
         Ok(driver)
     }
 

@@ -21,7 +21,11 @@ use std::{
 };
 
 use heyvm_agent_protocol::v1::WarmUpRequest;
-use heyvm_jail::{egress::Egress, process::host_boot_id};
+use heyvm_jail::{
+    cgroup::Cgroups,
+    egress::Egress,
+    process::{ProcessId, host_boot_id},
+};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
@@ -37,6 +41,8 @@ use super::{
 };
 use crate::{AgentConnection, Error, Progress, VmSpec, agent::unreachable_agent};
 
+/// Between a template's key and its maker's process id, in the name of one in the making.
+const MAKING: &str = ".making-";
 /// Booting takes some six seconds under translation on an idle machine.
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// The agent has noticed the host's leave, and is waiting again, after this.
@@ -111,6 +117,22 @@ impl Templates {
     /// Templates kept in `dir`.
     pub fn new(dir: PathBuf) -> Self {
         Self { dir, loaded: Mutex::default(), building: tokio::sync::Mutex::default() }
+    }
+
+    /// Removes what a daemon that was killed while it made a template has left, its QEMU first.
+    pub fn clean_up(&self, cgroups: &Cgroups) {
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let Some((_, maker)) = name.split_once(MAKING) else { continue };
+            if maker.parse::<i32>().is_ok_and(|pid| ProcessId::of(pid).is_ok_and(ProcessId::is_alive)) {
+                continue;
+            }
+            if let Some(process) = VmDir::new(&self.dir, &name).process() {
+                let _ = process.kill();
+            }
+            let _ = cgroups.remove(&name);
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 
     /// The template of a recipe: loaded, from disk, or made.
@@ -190,7 +212,7 @@ struct Build<'a> {
 
 impl Build<'_> {
     async fn run(self) -> Result<(), Error> {
-        let half = self.home.with_extension(format!("making-{}", std::process::id()));
+        let half = PathBuf::from(format!("{}{MAKING}{}", self.home.display(), std::process::id()));
         let _ = fs::remove_dir_all(&half);
         let name = half.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let dir = VmDir::new(half.parent().unwrap_or(Path::new("/")), &name);
