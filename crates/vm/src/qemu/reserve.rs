@@ -20,10 +20,12 @@ pub const SHELF_LIFE: Duration = Duration::from_secs(600);
 /// What a VM in reserve is fit for: a template and a disk size.
 pub type Kind = String;
 
+type Shelves = HashMap<Kind, Vec<(Arc<Watched>, Instant)>>;
+
 /// The VMs in reserve.
 #[derive(Default)]
 pub struct Reserve {
-    ready: Mutex<HashMap<Kind, Vec<(Arc<Watched>, Instant)>>>,
+    shelves: Mutex<Shelves>,
     /// Held while one is being made: one at a time, so that creates are not slowed down.
     pub making: tokio::sync::Mutex<()>,
 }
@@ -67,7 +69,7 @@ impl Reserve {
         old
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Kind, Vec<(Arc<Watched>, Instant)>>> {
-        self.ready.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shelves> {
+        self.shelves.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
