@@ -191,16 +191,15 @@ impl Host {
     }
 
     fn tear_down(&self) -> Vec<String> {
-        let ids: Vec<String> =
-            self.list(&["--all"]).iter().filter_map(|sandbox| sandbox["id"].as_str().map(str::to_owned)).collect();
+        let control_groups = leaks::control_groups_of(self.root.path());
         for sandbox in self.list(&["--all"]) {
             if sandbox["status"] != "removed" {
                 self.run(&["rm", "-y", sandbox["id"].as_str().expect("id")]).succeeded();
             }
         }
-        let mut left = leaks::left_after_removal(self.root.path(), &self.home, &ids);
+        let mut left = leaks::left_after_removal(self.root.path(), &self.home);
         self.end_daemon(Signal::SIGTERM);
-        left.extend(leaks::left_after_shutdown(self.root.path()));
+        left.extend(leaks::left_after_shutdown(self.root.path(), &self.home, &control_groups));
         left.extend(
             leaks::entries(&self.root.path().join("user")).map(|path| format!("{} outside HEYO_HOME", path.display())),
         );

@@ -1,9 +1,9 @@
-//! What a test may not leave behind: processes, disks, sockets, network devices, mounts, cgroups.
+//! What a test may not leave behind: processes, disks, sockets, mounts, cgroups. Network devices need no look of their
+//! own: they live in namespaces, and those in processes.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     time::{Duration, Instant},
 };
 
@@ -11,8 +11,6 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-
-use crate::Ran;
 
 /// How long things may take to go once they have been told to.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -26,6 +24,8 @@ pub struct Process {
     pub name: String,
     /// Command line.
     pub arguments: Vec<String>,
+    /// Whether it is a machine that the daemon keeps in reserve for later sandboxes.
+    pub reserve: bool,
 }
 
 impl Process {
@@ -50,43 +50,66 @@ pub fn processes_of(directory: &Path) -> Vec<Process> {
             continue;
         }
         let command = fs::read(entry.join("cmdline")).unwrap_or_default();
+        let mut open = entries(&entry.join("fd"))
+            .filter_map(|fd| fs::read_link(fd).ok())
+            .filter(|target| target.starts_with(directory));
+        let first = open.next();
+        let reserve = first.iter().chain(&open.collect::<Vec<_>>()).any(|path| in_reserve(path));
         let belongs = holds(&command)
-            || fs::read(entry.join("environ")).is_ok_and(|environment| holds(&environment))
-            || entries(&entry.join("fd")).any(|fd| fs::read_link(fd).is_ok_and(|target| target.starts_with(directory)));
+            || first.is_some()
+            || fs::read(entry.join("environ")).is_ok_and(|environment| holds(&environment));
         if belongs {
             let arguments =
                 command.split(|byte| *byte == 0).map(|text| String::from_utf8_lossy(text).into_owned()).collect();
             let name = fs::read_to_string(entry.join("comm")).unwrap_or_default().trim().to_owned();
-            found.push(Process { pid, name, arguments });
+            found.push(Process { pid, name, arguments, reserve });
         }
     }
     found
 }
 
-/// The virtual machines of a home.
+/// The virtual machines of a home's sandboxes.
 pub fn machines_of(directory: &Path) -> Vec<Process> {
-    processes_of(directory).into_iter().filter(Process::is_qemu).collect()
+    processes_of(directory).into_iter().filter(|process| process.is_qemu() && !process.reserve).collect()
+}
+
+/// The directories of a home's sandboxes.
+pub fn sandboxes_of(home: &Path) -> Vec<PathBuf> {
+    entries(&home.join("sandboxes")).filter(|path| !in_reserve(path)).collect()
+}
+
+/// Control groups of a home's virtual machines.
+pub fn control_groups_of(directory: &Path) -> Vec<PathBuf> {
+    let machines = processes_of(directory).into_iter().filter(Process::is_qemu);
+    machines.flat_map(|machine| control_groups(machine.pid)).collect()
+}
+
+/// Machines in reserve have ids that no sandbox has.
+fn in_reserve(path: &Path) -> bool {
+    path.components().any(|part| part.as_os_str().to_string_lossy().starts_with("reserve-"))
 }
 
 /// What is left of sandboxes after all were removed, the daemon still running.
-pub fn left_after_removal(root: &Path, home: &Path, ids: &[String]) -> Vec<String> {
+pub fn left_after_removal(root: &Path, home: &Path) -> Vec<String> {
     patiently(|| {
         let mut left: Vec<String> =
             machines_of(root).iter().map(|machine| format!("QEMU process {}", machine.pid)).collect();
-        left.extend(entries(&home.join("sandboxes")).map(|path| format!("{}", path.display())));
-        left.extend(control_groups(ids).into_iter().map(|path| format!("cgroup {}", path.display())));
-        left.extend(network_devices(root).into_iter().map(|device| format!("network device {device}")));
+        left.extend(sandboxes_of(home).iter().map(|path| format!("{}", path.display())));
         left
     })
 }
 
 /// What is left of a home after its daemon has ended in order and no sandbox is there.
-pub fn left_after_shutdown(root: &Path) -> Vec<String> {
+pub fn left_after_shutdown(root: &Path, home: &Path, control_groups: &[PathBuf]) -> Vec<String> {
     patiently(|| {
         let mut left: Vec<String> = processes_of(root)
             .iter()
             .map(|process| format!("process {} ({}): {}", process.pid, process.name, process.arguments.join(" ")))
             .collect();
+        left.extend(entries(&home.join("sandboxes")).map(|path| format!("{}", path.display())));
+        left.extend(
+            control_groups.iter().filter(|path| path.exists()).map(|path| format!("cgroup {}", path.display())),
+        );
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let root = root.to_str().expect("UTF-8 path");
         left.extend(mounts.lines().filter(|line| line.contains(root)).map(|line| format!("mount {line}")));
@@ -117,43 +140,14 @@ fn patiently(mut look: impl FnMut() -> Vec<String>) -> Vec<String> {
     }
 }
 
-/// Control groups whose name has one of these ids in it.
-fn control_groups(ids: &[String]) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut directories = vec![PathBuf::from("/sys/fs/cgroup")];
-    while let Some(directory) = directories.pop() {
-        for path in entries(&directory).filter(|path| path.is_dir() && !path.is_symlink()) {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if ids.iter().any(|id| name.contains(id.as_str())) {
-                found.push(path.clone());
-            }
-            directories.push(path);
-        }
-    }
-    found
-}
-
-/// Tap devices in the network namespaces of a home's processes; those of sandboxes, since nothing else makes any.
-fn network_devices(root: &Path) -> Vec<String> {
-    let host = fs::read_link("/proc/self/ns/net").ok();
-    let mut seen = vec![host];
-    let mut found = Vec::new();
-    for process in processes_of(root) {
-        let namespace = fs::read_link(format!("/proc/{}/ns/net", process.pid)).ok();
-        if namespace.is_none() || seen.contains(&namespace) {
-            continue;
-        }
-        seen.push(namespace);
-        let net = format!("--net=/proc/{}/ns/net", process.pid);
-        let listed = Ran::of(Command::new("nsenter").args([&net, "ip", "-o", "link", "show", "type", "tun"]), b"");
-        found.extend(
-            listed
-                .out()
-                .lines()
-                .filter_map(|line| line.split(": ").nth(1))
-                .filter(|name| name.starts_with("hv"))
-                .map(str::to_owned),
-        );
-    }
-    found
+/// The control groups a process is in, but for the ones it shares with the whole system.
+fn control_groups(pid: i32) -> Vec<PathBuf> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let path = |line: &str| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, group) = (fields.next()?, fields.next()?);
+        Some(Path::new("/sys/fs/cgroup").join(controllers).join(group.trim_start_matches('/')))
+    };
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    table.lines().filter(|line| !own.contains(line)).filter_map(path).filter(|path| path.exists()).collect()
 }

@@ -104,7 +104,8 @@ fn whole_or_gone(host: &Host) {
     });
     let ids: HashSet<_> = kept.iter().filter_map(|sandbox| sandbox["id"].as_str().map(str::to_owned)).collect();
     eventually("one directory per kept sandbox", 20, || {
-        let directories: HashSet<_> = leaks::entries(&host.home.join("sandboxes"))
+        let directories: HashSet<_> = leaks::sandboxes_of(&host.home)
+            .into_iter()
             .filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
             .collect();
         (directories == ids).then_some(())

@@ -90,7 +90,7 @@ fn a_failing_hook_is_named_with_its_output_and_nothing_is_left() {
     assert!(refusal.log_tail.contains("about to fail") && refusal.log_tail.contains("why"), "{:?}", refusal.error);
     assert!(host.names(&[]).is_empty());
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
     // What it was is still told of.
     let told = host.json(&["get", "doomed"]);
     assert_eq!((&told["status"], &told["reason"]["code"]), (&"removed".into(), &"failed_step".into()), "{told}");
@@ -106,7 +106,7 @@ fn keep_on_failure_keeps_the_sandbox_to_look_into() {
     assert!(refusal.error["sandbox_id"].is_string(), "{:?}", refusal.error);
     let told = host.json(&["get", "kept"]);
     assert_eq!((&told["status"], &told["reason"]["code"]), (&"failed".into(), &"failed_step".into()), "{told}");
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 1);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 1);
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn a_health_check_that_never_passes_names_the_step_and_leaves_nothing() {
     assert_eq!((refusal.code.as_str(), refusal.step.as_str()), ("health_timeout", "health"));
     assert!(refusal.log_tail.contains("serving nothing"), "{:?}", refusal.error);
     assert!(host.names(&[]).is_empty());
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use serde_json::json;
 fn nothing_left(host: &Host) {
     assert!(host.names(&[]).is_empty());
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
 
 #[test]

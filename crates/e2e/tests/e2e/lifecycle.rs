@@ -64,7 +64,7 @@ fn removal_takes_everything_and_is_told_of() {
     let vm = host.deploy(&host.web_app(), &WEB_FLAGS);
     let url = vm.url("/health");
     vm.does("rm");
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
     assert_eq!(http::get(&url).status, 404);
     assert!(host.names(&[]).is_empty());
@@ -114,7 +114,7 @@ fn at_the_end_of_its_time_a_sandbox_is_gone() {
     let reason = vm.becomes("removed", 20);
     assert_eq!(reason["code"], "ttl_expired");
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
     assert_eq!(http::get(&url).status, 404);
     assert!(host.names(&[]).is_empty());
 }
@@ -125,7 +125,7 @@ fn the_time_of_a_stopped_sandbox_runs_on() {
     let vm = host.create(&["--ttl-seconds", "6"]);
     vm.does("stop");
     assert_eq!(vm.becomes("removed", 20)["code"], "ttl_expired");
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
 
 #[test]
@@ -137,5 +137,5 @@ fn time_runs_out_while_the_daemon_is_down_too() {
     sleep(Duration::from_secs(6));
     assert_eq!(vm.becomes("removed", 10)["code"], "ttl_expired");
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
-    assert_eq!(leaks::entries(&host.home.join("sandboxes")).count(), 0);
+    assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
