@@ -25,6 +25,8 @@ use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
 
 /// Bytes of fresh entropy that a clone gets before its first command.
 const ENTROPY: usize = 64;
+/// Becoming one's own takes a tenth of a second; a guest that takes this long never will.
+const PERSONALIZE_DEADLINE: Duration = Duration::from_secs(60);
 /// VMs in reserve, of whatever kind.
 const MAX_RESERVE: usize = 6;
 /// The one who asked for the last sandbox wants the processor first.
@@ -133,6 +135,9 @@ impl QemuDriver {
             answer = personalized => answer.err(),
             exit = vm.exited() => {
                 Some(Error::Boot { what: "ended as it was resumed".into(), console_tail: exit.console_tail })
+            }
+            () = tokio::time::sleep(PERSONALIZE_DEADLINE) => {
+                Some(Error::Unreachable("it did not become a sandbox in time".into()))
             }
         };
         match failed {

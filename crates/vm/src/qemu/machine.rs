@@ -72,7 +72,7 @@ impl Machine {
         argv.option(
             "-object",
             format!(
-                "memory-backend-file,id=memory,size={}M,mem-path={DESCRIPTORS_DIR}/{},share={share}",
+                "memory-backend-file,id=memory,size={}M,mem-path={DESCRIPTORS_DIR}/{},share={share},reserve=off",
                 self.memory_mib,
                 fd::MEMORY
             ),
@@ -97,6 +97,7 @@ impl Machine {
             }
             Acceleration::Tcg => {
                 argv.option("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
+                // Page walks of four levels instead of five: each is done in software here.
                 argv.option("-cpu", "max,la57=off");
             }
         }
