@@ -72,7 +72,7 @@ impl Machine {
         argv.option(
             "-object",
             format!(
-                "memory-backend-file,id=memory,size={}M,mem-path={DESCRIPTORS_DIR}/{},share={share},reserve=off",
+                "memory-backend-file,id=memory,size={}M,mem-path={DESCRIPTORS_DIR}/{},share={share}",
                 self.memory_mib,
                 fd::MEMORY
             ),
