@@ -1,1 +1,120 @@
-//! What a name, a slug, a port, a duration and a size class may look like.
+//! What a name, a slug, a port, a duration and a size class may look like. Both ends ask here.
+
+use std::time::Duration;
+
+use crate::{ApiError, ErrorCode, sandbox::SizeClass};
+
+/// Longest name, in bytes.
+pub const MAX_NAME: usize = 63;
+/// Disk sizes that can be asked for, in GB.
+pub const DISK_GB: std::ops::RangeInclusive<i64> = 1..=250;
+
+/// 1 to 63 letters, digits, `-`, `_` and `.`, beginning with a letter or digit.
+pub fn check_name(name: &str) -> Result<(), ApiError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let begins = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if begins && name.len() <= MAX_NAME && name.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::InvalidName, format!("{name:?} is not a name for a sandbox"))
+        .hint("use 1 to 63 letters, digits, '-', '_' and '.', beginning with a letter or digit"))
+}
+
+/// A DNS label in lower case.
+pub fn check_slug(slug: &str) -> Result<(), ApiError> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let inner = !slug.starts_with('-') && !slug.ends_with('-');
+    if !slug.is_empty() && slug.len() <= MAX_NAME && inner && slug.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::InvalidName, format!("{slug:?} is not a slug"))
+        .hint("use 1 to 63 lower-case letters, digits and '-', neither first nor last"))
+}
+
+/// The slug of a name: lower case, everything else a single `-`.
+pub fn slugify(name: &str) -> String {
+    let mut slug = String::new();
+    for c in name.chars() {
+        if c.is_ascii_alphanumeric() {
+            slug.push(c.to_ascii_lowercase());
+        } else if !slug.is_empty() && !slug.ends_with('-') {
+            slug.push('-');
+        }
+    }
+    slug.trim_end_matches('-').to_owned()
+}
+
+/// 1 to 65535.
+pub fn check_port(port: i64) -> Result<u16, ApiError> {
+    u16::try_from(port).ok().filter(|port| *port > 0).ok_or_else(|| {
+        ApiError::new(ErrorCode::InvalidPort, format!("{port} is not a port")).hint("ports are 1 to 65535")
+    })
+}
+
+/// A name of the environment.
+pub fn check_env_name(name: &str) -> Result<(), ApiError> {
+    if !name.is_empty() && !name.contains(['=', '\0']) {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::InvalidArgument, format!("{name:?} is not a name of an environment variable"))
+        .hint("write KEY=VALUE"))
+}
+
+/// `KEY=VALUE` as two texts.
+pub fn parse_env(text: &str) -> Result<(String, String), ApiError> {
+    let Some((name, value)) = text.split_once('=') else {
+        return Err(ApiError::new(ErrorCode::InvalidArgument, format!("--env {text:?} has no '='")).hint("write --env KEY=VALUE"));
+    };
+    check_env_name(name)?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// One of the size classes.
+pub fn parse_size_class(text: &str) -> Result<SizeClass, ApiError> {
+    SizeClass::ALL.into_iter().find(|class| class.as_str() == text).ok_or_else(|| {
+        let all = SizeClass::ALL.map(SizeClass::as_str).join(", ");
+        ApiError::new(ErrorCode::UnknownSizeClass, format!("there is no size class {text:?}")).hint(format!("use one of {all}"))
+    })
+}
+
+/// `30s`, `2m`, `500ms`; a plain number is seconds.
+pub fn parse_duration(what: &str, text: &str) -> Result<Duration, ApiError> {
+    let plain = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    plain.or_else(|| humantime::parse_duration(text).ok()).ok_or_else(|| {
+        ApiError::new(ErrorCode::InvalidArgument, format!("{what} {text:?} is not a duration")).hint("write 30s, 2m or 500ms")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for good in ["a", "my-agent", "agent_1.2", "7"] {
+            check_name(good).unwrap();
+        }
+        for bad in ["", "-a", "a b", "a/b", "ü", &"x".repeat(64)] {
+            assert_eq!(check_name(bad).unwrap_err().code, ErrorCode::InvalidName, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn slugs() {
+        assert_eq!(slugify("My Agent_1.2-"), "my-agent-1-2");
+        check_slug("my-agent").unwrap();
+        assert!(check_slug("-a").is_err() && check_slug("A").is_err() && check_slug("").is_err());
+    }
+
+    #[test]
+    fn ports_and_durations() {
+        assert_eq!(check_port(70000).unwrap_err().code, ErrorCode::InvalidPort);
+        assert_eq!(check_port(0).unwrap_err().code, ErrorCode::InvalidPort);
+        assert_eq!(check_port(65535).unwrap(), 65535);
+        assert_eq!(parse_duration("--timeout", "30").unwrap(), Duration::from_secs(30));
+        assert_eq!(parse_duration("--timeout", "2m").unwrap(), Duration::from_secs(120));
+        for bad in ["", "-1", "soon", "1e99"] {
+            assert!(parse_duration("--timeout", bad).is_err(), "{bad:?}");
+        }
+    }
+}

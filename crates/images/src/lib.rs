@@ -1,7 +1,16 @@
 //! Images and guest kernels on this machine: from registries, archives and packages to one read-only EROFS root file
 //! per image, and from a distribution's kernel package to a kernel and an initramfs with the agent in it.
+//!
+//! - [`store`]: what is here, by name and digest.  [`packages`]: the default image, built from the host's distribution.
+//! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`cpio`]: guest kernels and their initramfs.
 
-use std::path::PathBuf;
+mod cpio;
+mod erofs;
+mod kernel;
+mod packages;
+mod store;
+
+use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -50,7 +59,58 @@ pub struct ImageConfig {
 pub type Progress = std::sync::Arc<dyn Fn(&str, Option<u64>, Option<u64>) + Send + Sync>;
 
 /// Everything under `images/` and `kernels/` of heyvm's home.
-pub struct ImageStore {}
+pub struct ImageStore {
+    images: PathBuf,
+    kernels: PathBuf,
+}
+
+/// What can go wrong with an image.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Nobody has an image of this name.
+    #[error("no image {0}")]
+    NotFound(String),
+    /// The bytes are no image, or not the one they should be.
+    #[error("{0}")]
+    Invalid(String),
+    /// A program or a permission is missing.
+    #[error("{what}")]
+    HostNotReady {
+        /// What is missing.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// No space or other resource.
+    #[error("the host is out of {0}")]
+    OutOfResources(&'static str),
+    /// A file operation failed.
+    #[error("{doing} ({path})", path = path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::OutOfResources("disk space"),
+            _ => Self::Io { doing, path, source },
+        }
+    }
+
+    pub(crate) fn invalid(text: impl Into<String>) -> Self {
+        Self::Invalid(text.into())
+    }
+}
 
 /// What was asked for and what is run.
 #[derive(Debug, Clone)]

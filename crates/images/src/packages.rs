@@ -1,0 +1,100 @@
+//! The default image, built from the host's own distribution where no registry answers.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use crate::{Error, Progress};
+
+/// What the image can do: shell, Python, Node.js, fetch over HTTPS, look at itself.
+const PACKAGES: &str = "python3,curl,ca-certificates,procps,iproute2,nodejs,npm";
+/// What nobody needs at run time.
+const PRUNED: [&str; 6] = [
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/locale/*",
+    "/var/cache/apt/*.bin",
+    "/var/lib/apt/lists/*_*",
+    "/usr/share/info/*",
+];
+
+/// The distribution the image is built from.
+pub struct Distribution {
+    /// For example `debian`.
+    pub id: String,
+    /// For example `12`.
+    pub version: String,
+    codename: String,
+}
+
+impl Distribution {
+    /// The host's own. Format: os-release(5).
+    pub fn of_host() -> Result<Self, Error> {
+        let text = fs::read_to_string("/etc/os-release").map_err(Error::io("reading", "/etc/os-release"))?;
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            line.map(|value| value.trim_matches('"').to_owned()).unwrap_or_default()
+        };
+        Ok(Self { id: field("ID"), version: field("VERSION_ID"), codename: field("VERSION_CODENAME") })
+    }
+
+    /// Name of the image built from it.
+    pub fn image_name(&self) -> String {
+        format!("heyvm/{}:{}", self.id, self.version)
+    }
+}
+
+/// Builds the root of the default image in `dir`, which must be empty.
+pub fn build(distribution: &Distribution, dir: &Path, progress: &Progress) -> Result<(), Error> {
+    let mut command = Command::new("mmdebstrap");
+    command.args(["--variant=minbase", "--format=directory", &format!("--include={PACKAGES}")]);
+    let excludes = PRUNED.map(|pattern| format!("--dpkgopt=path-exclude={pattern}"));
+    command.args(excludes).arg(&distribution.codename).arg(dir);
+    command.args(mirror());
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(|error| {
+        match error.kind() {
+            io::ErrorKind::NotFound => Error::HostNotReady {
+                what: "mmdebstrap is not installed, and no registry has the default image".into(),
+                hint: "install the package mmdebstrap, or: heyvm images import FILE, or name a registry mirror in config.toml"
+                    .into(),
+            },
+            _ => Error::io("starting mmdebstrap in", dir)(error),
+        }
+    })?;
+    let mut last = Vec::new();
+    for line in BufReader::new(child.stderr.take().ok_or_else(|| Error::invalid("mmdebstrap has no output"))?).lines() {
+        let Ok(line) = line else { break };
+        if let Some(step) = line.strip_prefix("I: ") {
+            progress(step, None, None);
+        }
+        last.push(line);
+        if last.len() > 20 {
+            last.remove(0);
+        }
+    }
+    let status = child.wait().map_err(Error::io("waiting for mmdebstrap in", dir))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(Error::HostNotReady {
+        what: format!("mmdebstrap could not build the default image: {}", last.join(" | ")),
+        hint: "is the distribution's package mirror reachable? heyvm images import FILE takes an image from elsewhere"
+            .into(),
+    })
+}
+
+/// The mirror of the distribution's main archive in the host's own sources; mmdebstrap's default where none is found.
+fn mirror() -> Option<String> {
+    let deb822 = fs::read_to_string("/etc/apt/sources.list.d/debian.sources")
+        .or_else(|_| fs::read_to_string("/etc/apt/sources.list.d/ubuntu.sources"))
+        .unwrap_or_default();
+    let uri = deb822.lines().find_map(|line| line.strip_prefix("URIs:")).map(|uri| uri.trim().to_owned());
+    uri.or_else(|| {
+        let list = fs::read_to_string("/etc/apt/sources.list").ok()?;
+        let line = list.lines().find(|line| line.starts_with("deb ") && line.contains(" main"))?;
+        line.split_whitespace().find(|word| word.contains("://")).map(str::to_owned)
+    })
+}
