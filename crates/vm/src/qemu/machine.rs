@@ -3,7 +3,7 @@
 
 use heyvm_jail::{launcher::DESCRIPTORS_DIR, root::QemuRoot};
 
-use super::accel::Acceleration;
+use super::{accel::Acceleration, guest_kernel};
 
 /// Numbers of the descriptors that QEMU inherits.
 pub mod fd {
@@ -30,7 +30,7 @@ pub mod fd {
 }
 
 /// Changes whenever the machine below does, so that old templates are not resumed on it.
-pub const MACHINE_VERSION: u32 = 1;
+pub const MACHINE_VERSION: u32 = 2;
 /// Bytes of console output that QEMU remembers.
 pub const CONSOLE_BYTES: u32 = 32 << 10;
 /// Code translated from guest code is kept in this many MiB; it is private memory of each VM.
@@ -97,8 +97,9 @@ impl Machine {
             }
             Acceleration::Tcg => {
                 argv.option("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
-                // Page walks of four levels instead of five: each is done in software here.
-                argv.option("-cpu", "max,la57=off");
+                // Page walks of four levels instead of five: each is done in software here. Without SMAP, kernel and
+                // user memory share one software TLB. Without ERMS, memory is copied by words instead of bytes.
+                argv.option("-cpu", "max,la57=off,smap=off,erms=off");
             }
         }
         argv.option("-smp", self.processors);
@@ -124,9 +125,7 @@ impl Machine {
     fn boot(&self, argv: &mut Arguments) {
         argv.option("-kernel", format!("{DESCRIPTORS_DIR}/{}", fd::KERNEL));
         argv.option("-initrd", format!("{DESCRIPTORS_DIR}/{}", fd::INITRAMFS));
-        // Guest-side mitigations protect nothing where the translator is between guest and processor.
-        let mitigations = if self.acceleration == Acceleration::Tcg { "mitigations=off" } else { "mitigations=auto" };
-        argv.option("-append", format!("console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on {mitigations}"));
+        argv.option("-append", guest_kernel::command_line(self.acceleration));
     }
 }
 

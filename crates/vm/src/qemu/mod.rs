@@ -11,6 +11,7 @@ mod clone;
 mod console;
 mod disk;
 mod doctor;
+mod guest_kernel;
 mod launch;
 mod machine;
 mod memory;
