@@ -95,11 +95,11 @@ fn a_name_is_taken_only_while_its_sandbox_lives() {
 #[test]
 fn a_name_a_slug_and_an_id_all_mean_the_sandbox() {
     let host = Host::new();
-    let vm = host.create(&["--name", "My App", "--slug", "own-slug"]);
-    for who in [vm.id.as_str(), "My App", "own-slug"] {
+    let vm = host.create(&["--name", "My_App", "--slug", "own-slug"]);
+    for who in [vm.id.as_str(), "My_App", "own-slug"] {
         assert_eq!(host.json(&["get", who])["id"], vm.id, "{who}");
     }
-    assert_eq!(host.create(&["--name", "Other App"]).info()["slug"], "other-app");
+    assert_eq!(host.create(&["--name", "Other.App"]).info()["slug"], "other-app");
 }
 
 #[test]
