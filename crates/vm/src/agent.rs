@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    path::Path,
+    path::{Path, PathBuf},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -59,12 +59,17 @@ pub struct AgentConnection {
 impl AgentConnection {
     /// A connection to the agent of the VM at `place`; nothing is sent before the first call.
     pub(crate) fn new(place: Place) -> Self {
+        Self::at(move || place.dir().agent_socket())
+    }
+
+    /// A connection to the agent behind a Unix socket, looked up anew for every connection.
+    pub fn at(socket: impl Fn() -> PathBuf + Send + 'static) -> Self {
         let channel = Endpoint::from_static("http://agent.invalid")
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .tcp_nodelay(false)
             .connect_with_connector_lazy(tower::service_fn(move |_| {
-                let socket = place.dir().agent_socket();
+                let socket = socket();
                 async move { Ok::<_, io::Error>(TokioIo::new(meet(&socket).await?)) }
             }));
         let client =
