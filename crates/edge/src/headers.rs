@@ -1,0 +1,187 @@
+//! What of a message's head goes on: hop-by-hop headers stay behind, the visitor's address is added.
+
+use std::net::IpAddr;
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue,
+    header::{CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, TE, UPGRADE},
+    request,
+};
+
+const HOP_BY_HOP: [&str; 10] = [
+    "connection",
+    "http2-settings",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+    "x-real-ip",
+];
+
+/// Who asks, and for what.
+pub struct Visitor<'a> {
+    /// The other end of the connection.
+    pub address: IpAddr,
+    /// Host and port the visitor asked for.
+    pub authority: &'a str,
+}
+
+/// The protocol a request wants to change to; `h2c` is not offered.
+pub fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let named = tokens(headers, &CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"));
+    let value = headers.get(UPGRADE).filter(|_| named)?;
+    let clear_text_http2 = value.to_str().is_ok_and(|text| text.to_ascii_lowercase().contains("h2c"));
+    (!clear_text_http2).then(|| value.clone())
+}
+
+/// Whether the request is a gRPC call, which needs HTTP/2 all the way.
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(|value| {
+        value.strip_prefix("application/grpc").is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', ';']))
+    })
+}
+
+/// Makes a visitor's headers those that the sandbox gets.
+pub fn to_sandbox(head: &mut request::Parts, visitor: &Visitor<'_>, upgrade: Option<HeaderValue>) {
+    let wants_trailers = tokens(&head.headers, &TE).any(|token| token.eq_ignore_ascii_case("trailers"));
+    strip(&mut head.headers);
+    // The edge has answered "100 Continue" by the time it reads the body.
+    head.headers.remove(EXPECT);
+    join_cookies(&mut head.headers);
+    if wants_trailers {
+        head.headers.insert(TE, HeaderValue::from_static("trailers"));
+        head.headers.insert(CONNECTION, HeaderValue::from_static("TE"));
+    }
+    if let Some(protocol) = upgrade {
+        head.headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        head.headers.insert(UPGRADE, protocol);
+    }
+    tell_of(&mut head.headers, visitor);
+    if let Ok(host) = HeaderValue::from_str(visitor.authority) {
+        head.headers.insert(HOST, host);
+    }
+}
+
+/// Makes a sandbox's headers those that the visitor gets.
+pub fn to_visitor(headers: &mut HeaderMap, upgraded: bool) {
+    let protocol = headers.get(UPGRADE).filter(|_| upgraded).cloned();
+    strip(headers);
+    if let Some(protocol) = protocol {
+        headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(UPGRADE, protocol);
+    }
+}
+
+/// HTTP/2 knows no connection headers, but keeps `te: trailers`.
+pub fn for_http2(headers: &mut HeaderMap) {
+    headers.remove(CONNECTION);
+    headers.remove(HOST);
+}
+
+fn strip(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> =
+        tokens(headers, &CONNECTION).filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok()).collect();
+    for name in named {
+        headers.remove(name);
+    }
+    for name in HOP_BY_HOP {
+        headers.remove(name);
+    }
+}
+
+fn tell_of(headers: &mut HeaderMap, visitor: &Visitor<'_>) {
+    let claimed: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with("x-forwarded-")).cloned().collect();
+    for name in claimed {
+        headers.remove(name);
+    }
+    let address = visitor.address.to_canonical();
+    let node = if address.is_ipv6() { format!("\"[{address}]\"") } else { address.to_string() };
+    let host = visitor.authority;
+    let told = [
+        (HeaderName::from_static("x-forwarded-for"), address.to_string()),
+        (HeaderName::from_static("x-forwarded-proto"), "http".to_owned()),
+        (HeaderName::from_static("x-forwarded-host"), host.to_owned()),
+        (FORWARDED, format!("for={node};host=\"{host}\";proto=http")),
+    ];
+    for (name, value) in told {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(name, value);
+        }
+    }
+}
+
+/// HTTP/2 may send cookies one by one; HTTP/1.1 wants one header.
+fn join_cookies(headers: &mut HeaderMap) {
+    let all: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if all.len() < 2 {
+        return;
+    }
+    if let Ok(joined) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn sent(headers: &[(&str, &str)], upgrade: Option<HeaderValue>) -> HeaderMap {
+        let mut request = Request::get("/");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let (mut head, ()) = request.body(()).unwrap().into_parts();
+        let visitor = Visitor { address: "::ffff:127.0.0.1".parse().unwrap(), authority: "abc.localhost:8480" };
+        to_sandbox(&mut head, &visitor, upgrade);
+        head.headers
+    }
+
+    #[test]
+    fn hop_by_hop_headers_stay_behind_and_claims_are_replaced() {
+        let headers = sent(
+            &[
+                ("connection", "x-secret, keep-alive"),
+                ("x-secret", "1"),
+                ("te", "gzip"),
+                ("transfer-encoding", "chunked"),
+                ("x-forwarded-for", "6.6.6.6"),
+                ("x-forwarded-port", "1"),
+                ("forwarded", "for=6.6.6.6"),
+                ("x-real-ip", "6.6.6.6"),
+                ("expect", "100-continue"),
+                ("x-mine", "yes"),
+            ],
+            None,
+        );
+        let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["forwarded", "host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-mine"]);
+        assert_eq!(headers["x-forwarded-for"], "127.0.0.1");
+        assert_eq!(headers["forwarded"], "for=127.0.0.1;host=\"abc.localhost:8480\";proto=http");
+    }
+
+    #[test]
+    fn trailers_upgrades_and_cookies() {
+        let headers = sent(&[("te", "trailers, deflate"), ("cookie", "a=1"), ("cookie", "b=2")], None);
+        assert_eq!((&headers["te"], &headers["cookie"]), (&"trailers".parse().unwrap(), &"a=1; b=2".parse().unwrap()));
+        let asked = |connection: &str, protocol: &str| {
+            let headers = [("connection", connection), ("upgrade", protocol)];
+            let map = headers.iter().map(|(n, v)| (n.parse().unwrap(), v.parse().unwrap())).collect();
+            upgrade(&map)
+        };
+        assert_eq!(asked("keep-alive, Upgrade", "websocket"), Some(HeaderValue::from_static("websocket")));
+        assert_eq!(asked("keep-alive", "websocket"), None);
+        assert_eq!(asked("upgrade, http2-settings", "h2c"), None);
+    }
+}
