@@ -1,15 +1,38 @@
 //! What a request means: sandboxes and their state machine, names, ports, time-to-live, archives, logs.
 //! Knows no HTTP and no QEMU: `heyvm-server` calls it, it calls a [`heyvm_vm::Driver`], the store and the images.
+//!
+//! - [`record`]: one sandbox and its state machine, drawn.  [`validate`]: what may be asked for.
+//! - [`create`]: the steps of a deploy.  [`lifecycle`]: stop, start, remove, and what happens by itself.
+//! - [`adoption`]: what a new daemon finds.  [`ready`]: when a sandbox counts as running.
+//! - [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
 #![forbid(unsafe_code)]
-#![allow(unused_variables)]
 
-use std::{path::PathBuf, sync::Arc};
+mod adoption;
+mod archives;
+mod create;
+mod endpoints;
+mod errors;
+mod images;
+mod lifecycle;
+mod logs;
+mod ready;
+mod record;
+mod validate;
 
-use bytes::Bytes;
-use futures::stream::BoxStream;
-use heyvm_api::{ApiError, images::*, sandbox::*, system::*};
-use heyvm_store::Store;
-use heyvm_vm::{AgentConnection, Driver, agent::PortStream};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, RwLock},
+};
+
+use heyvm_api::{ApiError, ErrorCode, sandbox::*, system::*};
+use heyvm_store::{EndpointRow, Store};
+use heyvm_vm::{AgentConnection, Driver, Vm};
+
+pub use endpoints::ConnectError;
+pub use errors::agent as agent_error;
+pub use logs::LogChunk;
+use record::Record;
 
 /// What the control plane is told at its start.
 #[derive(Debug, Clone)]
@@ -18,7 +41,7 @@ pub struct Config {
     pub home: PathBuf,
     /// `localhost`, or the public base domain.
     pub base_domain: String,
-    /// What stands before and behind a host name in a URL, for example (`http`, 8480).
+    /// `http` or `https`.
     pub url_scheme: String,
     /// Port in URLs; left out where it is the scheme's own.
     pub url_port: u16,
@@ -31,85 +54,157 @@ pub struct Config {
 /// Takes progress events of a long call. Sending never blocks.
 pub type ProgressSink = tokio::sync::mpsc::UnboundedSender<ProgressEvent>;
 
-/// A piece of what a start command printed.
-#[derive(Debug, Clone)]
-pub struct LogChunk {
-    /// Whether it came on standard error.
-    pub stderr: bool,
-    /// The bytes.
-    pub data: Bytes,
-}
-
-/// Why a port could not be reached through its URL.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// No endpoint has this subdomain.
-    #[error("no sandbox has this address")]
-    UnknownSubdomain,
-    /// The sandbox is there, but its VM is not running.
-    #[error("the sandbox is {0}")]
-    NotRunning(String),
-    /// Nothing listens on the port.
-    #[error("nothing listens on port {0} in the sandbox")]
-    NothingListens(u16),
-    /// The agent does not answer.
-    #[error("the sandbox does not answer: {0}")]
-    Unreachable(String),
-}
-
 /// The one owner of every sandbox's state. `who` below is an id, a name or a slug: the living one, else the newest.
-pub struct ControlPlane {}
+pub struct ControlPlane {
+    config: Config,
+    store: Store,
+    driver: Arc<dyn Driver>,
+    images: Arc<heyvm_images::ImageStore>,
+    sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
+    endpoints: RwLock<HashMap<String, EndpointRow>>,
+    keys: tokio::sync::Mutex<()>,
+}
+
+/// One sandbox: its record, its VM while it has one, and the lock that makes its transitions one at a time.
+struct Sandbox {
+    record: Mutex<Record>,
+    vm: Mutex<Option<Arc<dyn Vm>>>,
+    transition: tokio::sync::Mutex<()>,
+    /// Rings at every change, for those who wait for an end.
+    changed: tokio::sync::watch::Sender<()>,
+    /// Rings when the sandbox is to be removed while it is being made.
+    cancel: tokio_util::sync::CancellationToken,
+}
+
+impl Sandbox {
+    fn new(record: Record) -> Arc<Self> {
+        Arc::new(Self {
+            record: Mutex::new(record),
+            vm: Mutex::default(),
+            transition: tokio::sync::Mutex::default(),
+            changed: tokio::sync::watch::channel(()).0,
+            cancel: tokio_util::sync::CancellationToken::new(),
+        })
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn snapshot(&self) -> Record {
+        self.record().clone()
+    }
+
+    fn vm(&self) -> Option<Arc<dyn Vm>> {
+        self.vm.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    fn set_vm(&self, vm: Option<Arc<dyn Vm>>) {
+        *self.vm.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = vm;
+    }
+}
 
 impl ControlPlane {
-    /// Opens the state: adopts running VMs, cleans up half-made ones, removes what has expired, starts the timers.
-    pub async fn open(config: Config, store: Store, driver: Arc<dyn Driver>, images: Arc<heyvm_images::ImageStore>) -> Result<Arc<Self>, ApiError> { todo!() }
-
-    /// Makes a sandbox and returns when it is running (or healthy, where that was asked for).
-    /// Dropping the future without an idempotency key undoes it; with a key it goes on.
-    pub async fn create(self: &Arc<Self>, request: CreateRequest, idempotency_key: Option<String>, progress: ProgressSink) -> Result<SandboxInfo, ApiError> { todo!() }
     /// Sandboxes, newest first.
-    pub async fn list(&self, filter: ListFilter) -> Result<Vec<SandboxInfo>, ApiError> { todo!() }
-    /// One sandbox; also one removed within the last day.
-    pub async fn get(&self, who: &str) -> Result<SandboxInfo, ApiError> { todo!() }
-    /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
-    pub async fn stop(self: &Arc<Self>, who: &str) -> Result<SandboxInfo, ApiError> { todo!() }
-    /// Goes on from the disk and runs the start command again. Starting a running one succeeds.
-    pub async fn start(self: &Arc<Self>, who: &str, progress: ProgressSink) -> Result<SandboxInfo, ApiError> { todo!() }
-    /// Stop, then start.
-    pub async fn restart(self: &Arc<Self>, who: &str, progress: ProgressSink) -> Result<SandboxInfo, ApiError> { todo!() }
-    /// Destroys it with disk and URLs; told of for a day. Removing a removed one succeeds.
-    pub async fn remove(self: &Arc<Self>, who: &str) -> Result<SandboxInfo, ApiError> { todo!() }
+    pub async fn list(&self, filter: ListFilter) -> Result<Vec<SandboxInfo>, ApiError> {
+        let mut records: Vec<Record> = self.all().iter().map(|sandbox| sandbox.snapshot()).collect();
+        records.retain(|record| match filter {
+            ListFilter::Living => record.is_living() && !record.waiting_to_replace,
+            ListFilter::Stopped => matches!(record.status, Status::Stopped | Status::Failed),
+            ListFilter::All => !record.waiting_to_replace,
+        });
+        records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.id.cmp(&b.id)));
+        Ok(records.iter().map(|record| self.info(record)).collect())
+    }
 
-    /// Gives a port a URL. Binding a bound port gives the same URL.
-    pub async fn bind(&self, who: &str, request: BindRequest) -> Result<BoundPort, ApiError> { todo!() }
-    /// Takes a port's URL away.
-    pub async fn unbind(&self, who: &str, port: i64) -> Result<(), ApiError> { todo!() }
-    /// The bound ports.
-    pub async fn endpoints(&self, who: &str) -> Result<Vec<BoundPort>, ApiError> { todo!() }
-    /// A byte stream to the port behind a subdomain: the edge proxy's way in.
-    pub async fn connect(&self, subdomain: &str) -> Result<Box<dyn PortStream>, ConnectError> { todo!() }
+    /// One sandbox; also one removed within the last day.
+    pub async fn get(&self, who: &str) -> Result<SandboxInfo, ApiError> {
+        Ok(self.info(&self.find(who)?.snapshot()))
+    }
 
     /// The agent of a running sandbox, for exec and files.
-    pub async fn agent(&self, who: &str) -> Result<AgentConnection, ApiError> { todo!() }
-    /// Waits until something listens on the port in the sandbox, and answers 2xx or 3xx on `path` where given. `false` at the deadline.
-    pub async fn wait_for_port(&self, who: &str, port: i64, path: Option<&str>, timeout: std::time::Duration) -> Result<bool, ApiError> { todo!() }
-    /// What the start command printed, kept until a day after the end of the sandbox; with `follow` until it ends.
-    pub async fn logs(&self, who: &str, follow: bool) -> Result<BoxStream<'static, std::io::Result<LogChunk>>, ApiError> { todo!() }
+    pub async fn agent(&self, who: &str) -> Result<AgentConnection, ApiError> {
+        let sandbox = self.find(who)?;
+        let record = sandbox.snapshot();
+        match sandbox.vm().filter(|_| record.status != Status::Stopping) {
+            Some(vm) => Ok(vm.agent()),
+            None => Err(not_running(&record)),
+        }
+    }
 
-    /// Takes a tar.gz: checks it (paths, kinds, unpacked size), stores it by content hash.
-    pub async fn put_archive(&self, body: BoxStream<'static, std::io::Result<Bytes>>) -> Result<ArchiveInfo, ApiError> { todo!() }
-
-    /// Images here.
-    pub async fn images(&self) -> Result<Vec<ImageInfo>, ApiError> { todo!() }
-    /// Fetches an image from its registry.
-    pub async fn pull_image(&self, request: PullRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> { todo!() }
-    /// Takes an image from a file on this machine.
-    pub async fn import_image(&self, request: ImportRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> { todo!() }
-    /// Removes an image that no sandbox runs.
-    pub async fn remove_image(&self, name: &str) -> Result<(), ApiError> { todo!() }
-
-    /// Checks of the host.
-    pub async fn doctor(&self) -> Result<DoctorReport, ApiError> { todo!() }
     /// Ends background work; VMs keep running.
-    pub async fn shutdown(&self) { todo!() }
+    pub async fn shutdown(&self) {
+        self.driver.let_go_of_reserve().await;
+        self.store.close().await;
+    }
+
+    fn all(&self) -> Vec<Arc<Sandbox>> {
+        self.sandboxes.read().unwrap_or_else(|poisoned| poisoned.into_inner()).values().cloned().collect()
+    }
+
+    fn add(&self, sandbox: &Arc<Sandbox>) {
+        let id = sandbox.record().id.clone();
+        let mut all = self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        all.insert(id, Arc::clone(sandbox));
+    }
+
+    fn drop_from_memory(&self, id: &str) {
+        self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(id);
+    }
+
+    /// By id, else the living one of that name or slug, else the newest.
+    fn find(&self, who: &str) -> Result<Arc<Sandbox>, ApiError> {
+        let all = self.all();
+        if let Some(found) = all.iter().find(|sandbox| sandbox.record().id == who) {
+            return Ok(Arc::clone(found));
+        }
+        let mut named: Vec<_> = all
+            .into_iter()
+            .filter(|sandbox| {
+                let record = sandbox.record();
+                !record.waiting_to_replace && (record.name == who || record.slug == who)
+            })
+            .collect();
+        named.sort_by_key(|sandbox| {
+            let record = sandbox.record();
+            (record.is_living(), record.status != Status::Removed, record.created_at)
+        });
+        named.pop().ok_or_else(|| {
+            ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {who:?}"))
+                .hint("heyvm list --all shows them all, also those removed within a day")
+        })
+    }
+
+    fn info(&self, record: &Record) -> SandboxInfo {
+        record.info(self.urls_of(&record.id))
+    }
+
+    /// Into the store first, into memory then.
+    async fn save(&self, sandbox: &Sandbox, change: impl FnOnce(&mut Record)) -> Result<Record, ApiError> {
+        let mut next = sandbox.snapshot();
+        change(&mut next);
+        self.store.update(&next.row()).await.map_err(errors::store)?;
+        *sandbox.record() = next.clone();
+        sandbox.changed.send_replace(());
+        Ok(next)
+    }
+}
+
+fn not_running(record: &Record) -> ApiError {
+    let status =
+        serde_json::to_value(record.status).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    let why = record.reason.as_ref().map(|reason| format!(": {}", reason.message)).unwrap_or_default();
+    let hint = match record.status {
+        Status::Stopped | Status::Failed => format!("heyvm start {} brings it back", record.name),
+        Status::Removed => "deploy it again".to_owned(),
+        _ => "wait a moment: heyvm get tells its status".to_owned(),
+    };
+    ApiError::new(ErrorCode::InvalidState, format!("sandbox {} is {status}{why}", record.name))
+        .hint(hint)
+        .sandbox(&record.id)
+}
+
+/// Tells what a step is doing.
+fn tell(progress: &ProgressSink, step: &str, message: &str) {
+    let _ = progress.send(ProgressEvent { step: step.into(), message: message.into(), done: None, total: None });
 }

@@ -2,17 +2,23 @@
 //! per image, and from a distribution's kernel package to a kernel and an initramfs with the agent in it.
 //!
 //! - [`store`]: what is here, by name and digest.  [`packages`]: the default image, built from the host's distribution.
+//! - [`registry`], [`import`]: images from registries and files.  [`layers`]: one over the other.
 //! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`cpio`]: guest kernels and their initramfs.
 
 mod cpio;
 mod erofs;
+mod import;
 mod kernel;
+mod layers;
 mod packages;
+mod registry;
 mod store;
 
 use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+pub use registry::{Registry, RegistryConfig};
 
 /// A guest kernel with the initramfs that starts the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,10 +64,12 @@ pub struct ImageConfig {
 /// Tells what a long step is doing: words, and bytes done and in all where known.
 pub type Progress = std::sync::Arc<dyn Fn(&str, Option<u64>, Option<u64>) + Send + Sync>;
 
-/// Everything under `images/` and `kernels/` of heyvm's home.
+/// Everything under `images/` and `kernels/` of heyvm's home. Cheap to clone.
+#[derive(Debug, Clone)]
 pub struct ImageStore {
     images: PathBuf,
     kernels: PathBuf,
+    registries: RegistryConfig,
 }
 
 /// What can go wrong with an image.
@@ -74,6 +82,14 @@ pub enum Error {
     /// The bytes are no image, or not the one they should be.
     #[error("{0}")]
     Invalid(String),
+    /// A registry does not answer, or does not let us.
+    #[error("no registry gave {name}: {why}")]
+    Registry {
+        /// The image.
+        name: String,
+        /// The registry's or the network's words.
+        why: String,
+    },
     /// A program or a permission is missing.
     #[error("{what}")]
     HostNotReady {

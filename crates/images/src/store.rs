@@ -4,19 +4,28 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
+    os::unix::fs::PermissionsExt,
     path::Path,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
-use crate::{Error, Image, ImageConfig, ImageStore, Kernel, Progress, Resolved, erofs, kernel, packages};
+use crate::{
+    Error, Image, ImageConfig, ImageStore, Kernel, Progress, RegistryConfig, Resolved, erofs,
+    import::{self, Parts},
+    kernel,
+    layers::{self, Budget},
+    packages, registry,
+};
 
 impl ImageStore {
     /// The store below heyvm's home.
-    pub fn open(home: &Path) -> Result<Self, Error> {
-        let store = Self { images: home.join("images"), kernels: home.join("kernels") };
+    pub fn open(home: &Path, registries: RegistryConfig) -> Result<Self, Error> {
+        let store = Self { images: home.join("images"), kernels: home.join("kernels"), registries };
         for dir in [&store.images, &store.kernels] {
             fs::create_dir_all(dir).map_err(Error::io("making", dir))?;
         }
@@ -54,8 +63,10 @@ impl ImageStore {
         if let Some(image) = self.get(reference) {
             return Ok(Resolved { image, substituted: None });
         }
-        if reference != default_image {
-            return Err(Error::NotFound(reference.into()));
+        match self.pull(reference, Arc::clone(&progress)).await {
+            Ok(image) => return Ok(Resolved { image, substituted: None }),
+            Err(Error::Registry { .. }) if reference == default_image => {}
+            Err(error) => return Err(error),
         }
         let name = packages::Distribution::of_host()?.image_name();
         let image = match self.get(&name) {
@@ -66,12 +77,57 @@ impl ImageStore {
         Ok(Resolved { image, substituted: Some(substituted) })
     }
 
+    /// Fetches an image from its registry; one that is here already is fetched again.
+    pub async fn pull(&self, reference: &str, progress: Progress) -> Result<Image, Error> {
+        let work = tempfile::tempdir_in(&self.images).map_err(Error::io("making a directory in", &self.images))?;
+        let parts = registry::fetch(reference, &self.registries, work.path(), &progress).await?;
+        self.assemble(parts, reference.to_owned(), "registry", work, progress).await
+    }
+
+    /// Takes an image from a `docker save` tar, an OCI layout or a root tar.
+    pub async fn import(&self, path: &Path, name: Option<&str>, progress: Progress) -> Result<Image, Error> {
+        let work = tempfile::tempdir_in(&self.images).map_err(Error::io("making a directory in", &self.images))?;
+        let (from, dir, told) = (path.to_owned(), work.path().to_owned(), Arc::clone(&progress));
+        let parts = blocking(move || import::open(&from, &dir, &told)).await?;
+        let stem = || path.file_name().and_then(|name| name.to_str()?.split('.').next().map(str::to_owned));
+        let name = name.map(str::to_owned).or(parts.name.clone()).or_else(stem);
+        let name = name.filter(|name| !name.is_empty()).ok_or_else(|| Error::invalid("the image needs a name"))?;
+        self.assemble(parts, name, "import", work, progress).await
+    }
+
+    /// Layers over layers, then one file.
+    async fn assemble(
+        &self,
+        parts: Parts,
+        name: String,
+        source: &'static str,
+        work: TempDir,
+        progress: Progress,
+    ) -> Result<Image, Error> {
+        let store = self.clone();
+        blocking(move || {
+            let (root, half) = (work.path().join("root"), work.path().join("image"));
+            for dir in [&root, &half] {
+                fs::create_dir(dir).map_err(Error::io("making", dir))?;
+            }
+            fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).map_err(Error::io("opening", &root))?;
+            let mut budget = Budget::default();
+            for (number, layer) in parts.layers.iter().enumerate() {
+                progress(&format!("unpacking layer {}", number + 1), None, None);
+                layers::apply(layer, &root, &mut budget)?;
+            }
+            progress("compressing", None, None);
+            erofs::write(&root, &half.join("root.erofs"))?;
+            let _lock = store.lock()?;
+            store.keep(&half, name, parts.config, source, parts.digest)
+        })
+        .await
+    }
+
     /// Builds the default image from the host's distribution.
     pub async fn build_default(&self, progress: Progress) -> Result<Image, Error> {
-        let store = Self { images: self.images.clone(), kernels: self.kernels.clone() };
-        tokio::task::spawn_blocking(move || store.build_default_now(&progress))
-            .await
-            .map_err(|error| Error::io("building the default image", "")(io::Error::other(error)))?
+        let store = self.clone();
+        blocking(move || store.build_default_now(&progress)).await
     }
 
     fn build_default_now(&self, progress: &Progress) -> Result<Image, Error> {
@@ -89,15 +145,22 @@ impl ImageStore {
         let half = work.path().join("image");
         fs::create_dir(&half).map_err(Error::io("making", &half))?;
         erofs::write(&root, &half.join("root.erofs"))?;
-        self.keep(&half, name, ImageConfig::default(), "packages")
+        self.keep(&half, name, ImageConfig::default(), "packages", None)
     }
 
-    fn keep(&self, half: &Path, name: String, config: ImageConfig, source: &str) -> Result<Image, Error> {
+    fn keep(
+        &self,
+        half: &Path,
+        name: String,
+        config: ImageConfig,
+        source: &str,
+        manifest: Option<String>,
+    ) -> Result<Image, Error> {
         let rootfs = half.join("root.erofs");
         let mut hash = Sha256::new();
         let mut file = File::open(&rootfs).map_err(Error::io("reading", &rootfs))?;
         let size_bytes = io::copy(&mut file, &mut hash).map_err(Error::io("reading", &rootfs))?;
-        let digest = format!("sha256:{}", hex::encode(hash.finalize()));
+        let digest = manifest.unwrap_or_else(|| format!("sha256:{}", hex::encode(hash.finalize())));
         let created_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
         let target = self.images.join(dir_name(&digest));
         let image = Image {
@@ -122,9 +185,7 @@ impl ImageStore {
     /// The newest guest kernel with the agent that belongs to this program.
     pub async fn kernel(&self) -> Result<Kernel, Error> {
         let kernels = self.kernels.clone();
-        tokio::task::spawn_blocking(move || kernel::newest_with_agent(&kernels))
-            .await
-            .map_err(|error| Error::io("preparing the kernel", "")(io::Error::other(error)))?
+        blocking(move || kernel::newest_with_agent(&kernels)).await
     }
 
     /// Takes a kernel from an unpacked package, or from `/`; answers its version.
@@ -166,4 +227,9 @@ impl ImageStore {
 
 fn dir_name(digest: &str) -> String {
     digest.replace(':', "-")
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Error::io("running a task", "")(io::Error::other(error)))?
 }

@@ -1,0 +1,251 @@
+//! Archives: tar.gz files by content hash, looked through before they are kept. Every byte is somebody else's.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    path::{Component, Path, PathBuf},
+};
+
+use bytes::Bytes;
+use flate2::read::GzDecoder;
+use futures::{StreamExt, stream::BoxStream};
+use heyvm_api::{ApiError, ErrorCode, system::ArchiveInfo};
+use sha2::{Digest, Sha256};
+use tar::EntryType;
+
+use crate::{ControlPlane, errors};
+
+/// Largest archive, in bytes, compressed.
+const MAX_COMPRESSED: u64 = 1 << 30;
+/// What it may unpack to, in bytes.
+pub const MAX_UNPACKED: u64 = 8 << 30;
+/// And in entries.
+pub const MAX_ENTRIES: u64 = 500_000;
+/// Bytes in which it is passed on.
+const PIECE: usize = 64 << 10;
+/// Hex digits of the hash that make an archive's id.
+const ID_DIGITS: usize = 32;
+
+impl ControlPlane {
+    /// Takes a tar.gz: checks it (paths, kinds, unpacked size), stores it by content hash.
+    pub async fn put_archive(&self, mut body: BoxStream<'static, io::Result<Bytes>>) -> Result<ArchiveInfo, ApiError> {
+        let dir = self.config.home.join("archives");
+        let half = Half(dir.join(format!(".half-{}", uuid::Uuid::new_v4())));
+        let mut file =
+            File::options().create_new(true).write(true).open(&half.0).map_err(|e| errors::io("making a file", &e))?;
+        let (mut hash, mut size) = (Sha256::new(), 0);
+        while let Some(piece) = body.next().await {
+            let piece = piece.map_err(|error| {
+                ApiError::new(ErrorCode::ArchiveInvalid, format!("the upload broke off: {error}"))
+                    .hint("send it again")
+                    .step("archive")
+            })?;
+            size += piece.len() as u64;
+            if size > MAX_COMPRESSED {
+                return Err(ApiError::new(ErrorCode::TooLarge, "the archive is larger than 1 GiB")
+                    .hint("leave files out with .heyvmignore, or fetch them in a setup hook")
+                    .step("archive"));
+            }
+            hash.update(&piece);
+            file.write_all(&piece).map_err(|error| errors::io("writing the archive", &error))?;
+        }
+        let archive_id = format!("ar-{}", &hex::encode(hash.finalize())[..ID_DIGITS]);
+        let target = dir.join(&archive_id);
+        let (from, to) = (half.0.clone(), target.clone());
+        tokio::task::spawn_blocking(move || {
+            if !to.exists() {
+                look_through(File::open(&from).map_err(|error| errors::io("reading the archive", &error))?)?;
+                fs::rename(&from, &to).map_err(|error| errors::io("keeping the archive", &error))?;
+            }
+            Ok::<(), ApiError>(())
+        })
+        .await
+        .map_err(|error| errors::internal(&error))??;
+        Ok(ArchiveInfo { archive_id, size_bytes: size })
+    }
+}
+
+/// Removed when it goes out of scope, unless it was renamed.
+struct Half(PathBuf);
+
+impl Drop for Half {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn path_of(home: &Path, id: &str) -> Option<PathBuf> {
+    let digits = id.strip_prefix("ar-")?;
+    let good = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    good.then(|| home.join("archives").join(id))
+}
+
+/// Whether there is an archive of this id.
+pub fn check(home: &Path, id: &str) -> Result<(), ApiError> {
+    match path_of(home, id).filter(|path| path.exists()) {
+        Some(_) => Ok(()),
+        None => Err(ApiError::new(ErrorCode::ArchiveNotFound, format!("there is no archive {id:?}"))
+            .hint("upload it again with PUT /archives, or deploy the directory")),
+    }
+}
+
+/// An archive's tar stream.
+pub fn read(home: &Path, id: &str) -> Result<impl Read + Send + use<>, ApiError> {
+    check(home, id)?;
+    let path = path_of(home, id).unwrap_or_default();
+    Ok(GzDecoder::new(File::open(path).map_err(|error| errors::io("opening the archive", &error))?))
+}
+
+/// Passes a stream on in pieces until it ends or `take` wants no more.
+pub fn feed(mut from: impl Read, mut take: impl FnMut(Vec<u8>) -> bool) -> io::Result<()> {
+    loop {
+        let mut piece = Vec::with_capacity(PIECE);
+        (&mut from).take(PIECE as u64).read_to_end(&mut piece)?;
+        if piece.is_empty() || !take(piece) {
+            return Ok(());
+        }
+    }
+}
+
+/// Refuses what would leave its directory, is no file, directory or link, or unpacks to more than allowed.
+fn look_through(file: File) -> Result<(), ApiError> {
+    let refuse = |why: String| {
+        ApiError::new(ErrorCode::ArchiveInvalid, why)
+            .hint("pack a directory of files, directories and links within it")
+            .step("archive")
+    };
+    let mut archive = tar::Archive::new(GzDecoder::new(file).take(MAX_UNPACKED + 1));
+    let entries = archive.entries().map_err(|error| refuse(format!("it is no tar.gz: {error}")))?;
+    let (mut count, mut bytes) = (0, 0_u64);
+    for entry in entries {
+        let entry = entry.map_err(|error| refuse(format!("it is no whole tar.gz: {error}")))?;
+        count += 1;
+        bytes = bytes.saturating_add(entry.size());
+        if count > MAX_ENTRIES || bytes > MAX_UNPACKED {
+            return Err(refuse("it unpacks to more than 8 GiB or 500 000 entries".into()));
+        }
+        let path =
+            entry.path().map_err(|error| refuse(format!("an entry has no readable name: {error}")))?.into_owned();
+        let shown = path.display();
+        if !stays_inside(&path) {
+            return Err(refuse(format!("{shown} leaves its directory")));
+        }
+        match entry.header().entry_type() {
+            EntryType::Regular | EntryType::Directory | EntryType::XGlobalHeader => {}
+            kind @ (EntryType::Symlink | EntryType::Link) => {
+                let target = entry.link_name().ok().flatten().unwrap_or_default().into_owned();
+                // A hard link's target counts from the top, a symbolic link's from where it stands.
+                let base =
+                    if kind == EntryType::Symlink { path.parent().unwrap_or(Path::new("")) } else { Path::new("") };
+                if target.as_os_str().is_empty() || !stays_inside(&base.join(&target)) {
+                    return Err(refuse(format!("{shown} leads to {}, outside of its directory", target.display())));
+                }
+            }
+            kind => return Err(refuse(format!("{shown} is a {kind:?}, which cannot be deployed"))),
+        }
+    }
+    if count == 0 {
+        return Err(refuse("it is empty".into()));
+    }
+    Ok(())
+}
+
+/// Relative, and never above where it began.
+fn stays_inside(path: &Path) -> bool {
+    let mut depth = 0_i64;
+    for part in path.components() {
+        depth += match part {
+            Component::Normal(_) => 1,
+            Component::CurDir => 0,
+            Component::ParentDir => -1,
+            Component::RootDir | Component::Prefix(_) => return false,
+        };
+        if depth < 0 {
+            return false;
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use flate2::{Compression, write::GzEncoder};
+    use tar::Header;
+
+    use super::*;
+
+    fn archive(build: impl FnOnce(&mut tar::Builder<GzEncoder<File>>)) -> File {
+        use std::io::Seek;
+        let file = tempfile::tempfile().unwrap();
+        let mut builder = tar::Builder::new(GzEncoder::new(file.try_clone().unwrap(), Compression::fast()));
+        build(&mut builder);
+        builder.into_inner().unwrap().finish().unwrap();
+        (&file).seek(io::SeekFrom::Start(0)).unwrap();
+        file
+    }
+
+    /// An entry whose name and target the tar crate itself would refuse to write.
+    fn raw(builder: &mut tar::Builder<GzEncoder<File>>, name: &str, kind: EntryType, target: &str) {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(0);
+        let gnu = header.as_gnu_mut().unwrap();
+        gnu.name[..name.len()].copy_from_slice(name.as_bytes());
+        gnu.linkname[..target.len()].copy_from_slice(target.as_bytes());
+        header.set_cksum();
+        builder.append(&header, io::empty()).unwrap();
+    }
+
+    #[test]
+    fn a_plain_one_passes() {
+        look_through(archive(|builder| {
+            raw(builder, "src/", EntryType::Directory, "");
+            raw(builder, "src/a", EntryType::Regular, "");
+            raw(builder, "src/b", EntryType::Symlink, "../top");
+            raw(builder, "c", EntryType::Link, "src/a");
+        }))
+        .unwrap();
+    }
+
+    #[test]
+    fn hostile_ones_do_not() {
+        let hostile = [
+            ("../a", EntryType::Regular, ""),
+            ("a/../../b", EntryType::Regular, ""),
+            ("/etc/passwd", EntryType::Regular, ""),
+            ("link", EntryType::Symlink, "/etc"),
+            ("a/link", EntryType::Symlink, "../../etc"),
+            ("link", EntryType::Link, "../etc/passwd"),
+            ("device", EntryType::Char, ""),
+            ("pipe", EntryType::Fifo, ""),
+        ];
+        for (name, kind, target) in hostile {
+            let error = look_through(archive(|builder| raw(builder, name, kind, target))).unwrap_err();
+            assert_eq!(error.code, ErrorCode::ArchiveInvalid, "{name} {kind:?} {target}");
+        }
+    }
+
+    #[test]
+    fn neither_do_nonsense_bombs_and_nothing() {
+        use std::io::Seek;
+        let nonsense = tempfile::tempfile().unwrap();
+        (&nonsense).write_all(b"not a gzip file").unwrap();
+        (&nonsense).seek(io::SeekFrom::Start(0)).unwrap();
+        assert!(look_through(nonsense).is_err());
+        assert!(look_through(archive(|_| {})).is_err());
+        let bomb = archive(|builder| {
+            let mut header = Header::new_gnu();
+            header.set_path("big").unwrap();
+            header.set_size(MAX_UNPACKED + 1);
+            header.set_cksum();
+            builder.append(&header, io::empty()).unwrap();
+        });
+        assert!(look_through(bomb).is_err());
+    }
+
+    #[test]
+    fn an_id_is_no_path() {
+        assert!(check(Path::new("/"), "ar-../../etc/passwd").is_err());
+        assert!(check(Path::new("/"), "etc/passwd").is_err());
+    }
+}

@@ -1,0 +1,159 @@
+//! Ports with URLs. A map in memory, in step with the store, answers the proxy without a query.
+
+use std::collections::HashMap;
+
+use heyvm_api::{
+    ApiError, ErrorCode, names,
+    sandbox::{BindRequest, BoundPort, Endpoint, Status},
+};
+use heyvm_store::EndpointRow;
+use heyvm_vm::agent::{DialError, PortStream};
+use rand::Rng;
+
+use crate::{ControlPlane, errors, not_running};
+
+/// Letters and digits that nobody confuses; ten of them are 50 bits that nobody guesses.
+const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+const SUBDOMAIN_LENGTH: usize = 10;
+
+/// Why a port could not be reached through its URL.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// No endpoint has this subdomain.
+    #[error("no sandbox has this address")]
+    UnknownSubdomain,
+    /// The sandbox is there, but its VM is not running.
+    #[error("the sandbox is {0}")]
+    NotRunning(String),
+    /// Nothing listens on the port.
+    #[error("nothing listens on port {0} in the sandbox")]
+    NothingListens(u16),
+    /// The agent does not answer.
+    #[error("the sandbox does not answer: {0}")]
+    Unreachable(String),
+}
+
+impl ControlPlane {
+    /// Gives a port a URL. Binding a bound port gives the same URL.
+    pub async fn bind(&self, who: &str, request: BindRequest) -> Result<BoundPort, ApiError> {
+        let port = names::check_port(request.port)?;
+        if request.is_public == Some(false) {
+            return Err(ApiError::new(
+                ErrorCode::Unsupported,
+                "private endpoints need accounts, which this version does not have",
+            )
+            .hint("leave --private out"));
+        }
+        let record = self.find(who)?.snapshot();
+        if record.status == Status::Removed {
+            return Err(not_running(&record));
+        }
+        self.bind_port(&record.id, port).await?;
+        let bound = self.bound(&record.id).into_iter().find(|bound| bound.endpoint.port == port);
+        bound.ok_or_else(|| ApiError::new(ErrorCode::PortNotBound, format!("port {port} was unbound at the same time")))
+    }
+
+    pub(crate) async fn bind_port(&self, id: &str, port: u16) -> Result<(), ApiError> {
+        if self.rows_of(id).iter().any(|row| row.port == port) {
+            return Ok(());
+        }
+        let row = EndpointRow { subdomain: subdomain(), sandbox_id: id.to_owned(), port };
+        match self.store.add_endpoint(&row, chrono::Utc::now().timestamp_millis()).await {
+            // Bound by another request at the same time.
+            Err(heyvm_store::Error::Exists) => {}
+            other => other.map_err(errors::store)?,
+        }
+        self.reload_endpoints().await
+    }
+
+    /// Takes a port's URL away.
+    pub async fn unbind(&self, who: &str, port: i64) -> Result<(), ApiError> {
+        let port = names::check_port(port)?;
+        let record = self.find(who)?.snapshot();
+        if !self.store.remove_endpoint(&record.id, port).await.map_err(errors::store)? {
+            return Err(ApiError::new(ErrorCode::PortNotBound, format!("port {port} of {} is not bound", record.name))
+                .hint(format!("heyvm get {} shows the bound ports", record.name)));
+        }
+        self.reload_endpoints().await
+    }
+
+    pub(crate) async fn unbind_all(&self, id: &str) {
+        let removed = self.store.remove_endpoints(id).await.map_err(errors::store);
+        if let (Err(error), _) | (_, Err(error)) = (removed, self.reload_endpoints().await) {
+            tracing::error!(%error, id, "URLs could not be removed");
+        }
+    }
+
+    /// The bound ports.
+    pub async fn endpoints(&self, who: &str) -> Result<Vec<BoundPort>, ApiError> {
+        Ok(self.bound(&self.find(who)?.record().id.clone()))
+    }
+
+    fn bound(&self, id: &str) -> Vec<BoundPort> {
+        let sandbox_id = id.to_owned();
+        self.urls_of(id).into_iter().map(|endpoint| BoundPort { endpoint, sandbox_id: sandbox_id.clone() }).collect()
+    }
+
+    pub(crate) fn urls_of(&self, id: &str) -> Vec<Endpoint> {
+        self.rows_of(id).into_iter().map(|row| self.url(&row)).collect()
+    }
+
+    pub(crate) fn rows_of(&self, id: &str) -> Vec<EndpointRow> {
+        let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut rows: Vec<_> = endpoints.values().filter(|row| row.sandbox_id == id).cloned().collect();
+        let order = self.find(id).map(|sandbox| sandbox.record().open_ports.clone()).unwrap_or_default();
+        rows.sort_by_key(|row| (order.iter().position(|port| *port == row.port).unwrap_or(usize::MAX), row.port));
+        rows
+    }
+
+    fn url(&self, row: &EndpointRow) -> Endpoint {
+        let hostname = format!("{}.{}", row.subdomain, self.config.base_domain);
+        let port = match (self.config.url_scheme.as_str(), self.config.url_port) {
+            ("http", 80) | ("https", 443) => String::new(),
+            (_, port) => format!(":{port}"),
+        };
+        let url = format!("{}://{hostname}{port}", self.config.url_scheme);
+        Endpoint { subdomain: row.subdomain.clone(), hostname, url, port: row.port, is_public: true }
+    }
+
+    pub(crate) async fn reload_endpoints(&self) -> Result<(), ApiError> {
+        let rows = self.store.endpoints().await.map_err(errors::store)?;
+        let map: HashMap<_, _> = rows.into_iter().map(|row| (row.subdomain.clone(), row)).collect();
+        *self.endpoints.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = map;
+        Ok(())
+    }
+
+    /// A byte stream to the port behind a subdomain: the edge proxy's way in.
+    pub async fn connect(&self, subdomain: &str) -> Result<Box<dyn PortStream>, ConnectError> {
+        let row = {
+            let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+            endpoints.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?
+        };
+        let sandbox = self.find(&row.sandbox_id).map_err(|_| ConnectError::UnknownSubdomain)?;
+        let Some(vm) = sandbox.vm() else {
+            let status = serde_json::to_value(sandbox.record().status).unwrap_or_default();
+            return Err(ConnectError::NotRunning(status.as_str().unwrap_or("not running").to_owned()));
+        };
+        vm.agent().dial(row.port).await.map_err(|error| match error {
+            DialError::NothingListens(port) => ConnectError::NothingListens(port),
+            DialError::Agent(error) => ConnectError::Unreachable(error.to_string()),
+        })
+    }
+}
+
+fn subdomain() -> String {
+    let mut random = rand::rng();
+    (0..SUBDOMAIN_LENGTH).map(|_| char::from(LETTERS[random.random_range(0..LETTERS.len())])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subdomains_are_labels_and_differ() {
+        let (one, other) = (subdomain(), subdomain());
+        assert_ne!(one, other);
+        names::check_slug(&one).unwrap();
+    }
+}

@@ -1,0 +1,92 @@
+//! Failures of the parts below, as the outside is told of them: one place for code, sentence and hint.
+
+use heyvm_api::{ApiError, ErrorCode};
+
+/// The store failed: the log has why, the caller has no use for it.
+pub fn store(error: heyvm_store::Error) -> ApiError {
+    match error {
+        heyvm_store::Error::NameTaken => ApiError::new(ErrorCode::NameTaken, "a living sandbox has this name or slug")
+            .hint("use another name, remove the other sandbox, or deploy with --replace"),
+        other => internal(&other),
+    }
+}
+
+/// A failure that is ours.
+pub fn internal(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    tracing::error!(error = with_sources(error), "internal error");
+    ApiError::new(ErrorCode::Internal, with_sources(error)).hint("the daemon's log has the details")
+}
+
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
+}
+
+/// The VM did not do as it should.
+pub fn vm(error: heyvm_vm::Error) -> ApiError {
+    use heyvm_vm::Error;
+    match error {
+        Error::HostNotReady { what, hint } => ApiError::new(ErrorCode::HostNotReady, what).hint(hint),
+        Error::OutOfResources { what } => out_of(&what),
+        Error::Boot { what, console_tail } => ApiError::new(ErrorCode::VmFailed, format!("the VM {what}"))
+            .hint("try again; `heyvm doctor` says whether this host is fit")
+            .log_tail(console_tail),
+        Error::Unreachable(why) => {
+            ApiError::new(ErrorCode::SandboxUnreachable, format!("the sandbox's agent does not answer: {why}"))
+                .hint("heyvm restart brings a sandbox back that does not answer")
+        }
+        other => internal(&other),
+    }
+}
+
+/// An image could not be had.
+pub fn image(error: heyvm_images::Error) -> ApiError {
+    use heyvm_images::Error;
+    match error {
+        Error::NotFound(name) => ApiError::new(ErrorCode::ImageNotFound, format!("no image {name} here"))
+            .hint("heyvm images lists those here; heyvm pull or heyvm images import brings others"),
+        Error::Registry { name, why } => ApiError::new(ErrorCode::RegistryUnavailable, format!("no registry gave {name}: {why}"))
+            .hint("name a mirror or credentials under [registries] in config.toml, or: heyvm images import FILE"),
+        Error::Invalid(why) => ApiError::new(ErrorCode::ImageInvalid, why),
+        Error::HostNotReady { what, hint } => ApiError::new(ErrorCode::HostNotReady, what).hint(hint),
+        Error::OutOfResources(what) => out_of(what),
+        other => internal(&other),
+    }
+}
+
+/// A call to a sandbox's agent failed. The guest writes the message: it is cut and stripped.
+pub fn agent(status: &tonic::Status) -> ApiError {
+    use tonic::Code;
+    let text: String = status.message().chars().filter(|c| !c.is_control()).take(300).collect();
+    match status.code() {
+        Code::NotFound => ApiError::new(ErrorCode::FileNotFound, text),
+        Code::AlreadyExists => ApiError::new(ErrorCode::FileConflict, text),
+        Code::InvalidArgument => ApiError::new(ErrorCode::InvalidArgument, text),
+        Code::ResourceExhausted => {
+            ApiError::new(ErrorCode::OutOfResources, text).hint("a larger --disk-size-gb gives more room")
+        }
+        Code::PermissionDenied => ApiError::new(ErrorCode::Forbidden, text),
+        _ => ApiError::new(ErrorCode::SandboxUnreachable, format!("the sandbox's agent failed: {text}"))
+            .hint("heyvm get says whether the sandbox still runs"),
+    }
+}
+
+/// The host cannot give what is needed.
+pub fn out_of(what: &str) -> ApiError {
+    ApiError::new(ErrorCode::OutOfResources, format!("the host is out of {what}"))
+        .hint("heyvm list --all shows what can be removed")
+}
+
+/// A file operation on the host failed.
+pub fn io(doing: &str, error: &std::io::Error) -> ApiError {
+    if error.kind() == std::io::ErrorKind::StorageFull {
+        return out_of("disk space");
+    }
+    tracing::error!(%error, doing, "file operation failed");
+    ApiError::new(ErrorCode::Internal, format!("{doing}: {error}")).hint("the daemon's log has the details")
+}

@@ -1,0 +1,131 @@
+//! Images and the host's fitness, as the API tells of them.
+
+use chrono::{TimeZone, Utc};
+use heyvm_api::{
+    ApiError, ErrorCode,
+    images::{ImageInfo, ImportRequest, PullRequest},
+    sandbox::{CreateRequest, Status},
+    system::{Check, CheckStatus, DoctorReport},
+};
+use heyvm_images::Image;
+
+use crate::{ControlPlane, ProgressSink, errors, tell, validate};
+
+/// Less than this under the home makes sandboxes fail before long.
+const LOW_DISK: u64 = 2 << 30;
+
+impl ControlPlane {
+    fn image_info(&self, image: &Image) -> ImageInfo {
+        let stands_in = self.images.get(&self.config.default_image).is_none() && image.source == "packages";
+        ImageInfo {
+            name: image.name.clone(),
+            digest: image.digest.clone(),
+            size_bytes: image.size_bytes,
+            created_at: Utc.timestamp_opt(image.created_at, 0).single().unwrap_or_default(),
+            source: image.source.clone(),
+            is_default: image.name == self.config.default_image || stands_in,
+        }
+    }
+
+    /// Images here.
+    pub async fn images(&self) -> Result<Vec<ImageInfo>, ApiError> {
+        Ok(self.images.list().iter().map(|image| self.image_info(image)).collect())
+    }
+
+    /// Fetches an image from its registry.
+    pub async fn pull_image(&self, request: PullRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
+        tell(&progress, "image", "pulling");
+        let image = self.images.pull(&request.image, self.forward(&progress, "image")).await.map_err(errors::image)?;
+        Ok(self.image_info(&image))
+    }
+
+    /// Takes an image from a file on this machine.
+    pub async fn import_image(&self, request: ImportRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
+        tell(&progress, "image", "importing");
+        let path = std::path::PathBuf::from(&request.path);
+        let forward = self.forward(&progress, "image");
+        let image = self.images.import(&path, request.name.as_deref(), forward).await.map_err(errors::image)?;
+        Ok(self.image_info(&image))
+    }
+
+    /// Removes an image that no sandbox runs.
+    pub async fn remove_image(&self, name: &str) -> Result<(), ApiError> {
+        let users = self.all().into_iter().map(|sandbox| sandbox.snapshot());
+        if let Some(user) = users.into_iter().find(|record| record.image == name && record.status != Status::Removed) {
+            return Err(ApiError::new(ErrorCode::InvalidState, format!("sandbox {} runs image {name}", user.name))
+                .hint(format!("heyvm rm {} first", user.name)));
+        }
+        self.images.remove(name).map_err(errors::image)
+    }
+
+    /// Takes a guest kernel from an unpacked package.
+    pub async fn import_kernel(&self, tree: &std::path::Path) -> Result<String, ApiError> {
+        self.images.import_kernel(tree).map_err(errors::image)
+    }
+
+    /// Makes sure that kernel, default image and the small template are there.
+    pub async fn prepare_default(&self, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
+        let record = validate::record(&CreateRequest::default(), &self.config)?;
+        let sandbox = crate::Sandbox::new(record);
+        let spec = self.default_spec(&sandbox.snapshot(), &progress).await?;
+        self.driver.prepare(&spec, self.forward(&progress, "template")).await.map_err(errors::vm)?;
+        Ok(self.image_info(&spec.image))
+    }
+
+    /// Checks of the host.
+    pub async fn doctor(&self) -> Result<DoctorReport, ApiError> {
+        let mut checks: Vec<Check> = self.driver.doctor().await.into_iter().map(check).collect();
+        checks.push(match self.images.kernel().await {
+            Ok(kernel) => ok("kernel", format!("guest kernel {}", kernel.version)),
+            Err(error) => failed("kernel", errors::image(error)),
+        });
+        checks.push(match self.images.list().as_slice() {
+            [] => Check {
+                name: "image".into(),
+                status: CheckStatus::Warn,
+                message: "no image yet: the first sandbox has to wait for one".into(),
+                hint: Some("heyvm images prepare fetches or builds the default one".into()),
+            },
+            all => ok("image", all.iter().map(|image| image.name.as_str()).collect::<Vec<_>>().join(", ")),
+        });
+        checks.push(self.disk_space());
+        let acceleration = checks.iter().find(|check| check.name == "acceleration");
+        let kvm = acceleration.is_some_and(|check| check.message.starts_with("kvm"));
+        Ok(DoctorReport {
+            ok: checks.iter().all(|check| check.status != CheckStatus::Fail),
+            acceleration: if kvm { "kvm" } else { "tcg" }.into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            checks,
+        })
+    }
+
+    fn disk_space(&self) -> Check {
+        match nix::sys::statvfs::statvfs(&self.config.home) {
+            Ok(space) => {
+                let free = space.blocks_available() * space.fragment_size();
+                let message = format!("{:.1} GiB free", free as f64 / (1_u64 << 30) as f64);
+                let hint = "remove sandboxes (heyvm list --all) or images, or point HEYO_HOME to a larger disk";
+                let status = if free < LOW_DISK { CheckStatus::Warn } else { CheckStatus::Ok };
+                Check { name: "disk".into(), status, message, hint: (free < LOW_DISK).then(|| hint.into()) }
+            }
+            Err(error) => failed("disk", errors::io("looking at the disk", &error.into())),
+        }
+    }
+}
+
+fn ok(name: &str, message: String) -> Check {
+    Check { name: name.into(), status: CheckStatus::Ok, message, hint: None }
+}
+
+fn failed(name: &str, error: ApiError) -> Check {
+    Check { name: name.into(), status: CheckStatus::Fail, message: error.message, hint: error.hint }
+}
+
+fn check(check: heyvm_vm::HostCheck) -> Check {
+    let status = match check.status {
+        heyvm_vm::CheckStatus::Ok => CheckStatus::Ok,
+        heyvm_vm::CheckStatus::Warn => CheckStatus::Warn,
+        heyvm_vm::CheckStatus::Fail => CheckStatus::Fail,
+    };
+    Check { name: check.name.into(), status, message: check.message, hint: check.hint }
+}

@@ -1,0 +1,177 @@
+//! What is known of one sandbox, as it stands in the store, and where it can go from there.
+//!
+//! ```text
+//!              create                      stop             (VM ended in order)
+//!  (nothing) ─────────▶ provisioning ─▶ running ─▶ stopping ─────────▶ stopped
+//!                         │    ▲           │                             │  │
+//!                         │    └── start ──┼──────────── start ──────────┘  │
+//!           a step failed │                │ guest panic, out of memory, …  │
+//!                         ▼                ▼                                │
+//!                      removed ◀──────  failed ── start ─▶ provisioning     │
+//!                         ▲                │                                │
+//!                         └── rm, ttl, replaced: from every state ──────────┘
+//! ```
+//! Removed ones are told of for a day, then forgotten.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, TimeZone, Utc};
+use heyvm_api::sandbox::{CreateRequest, Endpoint, Reason, ReasonCode, SandboxInfo, SizeClass, Status};
+use heyvm_store::SandboxRow;
+use serde::{Deserialize, Serialize};
+
+/// One sandbox.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// A UUID.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Its slug.
+    pub slug: String,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Built to take another one's place, and does not hold its name yet.
+    pub waiting_to_replace: bool,
+    /// The image it runs, once that is known.
+    pub image: String,
+    /// The image that was asked for, where it is another.
+    pub image_requested: Option<String>,
+    /// Its region.
+    pub region: String,
+    /// Its size.
+    pub size_class: SizeClass,
+    /// Its disk.
+    pub disk_gib: u32,
+    /// The archive it was made from.
+    pub archive_id: Option<String>,
+    /// When it was asked for.
+    pub created_at: DateTime<Utc>,
+    /// When its status last changed.
+    pub status_changed_at: DateTime<Utc>,
+    /// When its VM was last started.
+    pub started_at: Option<DateTime<Utc>>,
+    /// Seconds from its creation to its end.
+    pub ttl_seconds: Option<i64>,
+    /// Environment of every command.
+    pub env_vars: BTreeMap<String, String>,
+    /// Environment the image brings along.
+    pub image_env: Vec<(String, String)>,
+    /// What it is there for.
+    pub start_command: Option<String>,
+    /// Where commands run.
+    pub working_directory: String,
+    /// What ran before the start command.
+    pub setup_hooks: Vec<String>,
+    /// What tells that it is ready.
+    pub health_path: Option<String>,
+    /// How long that may take, in milliseconds.
+    pub health_timeout_ms: u64,
+    /// Ports whose readiness counts, in the order asked for.
+    pub open_ports: Vec<u16>,
+    /// Why it does not run.
+    pub reason: Option<Reason>,
+    /// What was done otherwise than asked for.
+    pub warnings: Vec<String>,
+    /// How much of the start command's output is in the log.
+    pub log_offset: u64,
+    /// Whether it has been running before: then its disk is kept when a start fails.
+    pub has_run: bool,
+}
+
+impl Record {
+    /// Whether it holds its name against others.
+    pub fn is_living(&self) -> bool {
+        matches!(self.status, Status::Provisioning | Status::Running | Status::Stopping)
+    }
+
+    /// Whether its making is behind it.
+    pub fn started_before(&self) -> bool {
+        self.has_run
+    }
+
+    /// When it is to be removed.
+    pub fn expires_at(&self) -> Option<DateTime<Utc>> {
+        let ttl = chrono::Duration::try_seconds(self.ttl_seconds?)?;
+        self.created_at.checked_add_signed(ttl)
+    }
+
+    /// Moves on, with the reason where it no longer runs.
+    pub fn enter(&mut self, status: Status, reason: Option<Reason>) {
+        self.status = status;
+        self.reason = reason;
+        self.status_changed_at = Utc::now();
+        self.has_run |= status == Status::Running;
+        if status != Status::Running {
+            self.started_at = None;
+        }
+    }
+
+    /// As the store keeps it.
+    pub fn row(&self) -> SandboxRow {
+        SandboxRow {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            slug: self.slug.clone(),
+            living: self.is_living() && !self.waiting_to_replace,
+            removed: self.status == Status::Removed,
+            created_at: self.created_at.timestamp_millis(),
+            changed_at: self.status_changed_at.timestamp_millis(),
+            expires_at: self.expires_at().map(|at| at.timestamp_millis()),
+            data: serde_json::to_string(self).unwrap_or_default(),
+        }
+    }
+
+    /// From the store; `None` for a row that an other version has written.
+    pub fn from_row(row: &SandboxRow) -> Option<Self> {
+        serde_json::from_str(&row.data).ok()
+    }
+
+    /// As the API tells of it.
+    pub fn info(&self, urls: Vec<Endpoint>) -> SandboxInfo {
+        let uptime = self.started_at.map_or(0, |at| (Utc::now() - at).num_seconds().max(0).unsigned_abs());
+        SandboxInfo {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            slug: self.slug.clone(),
+            status: self.status,
+            image: self.image.clone(),
+            image_requested: self.image_requested.clone(),
+            backend_type: "qemu".into(),
+            region: self.region.clone(),
+            size_class: self.size_class,
+            disk_size_gb: self.disk_gib,
+            is_deployed: self.archive_id.is_some(),
+            archive_id: self.archive_id.clone(),
+            created_at: self.created_at,
+            status_changed_at: self.status_changed_at,
+            uptime_secs: uptime,
+            ttl_seconds: self.ttl_seconds,
+            expires_at: self.expires_at(),
+            env_vars: self.env_vars.clone(),
+            start_command: self.start_command.clone(),
+            working_directory: self.working_directory.clone(),
+            setup_hooks: self.setup_hooks.clone(),
+            error_message: self.reason.as_ref().map(|reason| reason.message.clone()),
+            reason: self.reason.clone(),
+            urls,
+            warnings: self.warnings.clone(),
+        }
+    }
+}
+
+/// A reason without anything beside its sentence.
+pub fn reason(code: ReasonCode, message: impl Into<String>) -> Reason {
+    Reason { code, message: message.into(), exit_code: None, log_tail: Vec::new() }
+}
+
+/// A moment from the store's milliseconds.
+pub fn moment(milliseconds: i64) -> DateTime<Utc> {
+    Utc.timestamp_millis_opt(milliseconds).single().unwrap_or_default()
+}
+
+/// The request without what does not make two of them different: for idempotency keys.
+pub fn fingerprint(request: &CreateRequest) -> String {
+    use sha2::{Digest, Sha256};
+    hex::encode(Sha256::digest(serde_json::to_vec(request).unwrap_or_default()))
+}

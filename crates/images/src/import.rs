@@ -1,0 +1,188 @@
+//! Images from files: `docker save` tars, OCI layouts (directory or tar) and root tars, told apart by what is in them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    Error, ImageConfig, Progress,
+    layers::{self, Budget},
+};
+
+/// Layer files, bottom first, with what the image says about itself.
+pub struct Parts {
+    /// Paths of the layers.
+    pub layers: Vec<PathBuf>,
+    /// Environment and directory.
+    pub config: ImageConfig,
+    /// The name it has in its archive.
+    pub name: Option<String>,
+    /// Digest of its manifest.
+    pub digest: Option<String>,
+}
+
+/// Finds the parts; a tar is unpacked to `work`, unless it is a root tar, which is its own only layer.
+pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Error> {
+    if !path.exists() {
+        return Err(Error::NotFound(path.display().to_string()));
+    }
+    if path.is_dir() {
+        return open_dir(path);
+    }
+    if !is_bundle(path)? {
+        return Ok(Parts { layers: vec![path.to_owned()], config: ImageConfig::default(), name: None, digest: None });
+    }
+    progress("unpacking the archive", None, None);
+    let dir = work.join("bundle");
+    fs::create_dir(&dir).map_err(Error::io("making", &dir))?;
+    layers::apply(path, &dir, &mut Budget::default())?;
+    open_dir(&dir)
+}
+
+/// Whether a tar holds an image in layers rather than a root.
+fn is_bundle(path: &Path) -> Result<bool, Error> {
+    let mut archive = tar::Archive::new(layers::open(path)?);
+    let not_tar = |error: std::io::Error| Error::invalid(format!("{} is no tar: {error}", path.display()));
+    let (mut root, mut seen) = (false, false);
+    for entry in archive.entries().map_err(not_tar)? {
+        let entry = entry.map_err(not_tar)?;
+        seen = true;
+        let name =
+            entry.path().map_err(not_tar)?.to_string_lossy().trim_start_matches("./").trim_end_matches('/').to_owned();
+        match name.as_str() {
+            "manifest.json" | "oci-layout" | "index.json" => return Ok(true),
+            "bin" | "usr" | "etc" | "sbin" | "lib" => root = true,
+            _ if name.starts_with("usr/") || name.starts_with("bin/") || name.starts_with("etc/") => root = true,
+            _ => {}
+        }
+        if root {
+            return Ok(false);
+        }
+    }
+    if seen {
+        Err(Error::invalid(format!("{} holds neither an image nor a root", path.display())))
+    } else {
+        Err(Error::invalid(format!("{} is empty", path.display())))
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DockerManifest {
+    config: String,
+    #[serde(default)]
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Descriptor {
+    digest: String,
+    #[serde(default)]
+    annotations: std::collections::BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    manifests: Vec<Descriptor>,
+}
+
+#[derive(Deserialize)]
+struct Manifest {
+    config: Descriptor,
+    layers: Vec<Descriptor>,
+}
+
+#[derive(Deserialize, Default)]
+struct Config {
+    #[serde(default)]
+    config: Option<RunConfig>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "PascalCase")]
+struct RunConfig {
+    #[serde(default)]
+    env: Option<Vec<String>>,
+    #[serde(default)]
+    working_dir: Option<String>,
+}
+
+/// What an image's configuration says about running it. Format: OCI image specification, "config".
+pub fn config_from(bytes: &[u8]) -> Result<ImageConfig, Error> {
+    let config: Config =
+        serde_json::from_slice(bytes).map_err(|error| Error::invalid(format!("the image's configuration: {error}")))?;
+    let run = config.config.unwrap_or_default();
+    let env = run.env.unwrap_or_default();
+    Ok(ImageConfig {
+        env: env.iter().filter_map(|v| v.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect(),
+        working_dir: run.working_dir.filter(|dir| !dir.is_empty()),
+    })
+}
+
+fn open_dir(dir: &Path) -> Result<Parts, Error> {
+    if dir.join("index.json").is_file() { open_layout(dir) } else { open_docker(dir) }
+}
+
+fn open_docker(dir: &Path) -> Result<Parts, Error> {
+    let manifests: Vec<DockerManifest> = json(&dir.join("manifest.json"))?;
+    let manifest = manifests.into_iter().next().ok_or_else(|| Error::invalid("the archive holds no image"))?;
+    let config = config_from(&read(&within(dir, &manifest.config)?)?)?;
+    let layers = manifest.layers.iter().map(|layer| within(dir, layer)).collect::<Result<_, _>>()?;
+    let name = manifest.repo_tags.unwrap_or_default().into_iter().next();
+    Ok(Parts { layers, config, name, digest: None })
+}
+
+fn open_layout(dir: &Path) -> Result<Parts, Error> {
+    let index: Index = json(&dir.join("index.json"))?;
+    let first = index.manifests.into_iter().next().ok_or_else(|| Error::invalid("the layout holds no image"))?;
+    let name = first.annotations.get("org.opencontainers.image.ref.name").cloned();
+    let bytes = read(&blob(dir, &first.digest)?)?;
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|error| Error::invalid(format!("the layout's manifest: {error}")))?;
+    let config = config_from(&read(&blob(dir, &manifest.config.digest)?)?)?;
+    let layers = manifest.layers.iter().map(|layer| blob(dir, &layer.digest)).collect::<Result<_, _>>()?;
+    Ok(Parts { layers, config, name, digest: Some(first.digest) })
+}
+
+/// A blob of a layout, whose bytes are what its name says.
+fn blob(dir: &Path, digest: &str) -> Result<PathBuf, Error> {
+    let hex =
+        digest.strip_prefix("sha256:").filter(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()));
+    let hex = hex.ok_or_else(|| Error::invalid(format!("{digest:?} is no digest")))?;
+    let path = dir.join("blobs/sha256").join(hex);
+    verify(&path, digest)?;
+    Ok(path)
+}
+
+/// Whether a file's bytes have the digest they should.
+pub fn verify(path: &Path, digest: &str) -> Result<(), Error> {
+    let mut file = fs::File::open(path).map_err(Error::io("reading", path))?;
+    let mut hash = Sha256::new();
+    std::io::copy(&mut file, &mut hash).map_err(Error::io("reading", path))?;
+    let found = format!("sha256:{}", hex::encode(hash.finalize()));
+    if found == digest { Ok(()) } else { Err(Error::invalid(format!("a blob has digest {found} instead of {digest}"))) }
+}
+
+fn json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    serde_json::from_slice(&read(path)?).map_err(|error| Error::invalid(format!("{}: {error}", path.display())))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    let meta = fs::symlink_metadata(path).map_err(Error::io("reading", path))?;
+    if !meta.is_file() || meta.len() > 16 << 20 {
+        return Err(Error::invalid(format!("{} is no image's metadata", path.display())));
+    }
+    fs::read(path).map_err(Error::io("reading", path))
+}
+
+/// A file of the bundle: real, and inside of it.
+fn within(dir: &Path, name: &str) -> Result<PathBuf, Error> {
+    let real = dir.join(name).canonicalize().map_err(Error::io("looking for", dir.join(name)))?;
+    let base = dir.canonicalize().map_err(Error::io("looking for", dir))?;
+    if real.starts_with(base) { Ok(real) } else { Err(Error::invalid(format!("{name} is outside of the archive"))) }
+}
