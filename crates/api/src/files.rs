@@ -1,7 +1,7 @@
 //! Files in a sandbox.
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// Body of `POST /sandboxes/{id}/files/upload`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -28,7 +28,9 @@ pub struct UploadResponse {
 }
 
 /// Query of download, list and delete.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct FileQuery {
     /// Directory the path is below; `/workspace` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -39,3 +39,18 @@ pub struct ImportRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
+
+/// Body of `POST /kernels/import`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KernelRequest {
+    /// An unpacked kernel package on the daemon's machine, or `/`: holds `boot/vmlinuz-…` and `lib/modules/…`.
+    pub path: String,
+}
+
+/// Answer of `POST /kernels/import`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct KernelInfo {
+    /// For example `6.1.0-35-cloud-amd64`.
+    pub version: String,
+}

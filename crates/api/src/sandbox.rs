@@ -165,6 +165,40 @@ pub struct BindRequest {
     pub is_public: Option<bool>,
 }
 
+/// Body of `POST /sandboxes/{id}/ttl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TtlRequest {
+    /// Seconds from now until it is destroyed; null or absent: never.
+    #[serde(default)]
+    pub ttl_seconds: Option<i64>,
+}
+
+/// Answer of `GET /sandboxes/{id}/wait`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct WaitResponse {
+    /// Whether the port was ready before the deadline.
+    pub ready: bool,
+    /// The port.
+    pub port: u16,
+}
+
+/// Answer of `GET /sandboxes/{id}/logs`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LogsResponse {
+    /// What the start command printed on both streams, in the order of arrival.
+    pub logs: String,
+}
+
+/// One line of the logs as `application/x-ndjson`: a piece of what was printed, not a line of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LogPiece {
+    /// `stdout` or `stderr`.
+    pub stream: String,
+    /// The text; bytes that are not UTF-8 are replaced.
+    pub text: String,
+}
+
 /// A directory of the host in the sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -8,6 +8,9 @@ use utoipa::ToSchema;
 pub struct Health {
     /// `ok`.
     pub status: String,
+    /// heyvm's version.
+    #[serde(default)]
+    pub version: String,
 }
 
 /// What a long call is doing: an event of a `text/event-stream` answer.

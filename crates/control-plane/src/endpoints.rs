@@ -123,18 +123,27 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// A byte stream to the port behind a subdomain: the edge proxy's way in.
+    /// The sandbox and the port behind a subdomain.
+    pub fn route(&self, subdomain: &str) -> Result<(String, u16), ConnectError> {
+        let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let row = endpoints.get(subdomain).ok_or(ConnectError::UnknownSubdomain)?;
+        Ok((row.sandbox_id.clone(), row.port))
+    }
+
+    /// A byte stream to the port behind a subdomain.
     pub async fn connect(&self, subdomain: &str) -> Result<Box<dyn PortStream>, ConnectError> {
-        let row = {
-            let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-            endpoints.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?
-        };
-        let sandbox = self.find(&row.sandbox_id).map_err(|_| ConnectError::UnknownSubdomain)?;
+        let (sandbox_id, port) = self.route(subdomain)?;
+        self.connect_to(&sandbox_id, port).await
+    }
+
+    /// A byte stream to a port of a sandbox: the edge proxy's way in, which keeps connections by sandbox and port.
+    pub async fn connect_to(&self, sandbox_id: &str, port: u16) -> Result<Box<dyn PortStream>, ConnectError> {
+        let sandbox = self.find(sandbox_id).map_err(|_| ConnectError::UnknownSubdomain)?;
         let Some(vm) = sandbox.vm() else {
             let status = serde_json::to_value(sandbox.record().status).unwrap_or_default();
             return Err(ConnectError::NotRunning(status.as_str().unwrap_or("not running").to_owned()));
         };
-        vm.agent().dial(row.port).await.map_err(|error| match error {
+        vm.agent().dial(port).await.map_err(|error| match error {
             DialError::NothingListens(port) => ConnectError::NothingListens(port),
             DialError::Agent(error) => ConnectError::Unreachable(error.to_string()),
         })

@@ -26,7 +26,6 @@ const HTTP2_WINDOW: u32 = 1 << 20;
 
 /// Where a request goes.
 struct Target {
-    subdomain: String,
     route: Route,
     authority: String,
 }
@@ -80,10 +79,9 @@ impl Edge {
             return Err(Refusal::BadRequest("wants a tunnel to elsewhere"));
         }
         let subdomain = host::subdomain(&authority, &self.settings.base_domain)
-            .ok_or(Refusal::NoConnection(crate::ConnectError::UnknownSubdomain))?
-            .to_owned();
-        let route = self.upstreams.route(&subdomain).await?;
-        Ok(Target { subdomain, route, authority })
+            .ok_or(Refusal::NoConnection(crate::ConnectError::UnknownSubdomain))?;
+        let route = self.upstreams.route(subdomain).await?;
+        Ok(Target { route, authority })
     }
 
     async fn in_time<T>(
@@ -146,7 +144,7 @@ impl Edge {
     }
 
     async fn stream(&self, target: &Target) -> Result<TokioIo<Box<dyn ByteStream>>, Refusal> {
-        Ok(TokioIo::new(self.upstreams.connect(&target.subdomain, &target.route).await?))
+        Ok(TokioIo::new(self.upstreams.connect(&target.route).await?))
     }
 
     async fn connect1(&self, target: &Target) -> Result<Sender1, Refusal> {

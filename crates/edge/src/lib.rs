@@ -59,8 +59,8 @@ pub enum ConnectError {
 pub trait Upstreams: Send + Sync + 'static {
     /// Where the subdomain leads now. Asked for every request.
     async fn route(&self, subdomain: &str) -> Result<Route, ConnectError>;
-    /// A new connection to where the subdomain leads, which must be `route`.
-    async fn connect(&self, subdomain: &str, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError>;
+    /// A new connection to a route.
+    async fn connect(&self, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError>;
 }
 
 /// Limits and time-outs.

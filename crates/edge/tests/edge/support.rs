@@ -52,8 +52,12 @@ impl Upstreams for Sandboxes {
         }
     }
 
-    async fn connect(&self, subdomain: &str, _: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {
-        let place = self.places.lock().unwrap().get(subdomain).cloned();
+    async fn connect(&self, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {
+        let leads_there = |place: &&Place| match place {
+            Place::At(address, sandbox) => *sandbox == route.sandbox && address.port() == route.port,
+            Place::Fails(error) => *error == ConnectError::NothingListens(route.port),
+        };
+        let place = self.places.lock().unwrap().values().find(leads_there).cloned();
         match place {
             Some(Place::At(address, _)) => {
                 self.connections.fetch_add(1, Ordering::SeqCst);
