@@ -15,8 +15,9 @@ const NONCE: usize = 32;
 pub const LEN: usize = MAGIC.len() + NONCE + 1;
 /// More stale bytes than this before a hello mean that the other end is not speaking this protocol.
 const MAX_STALE: usize = 64 << 20;
-/// A guest that was busy with an old conversation has found out by then.
-const AGAIN_AFTER: Duration = Duration::from_millis(200);
+/// A guest that is busy with the end of an old conversation swallows the first hello; it is said again after this and
+/// then after twice as long each time, up to the second figure.
+const AGAIN_AFTER: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(640)];
 
 /// Host side: sends the hello with `nonce` (32 hex digits) and discards everything up to the guest's echo of it.
 ///
@@ -27,12 +28,14 @@ pub async fn greet<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, nonce: &st
     let (mut reader, mut writer) = tokio::io::split(stream);
     let echo = next_line(&mut reader, |candidate| candidate == line);
     tokio::pin!(echo);
+    let [mut patience, longest] = AGAIN_AFTER;
     loop {
         writer.write_all(&line).await?;
         writer.flush().await?;
-        if let Ok(echoed) = tokio::time::timeout(AGAIN_AFTER, &mut echo).await {
+        if let Ok(echoed) = tokio::time::timeout(patience, &mut echo).await {
             return echoed.map(drop);
         }
+        patience = longest.min(2 * patience);
     }
 }
 

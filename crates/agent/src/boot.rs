@@ -29,7 +29,8 @@ use crate::{console, personalize::network};
 
 /// The cgroup that everything but the agent lives in.
 pub const SANDBOX_CGROUP: &str = "/sys/fs/cgroup/sandbox";
-/// Processes and threads of a sandbox, at most: a fork bomb ends here.
+/// Processes and threads of a sandbox, at most, and a quarter of what the kernel would allow for so much memory: a fork
+/// bomb ends here and leaves memory to the others.
 const MAX_TASKS: u64 = 4096;
 /// Descriptors that a program starts with the right to, and that it may ask for.
 const OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
@@ -57,6 +58,8 @@ pub fn boot() -> io::Result<Booted> {
     mount(Some("/dev/vda"), "/ro", Some("erofs"), MsFlags::MS_RDONLY, None::<&str>).map_err(named("/ro"))?;
     mount_the_rest(quiet)?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1)?;
+    // Each session gets its share of the processor, however many processes it has: a fork bomb does not starve us.
+    let _ = fs::write("/proc/sys/kernel/sched_autogroup_enabled", "1");
     network::prepare();
     let cgroup = make_cgroup().inspect_err(|error| console::say(format_args!("no limit on processes: {error}"))).ok();
     Ok(Booted { port: find_port()?, cgroup })
@@ -111,7 +114,7 @@ fn make_cgroup() -> io::Result<OwnedFd> {
     fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+pids")?;
     fs::create_dir_all(SANDBOX_CGROUP)?;
     let threads = fs::read_to_string("/proc/sys/kernel/threads-max")?.trim().parse().unwrap_or(MAX_TASKS);
-    fs::write(format!("{SANDBOX_CGROUP}/pids.max"), MAX_TASKS.min(threads / 2).to_string())?;
+    fs::write(format!("{SANDBOX_CGROUP}/pids.max"), MAX_TASKS.min(threads / 4).to_string())?;
     Ok(File::options().read(true).custom_flags(O_DIRECTORY).open(SANDBOX_CGROUP)?.into())
 }
 

@@ -1,6 +1,6 @@
 //! heyvm-agent: process 1 of every guest.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use heyvm_agent::{Reaper, boot, connection, console, port, service::Service};
 
@@ -10,33 +10,42 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     console::report_panics();
-    match boot::boot().and_then(|booted| runtime()?.block_on(run(booted))) {
-        Ok(never) => match never {},
+    match boot::boot().and_then(|booted| Ok((booted, runtime()?))) {
+        Ok((booted, runtime)) => runtime.block_on(run(booted)),
         Err(error) => {
             // The kernel panics now, and the host finds these words on the console.
-            console::say(format_args!("cannot go on: {error}"));
+            console::say(format_args!("cannot boot: {error}"));
             ExitCode::FAILURE
         }
     }
 }
+
+/// A port that cannot be opened is tried again after this.
+const PORT_RETRY: Duration = Duration::from_secs(1);
 
 /// One thread for everything; others come and go with calls that read and write files.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(32)
-        .thread_keep_alive(std::time::Duration::from_secs(1))
+        .thread_keep_alive(Duration::from_secs(1))
         .build()
 }
 
-async fn run(booted: boot::Booted) -> std::io::Result<std::convert::Infallible> {
+async fn run(booted: boot::Booted) -> ! {
     let reaper = Reaper::new(true);
     tokio::spawn(Arc::clone(&reaper).run());
     let service = Arc::new(Service::new(reaper, booted.cgroup));
     console::say(format_args!("ready"));
     loop {
-        let stream = port::wait_for_host(&booted.port).await?;
-        // A connection that breaks is the host's business; it comes again.
-        let _ = tokio::spawn(connection::serve(stream, Arc::clone(&service))).await;
+        match port::wait_for_host(&booted.port).await {
+            // A connection that breaks is the host's business; it comes again.
+            Ok(stream) => drop(tokio::spawn(connection::serve(stream, Arc::clone(&service))).await),
+            // Not while the guest is on its way out, and nothing to die of at any other time.
+            Err(error) => {
+                console::say(format_args!("{}: {error}", booted.port.display()));
+                tokio::time::sleep(PORT_RETRY).await;
+            }
+        }
     }
 }

@@ -254,8 +254,11 @@ impl Problem {
     }
 }
 
-/// The path without `.`; an error for one that is absolute or has `..` in it.
+/// The path without `.`; an error for one that is absolute, has `..` in it or is longer than the kernel takes.
 fn inside(path: &Path) -> Result<PathBuf, Status> {
+    if path.as_os_str().len() >= nix::libc::PATH_MAX as usize {
+        return Err(Status::invalid_argument("a name in the archive is too long"));
+    }
     let mut plain = PathBuf::new();
     for part in path.components() {
         match part {

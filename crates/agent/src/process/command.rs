@@ -116,6 +116,9 @@ fn environment(
 fn directory(start: &ExecStart, sandbox: &Sandbox, session: Option<&Session>) -> String {
     let usual = session.map_or(sandbox.working_dir.as_str(), |session| &session.cwd);
     let usual = if usual.is_empty() { "/" } else { usual };
+    if start.cwd.is_empty() {
+        return usual.to_owned();
+    }
     Path::new(usual).join(&start.cwd).to_string_lossy().into_owned()
 }
 

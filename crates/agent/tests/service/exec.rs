@@ -1,0 +1,245 @@
+//! Commands.
+
+use std::time::{Duration, Instant};
+
+use heyvm_agent_protocol::v1::{exec_input, exec_output, *};
+use tonic::Code;
+
+use crate::harness::{Agent, Call, Client, alive, eventually, program, run, script};
+
+async fn client() -> (tempfile::TempDir, Client) {
+    let dir = tempfile::tempdir().unwrap();
+    let client = Agent::personalized(dir.path()).client().await;
+    (dir, client)
+}
+
+#[tokio::test]
+async fn nothing_runs_before_the_guest_is_a_sandbox() {
+    let mut client = Agent::fresh().client().await;
+    let refused = Call::start(&mut client, program(&["true"])).await.err().unwrap();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let refused = client.stat(StatRequest { path: "/".into() }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let refused = client.shutdown(ShutdownRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let nothing = PersonalizeRequest::default();
+    assert_eq!(client.personalize(nothing).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn output_error_and_exit_status_are_apart() {
+    let (dir, mut client) = client().await;
+    let ran = run(&mut client, script("echo \"$GREETING $HOME $HOSTNAME\"; pwd; echo no >&2; exit 7")).await;
+    assert_eq!(ran.out(), format!("hello /root box\n{}", dir.path().display()));
+    assert_eq!((ran.err(), ran.exit.code, ran.exit.signal), ("no", 7, 0));
+}
+
+#[tokio::test]
+async fn a_program_gets_its_arguments_untouched_and_no_input() {
+    let (_dir, mut client) = client().await;
+    let ran = run(&mut client, program(&["printf", "[%s]", "a b", "", "$HOME"])).await;
+    assert_eq!(ran.out(), "[a b][][$HOME]");
+    assert_eq!(run(&mut client, program(&["cat"])).await.exit.code, 0);
+}
+
+#[tokio::test]
+async fn what_cannot_be_started_says_why() {
+    let (_dir, mut client) = client().await;
+    let code = |ran: &crate::harness::Ran| (ran.exit.code, ran.exit.error.clone());
+    let (missing, why) = code(&run(&mut client, program(&["no-such-program"])).await);
+    assert!(missing == 127 && why.starts_with("no-such-program: "), "{why}");
+    let (not_executable, why) = code(&run(&mut client, program(&["/etc/passwd"])).await);
+    assert!(not_executable == 126 && why.contains("ermission"), "{why}");
+    let nowhere = ExecStart { cwd: "/no/such/dir".into(), ..program(&["true"]) };
+    let (no_directory, why) = code(&run(&mut client, nowhere).await);
+    assert!(no_directory == 126 && why.contains("directory"), "{why}");
+    let nobody = ExecStart { user: "no-such-user".into(), ..program(&["true"]) };
+    let (no_user, why) = code(&run(&mut client, nobody).await);
+    assert!(no_user == 126 && why.contains("no-such-user"), "{why}");
+    let refused = Call::start(&mut client, program(&[])).await.err().unwrap();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn a_script_without_an_interpreter_line_runs() {
+    let (dir, mut client) = client().await;
+    let path = dir.path().join("plain");
+    std::fs::write(&path, "echo \"$0 $1\"\n").unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let ran = run(&mut client, program(&["./plain", "one"])).await;
+    assert_eq!(ran.out(), "./plain one");
+}
+
+#[tokio::test]
+async fn input_arrives_whole_and_ends() {
+    let (_dir, mut client) = client().await;
+    let data: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+    let call = Call::start(&mut client, ExecStart { stdin: true, ..program(&["cat"]) }).await.unwrap();
+    let input = call.input.clone();
+    let sent = data.clone();
+    tokio::spawn(async move {
+        for chunk in sent.chunks(60_000) {
+            let kind = Some(exec_input::Kind::Stdin(chunk.to_vec()));
+            input.send(ExecInput { kind }).await.unwrap();
+        }
+        input.send(ExecInput { kind: Some(exec_input::Kind::StdinClose(true)) }).await.unwrap();
+    });
+    let ran = call.finish().await;
+    assert_eq!(ran.exit.code, 0);
+    assert!(ran.stdout == data, "{} bytes came back", ran.stdout.len());
+}
+
+#[tokio::test]
+async fn a_time_out_kills_the_whole_group() {
+    let (_dir, mut client) = client().await;
+    let start = ExecStart { timeout_ms: 300, ..script("sleep 1000 & echo $!; sleep 1000") };
+    let began = Instant::now();
+    let ran = run(&mut client, start).await;
+    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(ran.exit.timed_out);
+    assert_eq!(ran.exit.code, 124);
+    eventually("the grandchild is dead", || !alive(ran.out())).await;
+}
+
+#[tokio::test]
+async fn a_flood_of_output_does_not_hold_up_the_time_out() {
+    let (_dir, mut client) = client().await;
+    let ran = run(&mut client, ExecStart { timeout_ms: 300, ..program(&["yes"]) }).await;
+    assert_eq!((ran.exit.code, ran.exit.timed_out), (124, true));
+}
+
+#[tokio::test]
+async fn a_host_that_lets_go_kills_the_whole_group() {
+    let (_dir, mut client) = client().await;
+    let mut call = Call::start(&mut client, script("sleep 1000 & echo $! $$; sleep 1000")).await.unwrap();
+    let pids = loop {
+        if let Some(exec_output::Kind::Stdout(data)) = call.next().await {
+            break String::from_utf8(data).unwrap();
+        }
+    };
+    drop(call);
+    for pid in pids.split_ascii_whitespace() {
+        eventually("the process is dead", || !alive(pid)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_hundred_megabytes_arrive() {
+    let (_dir, mut client) = client().await;
+    let mut call = Call::start(&mut client, script("head -c 100000000 /dev/zero")).await.unwrap();
+    let mut bytes = 0;
+    loop {
+        match call.next().await.unwrap() {
+            exec_output::Kind::Stdout(data) => bytes += data.len(),
+            exec_output::Kind::Exit(exit) => break assert_eq!(exit.code, 0),
+            _ => {}
+        }
+    }
+    assert_eq!(bytes, 100_000_000);
+}
+
+#[tokio::test]
+async fn output_waits_for_a_slow_host() {
+    let (dir, mut client) = client().await;
+    let text = "n=0; while [ $n -lt 100 ]; do head -c 1000000 /dev/zero; n=$((n+1)); echo $n > progress; done";
+    let call = Call::start(&mut client, script(text)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let progress = std::fs::read_to_string(dir.path().join("progress")).unwrap();
+    let megabytes: u32 = progress.trim().parse().unwrap();
+    assert!(megabytes < 10, "{megabytes} MB are held somewhere");
+    assert_eq!(call.finish().await.stdout.len(), 100_000_000);
+}
+
+#[tokio::test]
+async fn a_background_process_does_not_hold_up_the_exit() {
+    let (_dir, mut client) = client().await;
+    let began = Instant::now();
+    let ran = run(&mut client, script("(sleep 2; echo late; sleep 1000) & echo $!")).await;
+    assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
+    tokio::time::sleep(Duration::from_millis(2200)).await;
+    assert!(alive(ran.out()), "it died of a broken pipe");
+    kill(ran.out());
+}
+
+fn kill(pid: &str) {
+    assert!(std::process::Command::new("kill").args(["-9", pid]).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn signals_reach_the_group() {
+    let (_dir, mut client) = client().await;
+    let text = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 0.05; done";
+    let mut call = Call::start(&mut client, script(text)).await.unwrap();
+    while !matches!(call.next().await.unwrap(), exec_output::Kind::Stdout(_)) {}
+    call.say(exec_input::Kind::Signal(2)).await;
+    let ran = call.finish().await;
+    assert_eq!((ran.out(), ran.exit.code), ("caught", 3));
+    let killed = run(&mut client, script("kill -KILL $$")).await.exit;
+    assert_eq!((killed.code, killed.signal), (137, 9));
+    let nameless = run(&mut client, program(&["python3", "-c", "import os; os.kill(os.getpid(), 40)"])).await.exit;
+    assert_eq!((nameless.code, nameless.signal), (168, 40));
+}
+
+#[tokio::test]
+async fn a_session_goes_on_where_it_was() {
+    let (dir, mut client) = client().await;
+    let in_session = |start: ExecStart| ExecStart { session: "work".into(), ..start };
+    std::fs::create_dir(dir.path().join("sub")).unwrap();
+    assert_eq!(run(&mut client, in_session(program(&["cd", "sub"]))).await.exit.code, 0);
+    assert_eq!(run(&mut client, in_session(program(&["export", "COLOUR=light blue"]))).await.exit.code, 0);
+    let ran = run(&mut client, in_session(script("LOCAL=1; unset GREETING; export MORE='a\nb'; exit 4"))).await;
+    assert_eq!(ran.exit.code, 4);
+    let ran = run(&mut client, in_session(script("pwd; echo \"$COLOUR,$LOCAL,$GREETING,$MORE\""))).await;
+    assert_eq!(ran.out(), format!("{}/sub\nlight blue,,,a\nb", dir.path().display()));
+    let ran = run(&mut client, in_session(program(&["sh", "-c", "exit 9"]))).await;
+    assert_eq!((ran.exit.code, ran.err()), (9, ""));
+    let ran = run(&mut client, program(&["pwd"])).await;
+    assert_eq!(ran.out(), dir.path().to_str().unwrap(), "a call without the session is not in it");
+}
+
+#[tokio::test]
+async fn a_terminal_has_a_size_and_can_be_resized() {
+    let (_dir, mut client) = client().await;
+    let pty = Some(Pty { cols: 100, rows: 30, term: "vt100".into() });
+    let text = "stty size; echo $TERM; test -t 0 && test -t 2 && echo tty; read line; stty size";
+    let mut call = Call::start(&mut client, ExecStart { pty, ..script(text) }).await.unwrap();
+    let mut shown = String::new();
+    while !shown.contains("tty") {
+        if let Some(exec_output::Kind::Stdout(data)) = call.next().await {
+            shown += std::str::from_utf8(&data).unwrap();
+        }
+    }
+    assert_eq!(shown.replace('\r', ""), "30 100\nvt100\ntty\n");
+    call.say(exec_input::Kind::Resize(Pty { cols: 50, rows: 10, term: String::new() })).await;
+    call.say(exec_input::Kind::Stdin(b"go\n".to_vec())).await;
+    assert_eq!(call.finish().await.out().replace('\r', ""), "go\n10 50");
+}
+
+#[tokio::test]
+async fn a_closed_input_ends_a_terminals_input() {
+    let (_dir, mut client) = client().await;
+    let pty = Some(Pty { cols: 80, rows: 24, term: String::new() });
+    let call = Call::start(&mut client, ExecStart { pty, ..program(&["cat"]) }).await.unwrap();
+    call.say(exec_input::Kind::Stdin(b"word\n".to_vec())).await;
+    call.say(exec_input::Kind::StdinClose(true)).await;
+    let ran = call.finish().await;
+    assert_eq!(ran.exit.code, 0);
+    assert_eq!(ran.out().matches("word").count(), 2, "echo and copy");
+}
+
+#[tokio::test]
+async fn a_broken_connection_ends_its_commands_and_no_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = Agent::personalized(dir.path());
+    let (mut client, serving) = agent.connect().await;
+    let mut call = Call::start(&mut client, script("echo $$; sleep 1000")).await.unwrap();
+    let pid = loop {
+        if let Some(exec_output::Kind::Stdout(data)) = call.next().await {
+            break String::from_utf8(data).unwrap().trim().to_owned();
+        }
+    };
+    serving.abort();
+    eventually("the command is dead", || !alive(&pid)).await;
+    let mut again = agent.client().await;
+    assert_eq!(run(&mut again, program(&["echo", "back"])).await.out(), "back");
+}
