@@ -63,7 +63,8 @@ pub fn check_env_name(name: &str) -> Result<(), ApiError> {
 /// `KEY=VALUE` as two texts.
 pub fn parse_env(text: &str) -> Result<(String, String), ApiError> {
     let Some((name, value)) = text.split_once('=') else {
-        return Err(ApiError::new(ErrorCode::InvalidArgument, format!("--env {text:?} has no '='")).hint("write --env KEY=VALUE"));
+        return Err(ApiError::new(ErrorCode::InvalidArgument, format!("--env {text:?} has no '='"))
+            .hint("write --env KEY=VALUE"));
     };
     check_env_name(name)?;
     Ok((name.to_owned(), value.to_owned()))
@@ -73,7 +74,8 @@ pub fn parse_env(text: &str) -> Result<(String, String), ApiError> {
 pub fn parse_size_class(text: &str) -> Result<SizeClass, ApiError> {
     SizeClass::ALL.into_iter().find(|class| class.as_str() == text).ok_or_else(|| {
         let all = SizeClass::ALL.map(SizeClass::as_str).join(", ");
-        ApiError::new(ErrorCode::UnknownSizeClass, format!("there is no size class {text:?}")).hint(format!("use one of {all}"))
+        ApiError::new(ErrorCode::UnknownSizeClass, format!("there is no size class {text:?}"))
+            .hint(format!("use one of {all}"))
     })
 }
 
@@ -81,7 +83,8 @@ pub fn parse_size_class(text: &str) -> Result<SizeClass, ApiError> {
 pub fn parse_duration(what: &str, text: &str) -> Result<Duration, ApiError> {
     let plain = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     plain.or_else(|| humantime::parse_duration(text).ok()).ok_or_else(|| {
-        ApiError::new(ErrorCode::InvalidArgument, format!("{what} {text:?} is not a duration")).hint("write 30s, 2m or 500ms")
+        ApiError::new(ErrorCode::InvalidArgument, format!("{what} {text:?} is not a duration"))
+            .hint("write 30s, 2m or 500ms")
     })
 }
 

@@ -50,8 +50,10 @@ pub fn image(error: heyvm_images::Error) -> ApiError {
     match error {
         Error::NotFound(name) => ApiError::new(ErrorCode::ImageNotFound, format!("no image {name} here"))
             .hint("heyvm images lists those here; heyvm pull or heyvm images import brings others"),
-        Error::Registry { name, why } => ApiError::new(ErrorCode::RegistryUnavailable, format!("no registry gave {name}: {why}"))
-            .hint("name a mirror or credentials under [registries] in config.toml, or: heyvm images import FILE"),
+        Error::Registry { name, why } => {
+            ApiError::new(ErrorCode::RegistryUnavailable, format!("no registry gave {name}: {why}"))
+                .hint("name a mirror or credentials under [registries] in config.toml, or: heyvm images import FILE")
+        }
         Error::Invalid(why) => ApiError::new(ErrorCode::ImageInvalid, why),
         Error::HostNotReady { what, hint } => ApiError::new(ErrorCode::HostNotReady, what).hint(hint),
         Error::OutOfResources(what) => out_of(what),

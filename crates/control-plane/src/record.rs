@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, TimeZone, Utc};
+use chrono::{DateTime, Utc};
 use heyvm_api::sandbox::{CreateRequest, Endpoint, Reason, ReasonCode, SandboxInfo, SizeClass, Status};
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
@@ -163,11 +163,6 @@ impl Record {
 /// A reason without anything beside its sentence.
 pub fn reason(code: ReasonCode, message: impl Into<String>) -> Reason {
     Reason { code, message: message.into(), exit_code: None, log_tail: Vec::new() }
-}
-
-/// A moment from the store's milliseconds.
-pub fn moment(milliseconds: i64) -> DateTime<Utc> {
-    Utc.timestamp_millis_opt(milliseconds).single().unwrap_or_default()
 }
 
 /// The request without what does not make two of them different: for idempotency keys.

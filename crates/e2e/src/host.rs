@@ -173,7 +173,7 @@ impl Host {
     pub fn daemon(&self) -> Option<Pid> {
         leaks::processes_of(self.root.path())
             .into_iter()
-            .find(|process| process.arguments.get(1).is_some_and(|argument| argument == "daemon"))
+            .find(|process| process.arguments.iter().skip(1).take(2).eq(["daemon", "run"]))
             .map(|process| Pid::from_raw(process.pid))
     }
 

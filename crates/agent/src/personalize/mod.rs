@@ -55,7 +55,9 @@ pub fn reserve(request: &PersonalizeRequest) -> Result<OldRoot, PersonalizeError
         add_entropy(&request.entropy).map_err(step("entropy"))?;
     }
     root::mount_disk().map_err(step("disk"))?;
-    root::enter()
+    let old_root = root::enter()?;
+    make_working_dir(request)?;
+    Ok(old_root)
 }
 
 /// All of it, or what [`reserve`] has left to do.
@@ -79,10 +81,15 @@ pub fn personalize(request: &PersonalizeRequest, reserved: Option<OldRoot>) -> R
     if let Some(wanted) = &request.network {
         network::configure(wanted).map_err(step("network"))?;
     }
-    if !request.working_dir.is_empty() {
-        fs::create_dir_all(&request.working_dir).map_err(step("working directory"))?;
-    }
+    make_working_dir(request)?;
     Ok(old_root)
+}
+
+fn make_working_dir(request: &PersonalizeRequest) -> Result<(), PersonalizeError> {
+    if request.working_dir.is_empty() {
+        return Ok(());
+    }
+    fs::create_dir_all(&request.working_dir).map_err(step("working directory"))
 }
 
 fn check(request: &PersonalizeRequest) -> Result<(), PersonalizeError> {

@@ -76,8 +76,11 @@ async fn what_is_not_a_file_is_neither_read_nor_written() {
     assert_eq!(read(&mut client, &dir.path().join("none")).await.unwrap_err().code(), Code::NotFound);
 }
 
+/// Kind, name, target of a link, content.
+type Entry<'a> = (tar::EntryType, &'a str, &'a str, &'a [u8]);
+
 /// An archive of entries that the `tar` crate itself would refuse to write.
-fn archive(entries: &[(tar::EntryType, &str, &str, &[u8])]) -> Vec<u8> {
+fn archive(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (kind, name, link, content) in entries {
         let mut header = tar::Header::new_gnu();
@@ -169,7 +172,7 @@ async fn nothing_gets_out_of_the_directory() {
     fs::create_dir(&target).unwrap();
     // One that was there before, as a program in the sandbox may have left it.
     symlink("../outside", target.join("trap")).unwrap();
-    let bad: [&[(tar::EntryType, &str, &str, &[u8])]; 10] = [
+    let bad: [&[Entry<'_>]; 10] = [
         &[(Regular, "../outside/x", "", b"x")],
         &[(Regular, "/tmp/heyvm-x", "", b"x")],
         &[(Regular, "a/../../outside/x", "", b"x")],

@@ -1,0 +1,106 @@
+//! A daemon dies at any point; the next one makes everything true again.
+
+use heyvm_api::sandbox::*;
+use heyvm_vm::ExitCause;
+
+use crate::daemon::{Daemon, eventually, sink};
+
+fn ticking(daemon: &Daemon, name: &str) -> CreateRequest {
+    let command = "i=0; while sleep 0.05; do i=$((i + 1)); echo tick $i; done".into();
+    CreateRequest { start_command: Some(command), open_ports: vec![], ..daemon.request(name) }
+}
+
+/// What a ticking one has printed, which must be every tick once.
+fn ticks(daemon: &Daemon, name: &str) -> usize {
+    let log = daemon.log(name);
+    for (index, line) in log.lines().enumerate() {
+        assert_eq!(line, format!("tick {}", index + 1));
+    }
+    log.lines().count()
+}
+
+#[test]
+fn a_running_one_runs_on_and_its_log_has_neither_gap_nor_repetition() {
+    let mut daemon = Daemon::new();
+    daemon.create(ticking(&daemon, "web")).unwrap();
+    daemon.run(daemon.plane().restart("web", sink())).unwrap();
+    // The first run's output is not the second's.
+    let first_run = daemon.log("web").lines().position(|line| line == "tick 1").unwrap();
+    assert_eq!(first_run, 0);
+    daemon.run(daemon.plane().remove("web")).unwrap();
+
+    let made = daemon.create(ticking(&daemon, "web")).unwrap();
+    let bound = daemon.run(daemon.plane().bind("web", BindRequest { port: 80, is_public: None })).unwrap();
+    for _ in 0..3 {
+        let before = ticks(&daemon, "web");
+        daemon.die();
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        daemon.revive();
+        let info = daemon.get("web");
+        assert_eq!(
+            (info.status, &info.id, info.urls.as_slice()),
+            (Status::Running, &made.id, std::slice::from_ref(&bound.endpoint))
+        );
+        eventually("its output is kept on", || match ticks(&daemon, "web") {
+            now if now > before + 4 => Ok(()),
+            now => Err(format!("{before} {now}")),
+        });
+    }
+    daemon.machines.end(&made.id, ExitCause::GuestPanic, "oops");
+    assert_eq!(daemon.becomes("web", Status::Failed).reason.unwrap().code, ReasonCode::GuestPanic);
+}
+
+#[test]
+fn one_that_ended_meanwhile_is_judged() {
+    let mut daemon = Daemon::new();
+    let made = daemon.create(daemon.request("web")).unwrap();
+    daemon.die();
+    daemon.machines.end(&made.id, ExitCause::Lost, "");
+    daemon.revive();
+    let info = daemon.get("web");
+    assert_eq!((info.status, info.reason.unwrap().code), (Status::Failed, ReasonCode::VmLost));
+    assert_eq!(daemon.machines.disks(), [made.id], "its disk is kept");
+}
+
+#[test]
+fn half_made_ones_and_strays_are_removed() {
+    let mut daemon = Daemon::new();
+    let stopped = daemon.create(daemon.request("stopped")).unwrap();
+    daemon.run(daemon.plane().stop("stopped")).unwrap();
+    let request = CreateRequest { setup_hooks: vec!["sleep 60".into()], ..daemon.request("half-made") };
+    let plane = daemon.plane().clone();
+    let call = daemon.spawn(async move { plane.create(request, Some("k".into()), sink()).await });
+    eventually("it has begun", || if daemon.machines.running().len() == 1 { Ok(()) } else { Err(String::new()) });
+    daemon.die();
+    drop(call);
+    daemon.machines.stray("nobodys");
+    daemon.revive();
+    let info = daemon.get("half-made");
+    assert_eq!((info.status, info.reason.unwrap().code), (Status::Removed, ReasonCode::DaemonRestarted));
+    assert_eq!(daemon.machines.disks(), [stopped.id]);
+    assert!(daemon.machines.running().is_empty());
+    let again = daemon.create_with(daemon.request("half-made"), Some("k")).unwrap();
+    assert_eq!(again.status, Status::Running);
+}
+
+#[test]
+fn one_that_was_being_started_keeps_its_disk() {
+    let mut daemon = Daemon::new();
+    let request = CreateRequest {
+        start_command: Some("test ! -e once || sleep 60; touch once; exec sleep 600".into()),
+        open_ports: vec![],
+        ..daemon.request("web")
+    };
+    let made = daemon.create(request).unwrap();
+    daemon.run(daemon.plane().stop("web")).unwrap();
+    let plane = daemon.plane().clone();
+    let call = daemon.spawn(async move { plane.start("web", sink()).await });
+    eventually("it has begun", || if daemon.machines.running().len() == 1 { Ok(()) } else { Err(String::new()) });
+    daemon.die();
+    drop(call);
+    daemon.revive();
+    let info = daemon.get("web");
+    assert!(matches!(info.status, Status::Stopped | Status::Failed | Status::Running), "{info:?}");
+    assert_eq!(daemon.machines.disks(), [made.id]);
+    assert_eq!(daemon.run(daemon.plane().start("web", sink())).unwrap().status, Status::Running);
+}

@@ -1,0 +1,199 @@
+//! A driver without machines: each sandbox is the real agent, served in this process, with a directory for a disk.
+//! What it runs are processes of this host. It is there for the control plane's own logic; what QEMU does is tested with QEMU.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use heyvm_agent::{Reaper, Sandbox, connection, service::Service};
+use heyvm_vm::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Usage, Vm, VmId, VmSpec};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::{net::UnixListener, runtime::Runtime, sync::watch};
+
+/// Marks the processes of a machine.
+const MARK: &str = "HEYVM_TEST_MACHINE";
+
+/// Machines outlive the control plane that has made them, as VMs outlive a daemon.
+pub struct Machines {
+    dir: PathBuf,
+    runtime: Runtime,
+    running: Mutex<HashMap<VmId, Arc<Machine>>>,
+    ended: Mutex<HashMap<VmId, Exit>>,
+    /// Whether the next `create` finds no space.
+    pub full: AtomicBool,
+    /// How long `create` takes.
+    pub slowness: Mutex<Duration>,
+}
+
+impl Machines {
+    pub fn new(dir: &Path) -> Arc<Self> {
+        fs::create_dir_all(dir).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        Arc::new(Self {
+            dir: dir.to_owned(),
+            runtime,
+            running: Mutex::default(),
+            ended: Mutex::default(),
+            full: AtomicBool::new(false),
+            slowness: Mutex::default(),
+        })
+    }
+
+    /// Disks that are there.
+    pub fn disks(&self) -> Vec<VmId> {
+        fs::read_dir(&self.dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// Machines that run.
+    pub fn running(&self) -> Vec<VmId> {
+        self.running.lock().unwrap().keys().cloned().collect()
+    }
+
+    /// The machine ends by itself.
+    pub fn end(&self, id: &str, cause: ExitCause, console: &str) {
+        let machine = self.running.lock().unwrap().remove(id).unwrap();
+        let exit = Exit { cause, console_tail: vec![console.to_owned()] };
+        self.ended.lock().unwrap().insert(id.to_owned(), exit.clone());
+        machine.end(exit);
+    }
+
+    /// A disk that no record knows of.
+    pub fn stray(&self, id: &str) {
+        fs::create_dir(self.dir.join(id)).unwrap();
+    }
+
+    fn boot(&self, id: &VmId, spec: &VmSpec) -> Arc<dyn Vm> {
+        let socket = self.dir.join(id).join("agent.sock");
+        let _ = fs::remove_file(&socket);
+        let mut env = spec.env.clone();
+        env.push((MARK.into(), id.clone()));
+        fs::create_dir_all(&spec.working_dir).unwrap();
+        let sandbox = Sandbox { env, working_dir: spec.working_dir.clone(), hostname: spec.hostname.clone() };
+        let _inside = self.runtime.enter();
+        let listener = UnixListener::bind(&socket).unwrap();
+        let serving = self.runtime.spawn(async move {
+            let reaper = Reaper::new(false);
+            tokio::spawn(Arc::clone(&reaper).run());
+            let service = Arc::new(Service::personalized(reaper, sandbox));
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(connection::serve(stream, Arc::clone(&service)));
+            }
+        });
+        let machine = Arc::new(Machine {
+            id: id.clone(),
+            agent: AgentConnection::at(move || socket.clone()),
+            exit: watch::channel(None).0,
+            serving,
+        });
+        self.running.lock().unwrap().insert(id.clone(), Arc::clone(&machine));
+        machine
+    }
+}
+
+#[async_trait]
+impl Driver for Machines {
+    async fn prepare(&self, _: &VmSpec, _: Progress) -> Result<(), Error> {
+        Ok(())
+    }
+
+    async fn create(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
+        if self.full.load(Ordering::Relaxed) {
+            return Err(Error::OutOfResources { what: "disk space".into() });
+        }
+        fs::create_dir(self.dir.join(id)).unwrap();
+        let slowness = *self.slowness.lock().unwrap();
+        tokio::time::sleep(slowness).await;
+        Ok(self.boot(id, spec))
+    }
+
+    async fn start(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
+        assert!(self.dir.join(id).is_dir(), "the disk is kept");
+        Ok(self.boot(id, spec))
+    }
+
+    async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error> {
+        let running = self.running.lock().unwrap();
+        Ok(running.get(id).filter(|machine| machine.exit.borrow().is_none()).map(|m| Arc::clone(m) as Arc<dyn Vm>))
+    }
+
+    async fn post_mortem(&self, id: &VmId) -> Exit {
+        let lost = Exit { cause: ExitCause::Lost, console_tail: Vec::new() };
+        self.ended.lock().unwrap().get(id).cloned().unwrap_or(lost)
+    }
+
+    async fn destroy(&self, id: &VmId) -> Result<(), Error> {
+        if let Some(machine) = self.running.lock().unwrap().remove(id) {
+            machine.end(Exit { cause: ExitCause::Lost, console_tail: Vec::new() });
+        }
+        let _ = fs::remove_dir_all(self.dir.join(id));
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<VmId>, Error> {
+        Ok(self.disks())
+    }
+
+    async fn doctor(&self) -> Vec<HostCheck> {
+        Vec::new()
+    }
+}
+
+struct Machine {
+    id: VmId,
+    agent: AgentConnection,
+    exit: watch::Sender<Option<Exit>>,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+impl Machine {
+    fn end(&self, exit: Exit) {
+        self.serving.abort();
+        let mark = format!("{MARK}={}\0", self.id);
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let environment = fs::read(process.path().join("environ")).unwrap_or_default();
+            let marked = environment.windows(mark.len()).any(|window| window == mark.as_bytes());
+            if let (true, Some(Ok(pid))) = (marked, process.file_name().to_str().map(str::parse)) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        self.exit.send_replace(Some(exit));
+    }
+}
+
+#[async_trait]
+impl Vm for Machine {
+    fn id(&self) -> &VmId {
+        &self.id
+    }
+
+    fn agent(&self) -> AgentConnection {
+        self.agent.clone()
+    }
+
+    async fn exited(&self) -> Exit {
+        let mut exit = self.exit.subscribe();
+        exit.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+    }
+
+    async fn stop(&self, _: Duration) -> Result<(), Error> {
+        if self.exit.borrow().is_none() {
+            self.end(Exit { cause: ExitCause::GuestShutdown, console_tail: Vec::new() });
+        }
+        Ok(())
+    }
+
+    async fn usage(&self) -> Result<Usage, Error> {
+        Ok(Usage::default())
+    }
+}

@@ -1,0 +1,96 @@
+//! Ports and their URLs.
+
+use std::{collections::HashSet, time::Duration};
+
+use heyvm_api::{ErrorCode, sandbox::*};
+use heyvm_control_plane::ConnectError;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::daemon::{Daemon, free_port, server, sink};
+
+fn bind(daemon: &Daemon, who: &str, port: i64) -> Result<BoundPort, heyvm_api::ApiError> {
+    daemon.run(daemon.plane().bind(who, BindRequest { port, is_public: None }))
+}
+
+/// The body of `GET /` by way of a subdomain.
+pub fn ask(daemon: &Daemon, subdomain: &str) -> Result<String, ConnectError> {
+    daemon.run(async {
+        let mut stream = daemon.plane().connect(subdomain).await?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        Ok(answer.rsplit("\r\n").next().unwrap().to_owned())
+    })
+}
+
+#[test]
+fn a_subdomain_leads_to_its_port_as_long_as_it_is_bound() {
+    let daemon = Daemon::new();
+    let port = free_port();
+    let command = Some(server(port, "here"));
+    daemon
+        .create(CreateRequest { start_command: command, open_ports: vec![i64::from(port)], ..daemon.request("web") })
+        .unwrap();
+    let bound = bind(&daemon, "web", i64::from(port)).unwrap();
+    assert_eq!(bound.endpoint, daemon.get("web").urls[0], "binding again gives the same URL");
+    let subdomain = bound.endpoint.subdomain;
+    assert_eq!(ask(&daemon, &subdomain).unwrap(), "here");
+    assert!(matches!(ask(&daemon, "nobody"), Err(ConnectError::UnknownSubdomain)));
+    let silent = bind(&daemon, "web", 1).unwrap().endpoint.subdomain;
+    assert!(matches!(ask(&daemon, &silent), Err(ConnectError::NothingListens(1))));
+
+    daemon.run(daemon.plane().stop("web")).unwrap();
+    assert!(matches!(ask(&daemon, &subdomain), Err(ConnectError::NotRunning(_))));
+    let started = daemon.run(daemon.plane().start("web", sink())).unwrap();
+    assert_eq!(started.urls[0].subdomain, subdomain);
+    assert_eq!(ask(&daemon, &subdomain).unwrap(), "here");
+
+    daemon.run(daemon.plane().unbind("web", i64::from(port))).unwrap();
+    assert!(matches!(ask(&daemon, &subdomain), Err(ConnectError::UnknownSubdomain)));
+    let unbound = daemon.run(daemon.plane().unbind("web", i64::from(port))).unwrap_err();
+    assert_eq!(unbound.code, ErrorCode::PortNotBound);
+    daemon.run(daemon.plane().remove("web")).unwrap();
+    assert!(matches!(ask(&daemon, &silent), Err(ConnectError::UnknownSubdomain)));
+}
+
+#[test]
+fn many_are_bound_at_once_and_all_of_them_lead_somewhere() {
+    let daemon = Daemon::new();
+    daemon.create(daemon.request("web")).unwrap();
+    let binding: Vec<_> = (1000..1040)
+        .map(|port| {
+            let plane = daemon.plane().clone();
+            // Each port twice: two requests for one port give one URL.
+            daemon
+                .spawn(async move { plane.bind("web", BindRequest { port: port / 2, is_public: None }).await.unwrap() })
+        })
+        .collect();
+    let bound: Vec<_> = binding.into_iter().map(|each| daemon.run(each).unwrap().endpoint).collect();
+    let subdomains: HashSet<_> = bound.iter().map(|endpoint| endpoint.subdomain.clone()).collect();
+    assert_eq!(subdomains.len(), 20);
+    for subdomain in subdomains {
+        assert!(matches!(ask(&daemon, &subdomain), Err(ConnectError::NothingListens(_))));
+    }
+    assert_eq!(daemon.run(daemon.plane().endpoints("web")).unwrap().len(), 20);
+    assert_eq!(bind(&daemon, "web", 70000).unwrap_err().code, ErrorCode::InvalidPort);
+}
+
+#[test]
+fn waiting_for_a_port() {
+    let daemon = Daemon::new();
+    let port = free_port();
+    daemon
+        .create(CreateRequest {
+            start_command: Some(format!("sleep 0.7; {}", server(port, "late"))),
+            ..daemon.request("web")
+        })
+        .unwrap();
+    let wait = |path: Option<&str>, seconds| {
+        daemon.run(daemon.plane().wait_for_port("web", i64::from(port), path, Duration::from_secs_f64(seconds)))
+    };
+    assert!(!wait(None, 0.01).unwrap());
+    assert!(wait(Some("/health"), 10.0).unwrap());
+    assert!(!wait(Some("/missing"), 0.5).unwrap());
+    daemon.run(daemon.plane().stop("web")).unwrap();
+    assert_eq!(wait(None, 1.0).unwrap_err().code, ErrorCode::InvalidState);
+}

@@ -1,0 +1,91 @@
+//! `images` and `pull`.
+
+use std::path::Path;
+
+use heyvm_api::{
+    ApiError, ErrorCode,
+    images::{ImageInfo, ImportRequest, PullRequest},
+};
+use serde_json::json;
+
+use super::{Context, Outcome, encoded};
+use crate::{
+    cli::{ImagesArgs, ImagesCommand},
+    output,
+    progress::Progress,
+};
+
+/// Whatever is to be done with images; listing is the default.
+pub async fn images(context: &Context, args: ImagesArgs) -> Outcome {
+    match args.command.unwrap_or(ImagesCommand::List) {
+        ImagesCommand::List => list(context).await,
+        ImagesCommand::Import { path, name } => {
+            let path = absolute(&path)?;
+            long(context, "/images/import", &ImportRequest { path, name }).await
+        }
+        ImagesCommand::Rm { name } => {
+            context.client().await?.delete_quietly(&format!("/images/{}", encoded(&name).replace("%2F", "/"))).await?;
+            output::answer(context.format, &json!({"name": name, "removed": true}), || format!("{name} is removed"));
+            Ok(0)
+        }
+        ImagesCommand::ImportKernel { directory } => import_kernel(context, &directory),
+        ImagesCommand::Prepare => long(context, "/images/prepare", &()).await,
+    }
+}
+
+/// Fetches an image from its registry.
+pub async fn pull(context: &Context, image: &str) -> Outcome {
+    long(context, "/images/pull", &PullRequest { image: image.to_owned() }).await
+}
+
+fn absolute(path: &Path) -> Result<String, ApiError> {
+    let found = path.canonicalize().map_err(|error| {
+        ApiError::new(ErrorCode::InvalidArgument, format!("{}: {error}", path.display()))
+            .hint("name a file that is there")
+    })?;
+    Ok(found.display().to_string())
+}
+
+async fn list(context: &Context) -> Outcome {
+    let all: Vec<ImageInfo> = context.client().await?.get("/images").await?;
+    output::answer(context.format, &all, || {
+        let row = |image: &ImageInfo| {
+            let size = format!("{:.0} MB", image.size_bytes as f64 / 1e6);
+            let digest = image.digest.chars().take(19).collect();
+            vec![
+                image.name.clone(),
+                size,
+                image.source.clone(),
+                digest,
+                if image.is_default { "default" } else { "" }.into(),
+            ]
+        };
+        output::table(&["NAME", "SIZE", "FROM", "DIGEST", ""], &all.iter().map(row).collect::<Vec<_>>())
+    });
+    Ok(0)
+}
+
+async fn long(context: &Context, path: &str, body: &impl serde::Serialize) -> Outcome {
+    let client = context.client().await?;
+    let mut progress = Progress::new();
+    let done = client.post_with_progress(path, body, None, |event| progress.tell(&event)).await;
+    drop(progress);
+    let image: ImageInfo = done?;
+    output::answer(context.format, &image, || {
+        format!("{} ({:.0} MB) is here", image.name, image.size_bytes as f64 / 1e6)
+    });
+    Ok(0)
+}
+
+/// Set-up, not a request: the tree is this user's, and no daemon is needed.
+fn import_kernel(context: &Context, directory: &Path) -> Outcome {
+    let failed = |error: heyvm_images::Error| {
+        let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+        ApiError::new(ErrorCode::HostNotReady, format!("{error}{source}"))
+            .hint("name an unpacked kernel package, or / for this system's own kernel")
+    };
+    let store = heyvm_images::ImageStore::open(&context.home, Default::default()).map_err(failed)?;
+    let version = store.import_kernel(directory).map_err(failed)?;
+    output::answer(context.format, &json!({"kernel": version}), || format!("guest kernel {version} is here"));
+    Ok(0)
+}

@@ -1,0 +1,103 @@
+//! `wait-for`: a port inside, or a URL from here.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use heyvm_api::{ApiError, ErrorCode, names};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
+};
+use url::Url;
+
+use super::{Context, Outcome, encoded, path};
+use crate::{cli::WaitForArgs, output};
+
+const PAUSE: Duration = Duration::from_millis(100);
+/// One try takes no longer.
+const TRY_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Exit status 1 and `"ready": false` at the deadline.
+pub async fn wait_for(context: &Context, args: WaitForArgs) -> Outcome {
+    let timeout = names::parse_duration("--timeout", &args.timeout)?;
+    let (answer, ready) = match (args.url, args.sandbox, args.wait_port) {
+        (Some(url), ..) => {
+            let ready = url_answers(&parse(&url)?, timeout).await;
+            (json!({"ready": ready, "url": url}), ready)
+        }
+        (None, Some(who), Some(port)) => inside(context, &who, port, args.path.as_deref(), timeout).await?,
+        _ => {
+            return Err(ApiError::new(ErrorCode::InvalidArgument, "a sandbox and a port, or --url")
+                .hint("heyvm wait-for --help"));
+        }
+    };
+    output::answer(context.format, &answer, || if ready { "ready".into() } else { "not ready".into() });
+    Ok(i32::from(!ready))
+}
+
+async fn inside(
+    context: &Context,
+    who: &str,
+    port: i64,
+    http_path: Option<&str>,
+    timeout: Duration,
+) -> Result<(Value, bool), ApiError> {
+    let port = names::check_port(port)?;
+    let http_path = http_path.map(|path| format!("&path={}", encoded(path))).unwrap_or_default();
+    let query = format!("/wait?port={port}&timeout_seconds={}{http_path}", timeout.as_secs_f64());
+    let answer: Value = context.client().await?.get(&path(who, &query)).await?;
+    let ready = answer["ready"].as_bool().unwrap_or(false);
+    Ok((json!({"ready": ready, "port": port}), ready))
+}
+
+fn parse(text: &str) -> Result<Url, ApiError> {
+    let url = Url::parse(text).map_err(|error| {
+        ApiError::new(ErrorCode::InvalidArgument, format!("--url {text:?}: {error}"))
+            .hint("for example http://abc123.localhost:8480/health")
+    })?;
+    match url.scheme() {
+        "http" if url.host_str().is_some() => Ok(url),
+        scheme => {
+            Err(ApiError::new(ErrorCode::Unsupported, format!("--url speaks http, not {scheme}, in this version"))
+                .hint("the URLs of this machine's sandboxes begin with http://"))
+        }
+    }
+}
+
+async fn url_answers(url: &Url, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).min(TRY_DEADLINE);
+        if let Ok(Ok(status)) = tokio::time::timeout(left, status(url)).await
+            && (200..400).contains(&status)
+        {
+            return true;
+        }
+        if Instant::now() + PAUSE >= deadline {
+            return false;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+async fn status(url: &Url) -> std::io::Result<u16> {
+    let host = url.host_str().unwrap_or_default();
+    let port = url.port_or_known_default().unwrap_or(80);
+    // Not every resolver knows that names below localhost are this machine.
+    let mut stream = if host == "localhost" || host.ends_with(".localhost") {
+        TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?
+    } else {
+        TcpStream::connect((host, port)).await?
+    };
+    let target = &url[url::Position::BeforePath..url::Position::AfterQuery];
+    let host = &url[url::Position::BeforeHost..url::Position::AfterPort];
+    let request = format!("GET {target} HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut line = String::new();
+    BufReader::new(stream.take(1024)).read_line(&mut line).await?;
+    let status = line.split_ascii_whitespace().nth(1).and_then(|word| word.parse().ok());
+    status.ok_or_else(|| std::io::Error::other("the answer is not HTTP"))
+}

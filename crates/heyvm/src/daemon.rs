@@ -1,0 +1,160 @@
+//! Finding the daemon, or starting one: commands need no set-up.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Seek, SeekFrom},
+    os::unix::{
+        fs::{DirBuilderExt, OpenOptionsExt},
+        process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use heyvm_api::{
+    ApiError, ErrorCode,
+    client::{Client, Server},
+};
+use nix::fcntl::{Flock, FlockArg};
+use serde::Deserialize;
+
+/// A daemon that is not there after this will not come.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(10);
+/// Lines of its log that are shown when it does not come.
+const LOG_LINES: usize = 10;
+
+/// `~/.heyo`, or what `HEYO_HOME` says.
+pub fn home() -> Result<PathBuf, ApiError> {
+    if let Some(home) = std::env::var_os("HEYO_HOME").filter(|home| !home.is_empty()) {
+        return std::path::absolute(home).map_err(|error| unusable(Path::new("HEYO_HOME"), &error));
+    }
+    let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).ok_or_else(|| {
+        ApiError::new(ErrorCode::HostNotReady, "neither HEYO_HOME nor HOME is set")
+            .hint("set HEYO_HOME to a directory of yours")
+    })?;
+    Ok(PathBuf::from(home).join(".heyo"))
+}
+
+fn unusable(path: &Path, error: &std::io::Error) -> ApiError {
+    ApiError::new(ErrorCode::HostNotReady, format!("{} cannot be used: {error}", path.display()))
+        .hint("set HEYO_HOME to a directory of yours")
+}
+
+/// Where the daemon listens.
+pub fn socket(home: &Path) -> PathBuf {
+    home.join("run/daemon.sock")
+}
+
+#[derive(Deserialize)]
+struct Health {
+    #[serde(default)]
+    version: Option<String>,
+}
+
+/// A client of the running daemon.
+pub async fn running(home: &Path) -> Option<(Client, Option<String>)> {
+    let client = Client::new(Server::Socket(socket(home)));
+    let health: Health = client.get("/health").await.ok()?;
+    Some((client, health.version))
+}
+
+/// A client of the daemon, which is started when there is none.
+pub async fn ensure(home: &Path) -> Result<Client, ApiError> {
+    match running(home).await {
+        Some((client, version)) if version.as_deref().is_none_or(|v| v == env!("CARGO_PKG_VERSION")) => {
+            return Ok(client);
+        }
+        Some(_) => stop(home)?,
+        None => {}
+    }
+    start(home).await
+}
+
+async fn start(home: &Path) -> Result<Client, ApiError> {
+    let run = home.join("run");
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(|error| unusable(&run, &error))?;
+    // Of many commands at once one starts the daemon; the others find it running.
+    let lock = File::create(run.join("start.lock")).map_err(|error| unusable(&run, &error))?;
+    let _lock = tokio::task::spawn_blocking(move || Flock::lock(lock, FlockArg::LockExclusive))
+        .await
+        .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+    if let Some((client, _)) = running(home).await {
+        return Ok(client);
+    }
+    let log_path = home.join("daemon.log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&log_path)
+        .map_err(|error| unusable(&log_path, &error))?;
+    let before = log.metadata().map_or(0, |meta| meta.len());
+    let failed = |error: std::io::Error| {
+        ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon cannot be started: {error}"))
+    };
+    let mut child = Command::new(std::env::current_exe().map_err(failed)?)
+        .args(["daemon", "run"])
+        .env("HEYO_HOME", home)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().map_err(failed)?)
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .map_err(failed)?;
+    let deadline = Instant::now() + START_DEADLINE;
+    loop {
+        if let Some((client, _)) = running(home).await {
+            return Ok(client);
+        }
+        let ended = child.try_wait().map_err(failed)?;
+        if ended.is_some() || Instant::now() > deadline {
+            let what = if ended.is_some() { "ended at its start" } else { "does not answer" };
+            return Err(ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon {what}"))
+                .hint(format!("{} may say why", log_path.display()))
+                .log_tail(log_tail(&log_path, before)));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn log_tail(path: &Path, from: u64) -> Vec<String> {
+    let mut text = String::new();
+    let _ = File::open(path).and_then(|mut log| {
+        log.seek(SeekFrom::Start(from))?;
+        log.take(64 << 10).read_to_string(&mut text)
+    });
+    let lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines[lines.len().saturating_sub(LOG_LINES)..].to_vec()
+}
+
+/// Ends the daemon, if one runs; sandboxes keep running.
+pub fn stop(home: &Path) -> Result<(), ApiError> {
+    let Some(pid) = pid(home) else { return Ok(()) };
+    let process = heyvm_jail::process::ProcessId::of(pid).ok();
+    let signalled = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
+    signalled
+        .map_err(|error| ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon cannot be ended: {error}")))?;
+    let deadline = Instant::now() + START_DEADLINE;
+    while process.is_some_and(|process| process.is_alive()) {
+        if Instant::now() > deadline {
+            return Err(ApiError::new(ErrorCode::Timeout, format!("the daemon (process {pid}) does not end"))
+                .hint(format!("kill -9 {pid} ends it; sandboxes keep running")));
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+/// Process id of the daemon that holds the lock.
+pub fn pid(home: &Path) -> Option<i32> {
+    let lock = File::options().read(true).write(true).open(home.join("run/daemon.lock")).ok()?;
+    let mut text = String::new();
+    (&lock).read_to_string(&mut text).ok()?;
+    match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+        Ok(_free) => None,
+        Err(_) => text.trim().parse().ok(),
+    }
+}
