@@ -23,9 +23,10 @@ pub fn command_line(acceleration: Acceleration) -> String {
 /// QEMU keeps translated code by its virtual address, so with address space randomization every program that starts is
 /// translated anew (a command then takes three times as long). And the kernel cannot always measure the clock rate
 /// against a timer that another thread emulates: it then waits for ticks that never come. So it is told the rate.
+/// A huge page that a short-lived program touches once is cleared whole.
 fn translated() -> String {
     let clock = tsc_khz().map(|khz| format!(" tsc_early_khz={khz}")).unwrap_or_default();
-    format!("mitigations=off norandmaps init_on_alloc=0 preempt=none{clock}")
+    format!("mitigations=off norandmaps init_on_alloc=0 preempt=none transparent_hugepage=madvise{clock}")
 }
 
 /// Rate of the host's time stamp counter, which is the guest's, too, under translation.
