@@ -81,7 +81,7 @@ class Stage:
 
     def end_daemon(self):
         for pid, command in list(self.processes()):
-            if b"daemon" in command[1:2]:
+            if command[1:3] == [b"daemon", b"run"]:
                 os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 10
         while (left := list(self.processes())) and time.monotonic() < deadline:

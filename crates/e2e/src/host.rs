@@ -68,14 +68,25 @@ impl Host {
         fs::create_dir(&home).expect("home");
         fs::create_dir(root.path().join("user")).expect("user's home");
         let host = Self { home, root };
-        // Every host has an edge port of its own, chosen by the system.
-        host.configure("[edge]\nport = 0\n");
+        host.configure("");
         host
     }
 
-    /// Replaces config.toml; takes effect when the daemon starts next.
-    pub fn configure(&self, toml: &str) {
-        fs::write(self.home.join("config.toml"), toml).expect("config.toml");
+    /// Writes config.toml, `settings` below `[edge]` or in tables of their own; takes effect when the daemon starts next.
+    /// Every host has an edge port of its own, chosen by the system, and no machines in reserve: they would cost the
+    /// other tests processor time.
+    pub fn configure(&self, settings: &str) {
+        self.write_config(0, settings);
+    }
+
+    /// Has the daemon keep machines in reserve, as it does for users.
+    pub fn keep_reserve(&self) {
+        self.write_config(2, "");
+    }
+
+    fn write_config(&self, reserve: usize, settings: &str) {
+        let text = format!("reserve = {reserve}\n[edge]\nport = 0\n{settings}");
+        fs::write(self.home.join("config.toml"), text).expect("config.toml");
     }
 
     /// A directory for the test's own files, below /tmp, removed at the end.
@@ -101,6 +112,7 @@ impl Host {
         let bin = program().parent().expect("directory").to_owned();
         let path = std::env::var("PATH").unwrap_or_default();
         command
+            .env("HEYVM_AGENT", agent())
             .env("HEYO_HOME", &self.home)
             .env("HOME", self.root.path().join("user"))
             .env("PATH", format!("{}:{path}", bin.display()));
@@ -231,6 +243,12 @@ pub fn program() -> PathBuf {
     let program = std::env::var_os("HEYVM_BIN").map_or_else(|| project().join("target/release/heyvm"), PathBuf::from);
     assert!(program.exists(), "{} is not built: run ./test", program.display());
     program
+}
+
+/// The agent that goes into the guests: HEYVM_AGENT, else what `./test` builds.
+fn agent() -> PathBuf {
+    let built = || project().join("target/x86_64-unknown-linux-gnu/release/heyvm-agent");
+    std::env::var_os("HEYVM_AGENT").map_or_else(built, PathBuf::from)
 }
 
 /// The home that `./test` prepares.

@@ -53,6 +53,7 @@ fn killed_at_any_point_of_parallel_deploys() {
     const ROUNDS: u64 = 6;
     const DEPLOYS: usize = 3;
     let host = Host::new();
+    host.keep_reserve();
     let app = host.web_app();
     let survivor = host.deploy(&app, &[&["--name", "survivor"][..], &WEB_FLAGS].concat());
     for round in 0..ROUNDS {

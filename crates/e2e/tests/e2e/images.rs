@@ -29,7 +29,7 @@ fn small_root(host: &Host, marker: &str) -> PathBuf {
 }
 
 fn insecure(registry: &Registry) -> String {
-    format!("[edge]\nport = 0\n[[registries]]\nhost = \"{}\"\ninsecure = true\n", registry.address)
+    format!("[registries.\"{}\"]\ninsecure = true\n", registry.address)
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn bytes_that_do_not_match_their_digest_are_refused() {
 fn a_registry_that_does_not_answer_is_told_apart_from_a_missing_image() {
     let host = Host::with_own_images();
     let port = heyvm_e2e::registry::free_port();
-    host.configure(&format!("[edge]\nport = 0\n[[registries]]\nhost = \"127.0.0.1:{port}\"\ninsecure = true\n"));
+    host.configure(&format!("[registries.\"127.0.0.1:{port}\"]\ninsecure = true\n"));
     let refusal = host.refused(&["pull", &format!("127.0.0.1:{port}/team/app:1")]);
     assert_eq!(refusal.code, "registry_unavailable", "{}", refusal.message);
 }

@@ -180,7 +180,6 @@ fn archives_that_are_none_or_leave_their_directory_or_blow_up() {
 #[test]
 fn an_image_that_does_not_exist() {
     let host = Host::new();
-    host.configure("[edge]\nport = 0\n");
     let refusal = host.refused(&["create", "--image", "127.0.0.1:9/no/such:image"]);
     assert!(["image_not_found", "registry_unavailable"].contains(&refusal.code.as_str()), "{}", refusal.code);
     assert_eq!(host.refused(&["create", "--image", "UPPER CASE?"]).code, "invalid_argument");

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use heyvm_e2e::{Host, leaks};
+use heyvm_e2e::{Host, eventually, leaks};
 
 #[test]
 fn size_classes_have_their_memory_and_their_share_of_the_processor() {
@@ -78,6 +78,13 @@ fn a_fork_bomb_and_a_memory_hog_leave_the_others_responsive() {
 fn two_clones_of_one_template_share_no_secret_and_no_identity() {
     const CLONES: usize = 4;
     let host = Host::new();
+    // Some come straight from the template, some from the reserve, where a command has run already.
+    host.keep_reserve();
+    host.create(&[]).does("rm");
+    eventually("there is a machine in reserve", 60, || {
+        let all = leaks::processes_of(host.scratch());
+        (all.iter().filter(|process| process.is_qemu() && process.reserve).count() == 2).then_some(())
+    });
     let vms: Vec<_> = std::thread::scope(|scope| {
         let making: Vec<_> = (0..CLONES).map(|_| scope.spawn(|| host.create(&[]))).collect();
         making.into_iter().map(|made| made.join().expect("made")).collect()

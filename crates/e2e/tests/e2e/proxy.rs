@@ -37,7 +37,7 @@ fn where_nothing_listens_the_answer_is_502_readable_for_people_and_programs() {
 #[test]
 fn an_app_that_does_not_answer_is_504_at_the_time_out() {
     let host = Host::new();
-    host.configure("[edge]\nport = 0\ntimeout_seconds = 2\n");
+    host.configure("timeout_seconds = 2\n");
     let vm = host.deploy(&host.web_app(), &WEB_FLAGS);
     let started = Instant::now();
     assert_eq!(vm.get("/slow?30").status, 504);
