@@ -1,4 +1,4 @@
-//! Talks to an agent behind a Unix socket, for debugging: `talk SOCKET personalize|warm-up|exec|bench|flood|…`.
+//! Talks to an agent behind a Unix socket, for debugging: `talk SOCKET CALL [ARGUMENT…]`.
 //!
 //! ```text
 //! cargo run --release -p heyvm-agent-protocol --example talk -- agent.sock exec -- ls -l /
@@ -50,6 +50,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             let port = rest.first().map_or(Ok(80), |port| port.parse())?;
             println!("{:?}", client.port_status(PortStatusRequest { port }).await?.into_inner());
         }
+        "dial" => dial(&mut client, rest).await?,
         "metrics" => println!("{:?}", client.metrics(MetricsRequest {}).await?.into_inner()),
         "shutdown" => println!("{:?}", client.shutdown(ShutdownRequest { grace_ms: 2000 }).await?.into_inner()),
         other => return Err(format!("there is no call {other}").into()),
@@ -184,5 +185,32 @@ async fn flood(client: &mut Client, arguments: &[String]) -> Result<(), Box<dyn 
     let seconds = began.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
     println!("{} bytes in {seconds:.2} s: {:.1} MB/s; {:?}", ran.bytes, ran.bytes as f64 / seconds / 1e6, ran.exit);
     io::stdout().flush()?;
+    Ok(())
+}
+
+/// Standard input to a port of the guest, what comes back to standard output: `dial PORT`.
+async fn dial(client: &mut Client, arguments: &[String]) -> Result<(), Box<dyn Error>> {
+    let port = arguments.first().map_or(Ok(80), |port| port.parse())?;
+    let (sender, requests) = tokio::sync::mpsc::channel(8);
+    sender.send(DialInput { port, ..DialInput::default() }).await?;
+    let mut replies = client.dial(tokio_stream::wrappers::ReceiverStream::new(requests)).await?.into_inner();
+    tokio::spawn(async move {
+        let mut input = tokio::io::stdin();
+        loop {
+            let mut data = vec![0; 64 << 10];
+            let length = tokio::io::AsyncReadExt::read(&mut input, &mut data).await.unwrap_or(0);
+            data.truncate(length);
+            let message = DialInput { data, half_close: length == 0, ..DialInput::default() };
+            if sender.send(message).await.is_err() || length == 0 {
+                return;
+            }
+        }
+    });
+    while let Some(reply) = replies.message().await? {
+        io::stdout().write_all(&reply.data)?;
+        if reply.half_close {
+            break;
+        }
+    }
     Ok(())
 }
