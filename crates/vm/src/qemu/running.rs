@@ -194,10 +194,11 @@ async fn process_is_gone(process: ProcessId) {
     }
 }
 
-/// Bytes, from `/proc/PID/smaps_rollup`.
+/// Bytes, from `/proc/PID/smaps_rollup`. What counts is what no file stands behind: a template's memory and QEMU's
+/// program are there once for all, even while one VM alone happens to have a page of them mapped.
 fn private_memory(rollup: &str) -> u64 {
-    let kib = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-    rollup.lines().filter(|line| line.starts_with("Private_")).map(kib).sum::<u64>() * 1024
+    let kib = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+    rollup.lines().find(|line| line.starts_with("Anonymous:")).and_then(kib).unwrap_or(0) * 1024
 }
 
 /// Milliseconds, from fields 14 and 15 of `/proc/PID/stat` (in hundredths of a second on every Linux there is).
@@ -212,7 +213,7 @@ mod tests {
 
     #[test]
     fn costs_are_read() {
-        assert_eq!(private_memory("Rss: 9 kB\nPrivate_Clean: 4 kB\nPrivate_Dirty: 6 kB\n"), 10 * 1024);
+        assert_eq!(private_memory("Rss: 9 kB\nPrivate_Dirty: 6 kB\nAnonymous: 5 kB\n"), 5 * 1024);
         assert_eq!(cpu_ms("7 (a b) S 1 1 1 0 -1 0 0 0 0 0 12 30 0 0 20 0"), 420);
     }
 }
