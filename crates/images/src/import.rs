@@ -45,28 +45,23 @@ pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Erro
 
 /// Whether a tar holds an image in layers rather than a root.
 fn is_bundle(path: &Path) -> Result<bool, Error> {
-    let mut archive = tar::Archive::new(layers::open(path)?);
     let not_tar = |error: std::io::Error| Error::invalid(format!("{} is no tar: {error}", path.display()));
-    let (mut root, mut seen) = (false, false);
-    for entry in archive.entries().map_err(not_tar)? {
-        let entry = entry.map_err(not_tar)?;
+    let (mut found, mut seen) = (None, false);
+    layers::each(path, not_tar, |entry| {
         seen = true;
-        let name =
-            entry.path().map_err(not_tar)?.to_string_lossy().trim_start_matches("./").trim_end_matches('/').to_owned();
-        match name.as_str() {
-            "manifest.json" | "oci-layout" | "index.json" => return Ok(true),
-            "bin" | "usr" | "etc" | "sbin" | "lib" => root = true,
-            _ if name.starts_with("usr/") || name.starts_with("bin/") || name.starts_with("etc/") => root = true,
-            _ => {}
-        }
-        if root {
-            return Ok(false);
-        }
-    }
-    if seen {
-        Err(Error::invalid(format!("{} holds neither an image nor a root", path.display())))
-    } else {
-        Err(Error::invalid(format!("{} is empty", path.display())))
+        let name = entry.path().map_err(not_tar)?.to_string_lossy().into_owned();
+        let name = name.trim_start_matches("./").trim_end_matches('/');
+        found = match name.split('/').next() {
+            Some("manifest.json" | "oci-layout" | "index.json") if !name.contains('/') => Some(true),
+            Some("bin" | "usr" | "etc" | "sbin" | "lib") => Some(false),
+            _ => None,
+        };
+        Ok(found.is_none())
+    })?;
+    match found {
+        Some(bundle) => Ok(bundle),
+        None if seen => Err(Error::invalid(format!("{} holds neither an image nor a root", path.display()))),
+        None => Err(Error::invalid(format!("{} is empty", path.display()))),
     }
 }
 
@@ -101,6 +96,25 @@ struct Manifest {
 struct Config {
     #[serde(default)]
     config: Option<RunConfig>,
+    #[serde(flatten)]
+    platform: Platform,
+}
+
+/// What an image runs on; anything, where it does not say.
+#[derive(Deserialize, Default)]
+struct Platform {
+    #[serde(default)]
+    os: Option<String>,
+    #[serde(default)]
+    architecture: Option<String>,
+}
+
+impl Platform {
+    fn fits(&self) -> bool {
+        let same =
+            |said: &Option<String>, ours: &str| said.as_deref().is_none_or(|said| said.is_empty() || said == ours);
+        same(&self.os, "linux") && same(&self.architecture, "amd64")
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -116,6 +130,9 @@ struct RunConfig {
 pub fn config_from(bytes: &[u8]) -> Result<ImageConfig, Error> {
     let config: Config =
         serde_json::from_slice(bytes).map_err(|error| Error::invalid(format!("the image's configuration: {error}")))?;
+    if !config.platform.fits() {
+        return Err(Error::invalid("the image is for another platform than linux/amd64"));
+    }
     let run = config.config.unwrap_or_default();
     let env = run.env.unwrap_or_default();
     Ok(ImageConfig {

@@ -1,19 +1,31 @@
 //! Layers of an image, applied one over the other to a directory. Every byte is somebody else's.
 //! Format: OCI image specification, "layer": tar archives with `.wh.` whiteouts.
 //!
-//! No name is ever looked up through a symbolic link: each directory on the way is checked first, and a link in its place
-//! is replaced, so that nothing is written outside of the root whatever the layers hold.
+//! The root is a directory that nobody else can enter. Names are looked up in [`Layer::real_dir`] alone, which takes every
+//! link as within the root, so that nothing is written outside of it whatever the layers hold.
 
 use std::{
+    cell::Cell,
+    collections::{HashSet, VecDeque},
+    ffi::{OsStr, OsString},
     fs::{self, File},
     io::{self, BufReader, Read},
-    os::unix::fs::{PermissionsExt, lchown, symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{PermissionsExt, lchown, symlink},
+    },
     path::{Component, Path, PathBuf},
+    rc::Rc,
 };
 
 use nix::{
+    errno::Errno,
+    fcntl::AT_FDCWD,
     libc::dev_t,
-    sys::stat::{Mode, SFlag, makedev, mknod},
+    sys::{
+        stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat},
+        time::TimeSpec,
+    },
     unistd::getuid,
 };
 use tar::{Entry, EntryType};
@@ -21,10 +33,18 @@ use tar::{Entry, EntryType};
 use crate::Error;
 
 /// What an image may unpack to, in bytes, and in entries.
-const MAX_BYTES: u64 = 32 << 30;
+pub const MAX_BYTES: u64 = 32 << 30;
 const MAX_ENTRIES: u64 = 2_000_000;
-const WHITEOUT: &str = ".wh.";
-const OPAQUE: &str = ".wh..wh..opq";
+/// What an archive may say between one file's content and the next: headers, long names, attributes. It is held in memory.
+const MAX_HEADERS: u64 = 4 << 20;
+/// As many links on the way to a file as Linux follows.
+const MAX_LINKS: usize = 40;
+/// What unpacking xz may take.
+const MAX_XZ_MEMORY: u64 = 256 << 20;
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Records that a union file system of old kept for itself.
+const ANOTHERS: &[u8] = b".wh..wh.";
 
 /// Counts what all layers of an image hold together.
 #[derive(Debug, Default)]
@@ -33,33 +53,81 @@ pub struct Budget {
     entries: u64,
 }
 
-/// Applies one layer file, compressed or not, over what is in `root`.
-pub fn apply(layer: &Path, root: &Path, budget: &mut Budget) -> Result<(), Error> {
-    let mut archive = tar::Archive::new(open(layer)?);
-    let broken = |error: io::Error| match error.kind() {
-        io::ErrorKind::StorageFull => Error::OutOfResources("disk space"),
-        _ => Error::invalid(format!("a layer cannot be unpacked: {error}")),
-    };
-    for entry in archive.entries().map_err(broken)? {
-        let mut entry = entry.map_err(broken)?;
-        budget.entries += 1;
-        budget.bytes = budget.bytes.saturating_add(entry.size());
-        if budget.entries > MAX_ENTRIES || budget.bytes > MAX_BYTES {
+impl Budget {
+    fn take(&mut self, bytes: u64) -> Result<(), Error> {
+        self.entries += 1;
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.entries > MAX_ENTRIES || self.bytes > MAX_BYTES {
             return Err(Error::invalid("the image unpacks to more than is allowed"));
         }
+        Ok(())
+    }
+}
+
+/// Applies one layer file, compressed or not, over what is in `root`.
+pub fn apply(file: &Path, root: &Path, budget: &mut Budget) -> Result<(), Error> {
+    let broken = |error: io::Error| match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::OutOfResources("disk space"),
+        _ => Error::invalid(format!("a layer cannot be unpacked: {error}")),
+    };
+    let mut layer = Layer { root, placed: HashSet::new(), dirs: Vec::new() };
+    each(file, broken, |entry| {
+        budget.take(entry.size())?;
         let path = entry.path().map_err(broken)?.into_owned();
         let Some(name) = inside(&path) else {
             return Err(Error::invalid(format!("{} leaves the image's root", path.display())));
         };
         if !name.as_os_str().is_empty() {
-            place(&mut entry, root, &name).map_err(broken)?;
+            layer.place(entry, &name).map_err(broken)?;
         }
+        Ok(true)
+    })?;
+    layer.date_dirs().map_err(broken)
+}
+
+/// Shows the entries of an archive, compressed or not, until one answers `false`.
+pub fn each(
+    file: &Path,
+    broken: impl Fn(io::Error) -> Error,
+    mut see: impl FnMut(&mut Entry<'_, Metered>) -> Result<bool, Error>,
+) -> Result<(), Error> {
+    let left = Rc::new(Cell::new(MAX_HEADERS));
+    let mut archive = tar::Archive::new(Metered { from: open(file)?, left: Rc::clone(&left) });
+    let mut entries = archive.entries().map_err(&broken)?;
+    loop {
+        left.set(MAX_HEADERS);
+        let Some(entry) = entries.next() else { return Ok(()) };
+        let mut entry = entry.map_err(&broken)?;
+        left.set(u64::MAX);
+        if !see(&mut entry)? {
+            return Ok(());
+        }
+        // What is left over of it shall not count as a header.
+        io::copy(&mut entry, &mut io::sink()).map_err(&broken)?;
     }
-    Ok(())
+}
+
+/// An archive of which only so much may be read at a time.
+pub struct Metered {
+    from: Box<dyn Read>,
+    left: Rc<Cell<u64>>,
+}
+
+impl Read for Metered {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.left.get();
+        if left == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a header is too large"));
+        }
+        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = self.from.read(&mut buffer[..most])?;
+        self.left.set(left - count as u64);
+        Ok(count)
+    }
 }
 
 /// A file as what it says it is at its beginning: gzip, zstd, xz, or plain.
-pub fn open(path: &Path) -> Result<Box<dyn Read>, Error> {
+fn open(path: &Path) -> Result<Box<dyn Read>, Error> {
     let opened = || -> io::Result<Box<dyn Read>> {
         let mut magic = [0; 6];
         let length = File::open(path)?.read(&mut magic)?;
@@ -67,7 +135,10 @@ pub fn open(path: &Path) -> Result<Box<dyn Read>, Error> {
         Ok(match &magic[..length] {
             [0x1f, 0x8b, ..] => Box::new(flate2::read::MultiGzDecoder::new(file)),
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(file)?),
-            [0xfd, b'7', b'z', b'X', b'Z', 0] => Box::new(xz2::read::XzDecoder::new(file)),
+            [0xfd, b'7', b'z', b'X', b'Z', 0] => {
+                let stream = xz2::stream::Stream::new_stream_decoder(MAX_XZ_MEMORY, xz2::stream::CONCATENATED)?;
+                Box::new(xz2::bufread::XzDecoder::new_stream(file, stream))
+            }
             _ => Box::new(file),
         })
     };
@@ -87,57 +158,166 @@ fn inside(path: &Path) -> Option<PathBuf> {
     Some(name)
 }
 
-fn place(entry: &mut Entry<'_, impl Read>, root: &Path, name: &Path) -> io::Result<()> {
-    let parent = real_dir(root, name.parent().unwrap_or(Path::new("")))?;
-    let last = name.file_name().unwrap_or_default();
-    let text = last.to_string_lossy();
-    if text == OPAQUE {
-        return empty(&parent);
-    }
-    if let Some(hidden) = text.strip_prefix(WHITEOUT) {
-        return clear(&parent.join(hidden));
-    }
-    let target = parent.join(last);
-    let kind = entry.header().entry_type();
-    if kind != EntryType::Directory || !fs::symlink_metadata(&target).is_ok_and(|meta| meta.is_dir()) {
-        clear(&target)?;
-    }
-    let mode = entry.header().mode()? & 0o7777;
-    match kind {
-        EntryType::Directory => match fs::create_dir(&target) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        },
-        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-            io::copy(entry, &mut File::options().write(true).create_new(true).open(&target)?)?;
+/// One layer on its way into the root.
+struct Layer<'a> {
+    root: &'a Path,
+    /// What this layer brought, below the root: its whiteouts hide what was there before it alone.
+    placed: HashSet<PathBuf>,
+    /// Its directories and their times, which hold only once all else is in place.
+    dirs: Vec<(PathBuf, u64)>,
+}
+
+impl Layer<'_> {
+    fn place(&mut self, entry: &mut Entry<'_, impl Read>, name: &Path) -> io::Result<()> {
+        let parent = self.real_dir(name.parent().unwrap_or(Path::new("")))?;
+        let last = name.file_name().unwrap_or_default();
+        if last.as_bytes() == OPAQUE {
+            return self.empty(&parent);
         }
-        EntryType::Symlink => symlink(link_target(entry)?, &target)?,
-        EntryType::Link => {
-            let existing =
-                inside(&link_target(entry)?).ok_or_else(|| io::Error::other("a hard link leaves the root"))?;
-            let dir = real_dir(root, existing.parent().unwrap_or(Path::new("")))?;
-            return fs::hard_link(dir.join(existing.file_name().unwrap_or_default()), &target);
+        if last.as_bytes().starts_with(ANOTHERS) {
+            return Ok(());
         }
-        EntryType::Char | EntryType::Block | EntryType::Fifo => {
-            if !make_special(entry, kind, &target, mode)? {
+        if let Some(hidden) = last.as_bytes().strip_prefix(WHITEOUT) {
+            return self.hide(&parent, OsStr::from_bytes(hidden));
+        }
+        let below = parent.join(last);
+        let target = self.root.join(&below);
+        let kind = entry.header().entry_type();
+        if kind != EntryType::Directory || !fs::symlink_metadata(&target).is_ok_and(|meta| meta.is_dir()) {
+            clear(&target)?;
+        }
+        let mode = mode(entry, kind)?;
+        match kind {
+            EntryType::Directory => match fs::create_dir(&target) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => self.dirs.push((below.clone(), entry.header().mtime()?)),
+            },
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                let mut file = File::options().write(true).create_new(true).open(&target)?;
+                if io::copy(entry, &mut file)? != entry.size() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+            }
+            EntryType::Symlink => symlink(link_target(entry)?, &target)?,
+            EntryType::Link => {
+                let existing =
+                    inside(&link_target(entry)?).ok_or_else(|| io::Error::other("a hard link leaves the root"))?;
+                let dir = self.real_dir(existing.parent().unwrap_or(Path::new("")))?;
+                let existing = self.root.join(dir).join(existing.file_name().unwrap_or_default());
+                fs::hard_link(existing, &target)?;
+                self.placed.insert(below);
                 return Ok(());
             }
+            EntryType::Char | EntryType::Block | EntryType::Fifo => {
+                if !make_special(entry, kind, &target, mode)? {
+                    return Ok(());
+                }
+            }
+            // Headers for what follows, and kinds nobody knows.
+            _ => return Ok(()),
         }
-        // Headers for what follows, and kinds nobody knows.
-        _ => return Ok(()),
+        self.placed.extend(below.ancestors().map(Path::to_owned));
+        own(entry, &target, mode, kind == EntryType::Symlink)?;
+        date(&target, entry.header().mtime()?)
     }
-    own(entry, &target, mode, kind == EntryType::Symlink)
+
+    /// The directory that `name` leads to, below the root and free of links; made where it is missing. A link leads to
+    /// where it would in the guest: distributions link /bin to usr/bin, and a later layer's bin/sh belongs behind that.
+    fn real_dir(&self, name: &Path) -> io::Result<PathBuf> {
+        let mut to_go: VecDeque<OsString> = parts(name).collect();
+        let (mut real, mut links) = (PathBuf::new(), 0);
+        while let Some(part) = to_go.pop_front() {
+            if part == ".." {
+                real.pop();
+                continue;
+            }
+            let next = self.root.join(&real).join(&part);
+            match fs::symlink_metadata(&next) {
+                Ok(meta) if meta.is_dir() => real.push(part),
+                Ok(meta) if meta.is_symlink() => {
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return Err(io::Error::other(format!("too many links on the way to {}", name.display())));
+                    }
+                    let target = fs::read_link(&next)?;
+                    if target.is_absolute() {
+                        real.clear();
+                    }
+                    to_go = parts(&target).chain(to_go).collect();
+                }
+                Ok(_) => {
+                    fs::remove_file(&next)?;
+                    fs::create_dir(&next)?;
+                    real.push(part);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    fs::create_dir(&next)?;
+                    real.push(part);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(real)
+    }
+
+    fn hide(&self, parent: &Path, hidden: &OsStr) -> io::Result<()> {
+        // ".wh..." would name the directory above.
+        if !matches!(Path::new(hidden).components().next(), Some(Component::Normal(_))) {
+            return Err(io::Error::other("a whiteout hides no file"));
+        }
+        let below = parent.join(hidden);
+        if self.placed.contains(&below) { Ok(()) } else { clear(&self.root.join(below)) }
+    }
+
+    /// Removes what earlier layers have in a directory.
+    fn empty(&self, dir: &Path) -> io::Result<()> {
+        for entry in fs::read_dir(self.root.join(dir))? {
+            let entry = entry?;
+            let below = dir.join(entry.file_name());
+            if !self.placed.contains(&below) {
+                clear(&entry.path())?;
+            } else if entry.file_type()?.is_dir() {
+                self.empty(&below)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn date_dirs(&self) -> io::Result<()> {
+        for (dir, time) in &self.dirs {
+            // A later entry may have put a link in its place, or in that of a directory above it.
+            let still = |dir: &Path| fs::symlink_metadata(self.root.join(dir)).is_ok_and(|meta| meta.is_dir());
+            if dir.ancestors().all(still) {
+                date(&self.root.join(dir), *time)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parts(path: &Path) -> impl Iterator<Item = OsString> {
+    path.components().filter_map(|part| match part {
+        Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
+        Component::CurDir | Component::RootDir | Component::Prefix(_) => None,
+    })
 }
 
 fn link_target(entry: &Entry<'_, impl Read>) -> io::Result<PathBuf> {
     Ok(entry.link_name()?.ok_or_else(|| io::Error::other("a link leads nowhere"))?.into_owned())
 }
 
-/// Devices are for root to make, and mean something in the guest alone.
+/// The entry's permissions; for a user who is not root, such that what is made can be filled and read.
+fn mode(entry: &Entry<'_, impl Read>, kind: EntryType) -> io::Result<u32> {
+    let mode = entry.header().mode()? & 0o7777;
+    Ok(match kind {
+        _ if getuid().is_root() => mode,
+        EntryType::Directory => mode | 0o700,
+        _ => mode | 0o400,
+    })
+}
+
+/// Devices are for root to make, where even root may, and mean something in the guest alone.
 fn make_special(entry: &Entry<'_, impl Read>, kind: EntryType, target: &Path, mode: u32) -> io::Result<bool> {
-    if !getuid().is_root() {
-        return Ok(false);
-    }
     let number = |part: Option<u32>| dev_t::from(part.unwrap_or(0));
     let device = makedev(number(entry.header().device_major()?), number(entry.header().device_minor()?));
     let flag = match kind {
@@ -145,11 +325,13 @@ fn make_special(entry: &Entry<'_, impl Read>, kind: EntryType, target: &Path, mo
         EntryType::Block => SFlag::S_IFBLK,
         _ => SFlag::S_IFIFO,
     };
-    mknod(target, flag, Mode::from_bits_truncate(mode), device)?;
-    Ok(true)
+    match mknod(target, flag, Mode::from_bits_truncate(mode), device) {
+        Err(Errno::EPERM) => Ok(false),
+        made => Ok(made.map(|()| true)?),
+    }
 }
 
-fn own(entry: &mut Entry<'_, impl Read>, target: &Path, mode: u32, is_link: bool) -> io::Result<()> {
+fn own(entry: &Entry<'_, impl Read>, target: &Path, mode: u32, is_link: bool) -> io::Result<()> {
     if getuid().is_root() {
         let id = |id: u64| u32::try_from(id).ok();
         lchown(target, id(entry.header().uid()?), id(entry.header().gid()?))?;
@@ -161,60 +343,9 @@ fn own(entry: &mut Entry<'_, impl Read>, target: &Path, mode: u32, is_link: bool
     Ok(())
 }
 
-/// The directory `name` below `root`, made where it is missing; a link or a file in its way makes place.
-fn real_dir(root: &Path, name: &Path) -> io::Result<PathBuf> {
-    let mut dir = root.to_owned();
-    for part in name.components() {
-        dir.push(part);
-        match fs::symlink_metadata(&dir) {
-            Ok(meta) if meta.is_dir() => {}
-            // Distributions link /bin to usr/bin: a later layer's bin/sh belongs behind that link, as long as it stays inside.
-            Ok(meta) if meta.file_type().is_symlink() => dir = followed(root, &dir)?,
-            Ok(_) => {
-                fs::remove_file(&dir)?;
-                fs::create_dir(&dir)?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(&dir)?,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(dir)
-}
-
-/// Where a directory link leads, taken as within the root; it must be a real directory without further links.
-fn followed(root: &Path, link: &Path) -> io::Result<PathBuf> {
-    let target = fs::read_link(link)?;
-    let base = if target.is_absolute() {
-        Path::new("")
-    } else {
-        link.parent().and_then(|p| p.strip_prefix(root).ok()).unwrap_or(Path::new(""))
-    };
-    let mut dir = PathBuf::new();
-    for part in base.join(&target).components() {
-        match part {
-            Component::Normal(part) => dir.push(part),
-            Component::ParentDir => drop(dir.pop()),
-            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
-        }
-    }
-    let mut real = root.to_owned();
-    for part in dir.components() {
-        real.push(part);
-        match fs::symlink_metadata(&real) {
-            Ok(meta) if meta.is_dir() => {}
-            Ok(_) => return Err(io::Error::other(format!("{} is a link to a link", link.display()))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(&real)?,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(real)
-}
-
-fn empty(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        clear(&entry?.path())?;
-    }
-    Ok(())
+fn date(target: &Path, time: u64) -> io::Result<()> {
+    let time = TimeSpec::new(i64::try_from(time).unwrap_or(i64::MAX), 0);
+    Ok(utimensat(AT_FDCWD, target, &time, &time, UtimensatFlags::NoFollowSymlink)?)
 }
 
 fn clear(path: &Path) -> io::Result<()> {
@@ -251,6 +382,7 @@ mod tests {
             header.set_gid(nix::unistd::getgid().as_raw().into());
             let data = if is_file { content.as_bytes() } else { &[] };
             header.set_size(data.len() as u64);
+            header.set_mtime(1_000);
             header.set_cksum();
             builder.append(&header, data).unwrap();
         }
@@ -302,5 +434,68 @@ mod tests {
             let (_root, done) = applied(&[&[hostile]]);
             assert!(done.is_err(), "{hostile:?}");
         }
+    }
+
+    #[test]
+    fn a_whiteout_hides_a_file_beside_it_and_nothing_else() {
+        let (root, done) = applied(&[&[("a/.wh...", Regular, "")]]);
+        assert!(done.is_err() && root.path().join("a").exists());
+        for name in [".wh.", ".wh..", ".wh..."] {
+            let (root, done) = applied(&[&[("kept", Regular, "1")], &[(name, Regular, "")]]);
+            assert!(done.is_err() && root.path().join("kept").exists(), "{name}");
+        }
+        let (root, done) = applied(&[
+            &[("d/old", Regular, "1"), ("d/sub/old", Regular, "1")],
+            &[
+                ("d/new", Regular, "2"),
+                ("d/sub/new", Regular, "2"),
+                ("d/.wh..wh..opq", Regular, ""),
+                ("d/.wh.new", Regular, ""),
+            ],
+        ]);
+        done.unwrap();
+        let names = |dir: &str| -> Vec<_> {
+            fs::read_dir(root.path().join(dir)).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+        };
+        assert_eq!((names("d").len(), names("d/sub")), (2, vec!["new".into()]));
+    }
+
+    #[test]
+    fn links_to_links_are_followed_and_circles_refused() {
+        let (root, done) = applied(&[&[
+            ("run", Directory, ""),
+            ("var/run", Symlink, "/one"),
+            ("one", Symlink, "../../run"),
+            ("var/run/file", Regular, "x"),
+        ]]);
+        done.unwrap();
+        assert!(root.path().join("run/file").exists());
+        let (_root, done) = applied(&[&[("a", Symlink, "b"), ("b", Symlink, "a"), ("a/file", Regular, "x")]]);
+        assert!(done.unwrap_err().to_string().contains("too many links"));
+    }
+
+    #[test]
+    fn a_directory_that_became_a_link_gives_its_time_to_nobody() {
+        let outside = tempfile::tempdir().unwrap();
+        fs::create_dir(outside.path().join("b")).unwrap();
+        let out = outside.path().to_str().unwrap();
+        let (_root, done) = applied(&[&[("a/b", Directory, ""), ("a", Symlink, out)]]);
+        done.unwrap();
+        assert_ne!(fs::metadata(outside.path().join("b")).unwrap().mtime(), 1_000);
+    }
+
+    #[test]
+    fn what_is_held_in_memory_is_bounded() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut builder = Builder::new(zstd::Encoder::new(file.as_file(), 1).unwrap().auto_finish());
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(64 << 20);
+        header.set_cksum();
+        builder.append(&header, io::repeat(b'x').take(64 << 20)).unwrap();
+        drop(builder);
+        let root = tempfile::tempdir().unwrap();
+        let error = apply(file.path(), root.path(), &mut Budget::default()).unwrap_err();
+        assert!(error.to_string().contains("header is too large"), "{error}");
     }
 }

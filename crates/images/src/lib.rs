@@ -2,10 +2,12 @@
 //! per image, and from a distribution's kernel package to a kernel and an initramfs with the agent in it.
 //!
 //! - [`store`]: what is here, by name and digest.  [`packages`]: the default image, built from the host's distribution.
-//! - [`registry`], [`import`]: images from registries and files.  [`layers`]: one over the other.
+//! - [`registry`], [`import`]: images from registries and files.  [`credentials`]: mirrors, and who we are to them.
+//! - [`layers`]: one over the other.  [`work`]: directories for what is half-made.
 //! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`cpio`]: guest kernels and their initramfs.
 
 mod cpio;
+mod credentials;
 mod erofs;
 mod import;
 mod kernel;
@@ -13,12 +15,13 @@ mod layers;
 mod packages;
 mod registry;
 mod store;
+mod work;
 
 use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use registry::{Registry, RegistryConfig};
+pub use credentials::{Registry, RegistryConfig};
 
 /// A guest kernel with the initramfs that starts the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

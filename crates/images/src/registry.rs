@@ -1,54 +1,45 @@
-//! Images from OCI registries: names as Docker has them, mirrors and credentials from the configuration, digests verified.
+//! Images from OCI registries: names as Docker has them, digests verified, no more bytes taken than the manifest says.
 
-use std::{collections::BTreeMap, path::Path, sync::Once, time::Duration};
+use std::{
+    io,
+    path::Path,
+    pin::Pin,
+    sync::Once,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use oci_client::{
     Client, Reference,
-    client::{ClientConfig, ClientProtocol},
+    client::{ClientConfig, ClientProtocol, linux_amd64_resolver},
     errors::{OciDistributionError, OciErrorCode},
-    manifest::OciImageManifest,
+    manifest::{OciDescriptor, OciImageManifest},
     secrets::RegistryAuth,
 };
-use serde::Deserialize;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
     Error, Progress,
+    credentials::{Credentials, Host, RegistryConfig},
     import::{self, Parts},
+    layers,
 };
-
-/// What the user says about registries, by registry name (`docker.io`).
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(transparent)]
-pub struct RegistryConfig {
-    registries: BTreeMap<String, Registry>,
-}
-
-/// One registry.
-#[derive(Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Registry {
-    /// Asked first, in order; `http://host:port` or `https://host`.
-    mirrors: Vec<String>,
-    /// Speak plain HTTP to the registry itself.
-    insecure: bool,
-    username: Option<String>,
-    password: Option<String>,
-}
-
-impl std::fmt::Debug for Registry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Registry")
-            .field("mirrors", &self.mirrors)
-            .field("insecure", &self.insecure)
-            .finish_non_exhaustive()
-    }
-}
 
 /// A registry that does not answer is not there.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const READ_DEADLINE: Duration = Duration::from_secs(60);
-const TRIES: usize = 3;
+const TRIES: u32 = 3;
+/// What an image may say about itself.
+const MAX_CONFIG: u64 = 4 << 20;
+/// Progress is told anew after so many bytes.
+const STEP: u64 = 256 << 10;
+/// As much of a registry's words as goes into an error.
+const MAX_WORDS: usize = 300;
+
+/// The name as it is when nothing is left out: `docker.io/library/ubuntu:24.04`.
+pub fn canonical(name: &str) -> Option<String> {
+    Some(name.parse::<Reference>().ok()?.whole())
+}
 
 /// The parts of an image, its layers as files in `work`.
 pub async fn fetch(name: &str, config: &RegistryConfig, work: &Path, progress: &Progress) -> Result<Parts, Error> {
@@ -56,111 +47,219 @@ pub async fn fetch(name: &str, config: &RegistryConfig, work: &Path, progress: &
     PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
     let reference: Reference =
         name.parse().map_err(|error| Error::invalid(format!("{name:?} is no image name: {error}")))?;
-    let registry = config.registries.get(reference.registry()).cloned().unwrap_or_default();
-    let mut last = None;
-    for source in sources(&reference, &registry) {
-        match fetch_from(&source, work, progress).await {
+    let (mut answers, mut missing) = (Vec::new(), false);
+    for host in config.hosts(reference.registry())? {
+        let source = Source::new(&reference, &host, config.credentials(&host.name));
+        match source.fetch(work, progress).await {
             Ok(parts) => return Ok(parts),
-            Err(error @ Error::Invalid(_)) => return Err(error),
-            // An answer says more than a silence.
-            Err(error) if last.as_ref().is_none_or(|known| !matches!(known, Error::NotFound(_))) => last = Some(error),
-            Err(_) => {}
+            Err(Error::NotFound(_)) => {
+                missing = true;
+                answers.push(format!("{} has no such image", host.name));
+            }
+            Err(Error::Registry { why, .. }) => {
+                missing = false;
+                answers.push(format!("{}: {why}", host.name));
+            }
+            Err(error) => return Err(error),
         }
     }
-    Err(last.unwrap_or_else(|| Error::NotFound(name.into())))
+    // The registry itself is asked last. Where it is silent, what its mirrors lack may still be there.
+    Err(if missing {
+        Error::NotFound(name.into())
+    } else {
+        Error::Registry { name: name.into(), why: answers.join("; ") }
+    })
 }
 
 /// One place an image can come from.
 struct Source {
+    client: Client,
     reference: Reference,
-    plain: bool,
     auth: RegistryAuth,
 }
 
-fn sources(reference: &Reference, registry: &Registry) -> Vec<Source> {
-    let auth = match (&registry.username, &registry.password) {
-        (Some(user), Some(password)) => RegistryAuth::Basic(user.clone(), password.clone()),
-        _ => RegistryAuth::Anonymous,
-    };
-    let mirrors = registry.mirrors.iter().map(|mirror| {
-        let plain = mirror.starts_with("http://");
-        let host = mirror.trim_start_matches("http://").trim_start_matches("https://").trim_end_matches('/');
-        let repository = reference.repository().to_owned();
+impl Source {
+    fn new(reference: &Reference, host: &Host, credentials: Option<Credentials>) -> Self {
+        let client = Client::new(ClientConfig {
+            protocol: if host.plain { ClientProtocol::Http } else { ClientProtocol::Https },
+            platform_resolver: Some(Box::new(linux_amd64_resolver)),
+            connect_timeout: Some(CONNECT_DEADLINE),
+            read_timeout: Some(READ_DEADLINE),
+            ..ClientConfig::default()
+        });
+        let (name, repository) = (host.name.clone(), reference.repository().to_owned());
         let reference = match (reference.digest(), reference.tag()) {
-            (Some(digest), _) => Reference::with_digest(host.into(), repository, digest.into()),
-            (None, tag) => Reference::with_tag(host.into(), repository, tag.unwrap_or("latest").into()),
+            (Some(digest), _) => Reference::with_digest(name, repository, digest.into()),
+            (None, tag) => Reference::with_tag(name, repository, tag.unwrap_or("latest").into()),
         };
-        Source { reference, plain, auth: auth.clone() }
-    });
-    let own = Source { reference: reference.clone(), plain: registry.insecure, auth: auth.clone() };
-    mirrors.chain([own]).collect()
-}
-
-async fn fetch_from(source: &Source, work: &Path, progress: &Progress) -> Result<Parts, Error> {
-    let protocol = if source.plain { ClientProtocol::Http } else { ClientProtocol::Https };
-    let client = Client::new(ClientConfig {
-        protocol,
-        connect_timeout: Some(CONNECT_DEADLINE),
-        read_timeout: Some(READ_DEADLINE),
-        ..ClientConfig::default()
-    });
-    let name = source.reference.to_string();
-    let pulled = client.pull_manifest_and_config(&source.reference, &source.auth).await;
-    let (manifest, digest, config) = pulled.map_err(|error| refused(&name, error))?;
-    let config = import::config_from(config.as_bytes())?;
-    let mut layers = Vec::new();
-    let total: u64 = manifest.layers.iter().map(|layer| u64::try_from(layer.size).unwrap_or(0)).sum();
-    let mut done = 0;
-    for (number, layer) in manifest.layers.iter().enumerate() {
-        progress("pulling", Some(done), Some(total));
-        let path = work.join(format!("layer-{number}"));
-        fetch_layer(&client, source, &manifest, number, &path).await?;
-        done += u64::try_from(layer.size).unwrap_or(0);
-        layers.push(path);
+        let auth = credentials.map_or(RegistryAuth::Anonymous, |known| RegistryAuth::Basic(known.user, known.password));
+        Self { client, reference, auth }
     }
-    Ok(Parts { layers, config, name: None, digest: Some(digest) })
-}
 
-async fn fetch_layer(
-    client: &Client,
-    source: &Source,
-    manifest: &OciImageManifest,
-    number: usize,
-    path: &Path,
-) -> Result<(), Error> {
-    let layer = &manifest.layers[number];
-    let name = source.reference.to_string();
-    let mut tried = 0;
-    loop {
-        tried += 1;
-        let mut file = tokio::fs::File::create(path).await.map_err(Error::io("making", path))?;
-        let pulled = client.pull_blob(&source.reference, layer, &mut file).await;
-        file.flush().await.map_err(Error::io("writing", path))?;
-        match pulled {
-            Ok(()) => break,
-            Err(error) if tried == TRIES => return Err(refused(&name, error)),
-            Err(_) => tokio::time::sleep(Duration::from_millis(300 * tried as u64)).await,
+    async fn fetch(&self, work: &Path, progress: &Progress) -> Result<Parts, Error> {
+        let pulled = self.client.pull_image_manifest(&self.reference, &self.auth).await;
+        let (manifest, digest) = pulled.map_err(|error| self.refused(error))?;
+        let total = checked_size(&manifest)?;
+        let mut config = Vec::new();
+        self.fetch_blob(&manifest.config, Bounded::new(&mut config, &manifest.config, &|_| {})).await?;
+        let config = import::config_from(&config)?;
+        let mut layers = Vec::new();
+        let mut done = 0;
+        for (number, layer) in manifest.layers.iter().enumerate() {
+            let path = work.join(format!("layer-{number}"));
+            self.fetch_layer(layer, &path, &|bytes| progress("pulling", Some(done + bytes), Some(total))).await?;
+            done += size(layer);
+            layers.push(path);
+        }
+        Ok(Parts { layers, config, name: None, digest: Some(digest) })
+    }
+
+    /// Tries again what the network may have broken.
+    async fn fetch_layer(&self, layer: &OciDescriptor, path: &Path, told: &Told<'_>) -> Result<(), Error> {
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            told(0);
+            let mut file = tokio::fs::File::create(path).await.map_err(Error::io("making", path))?;
+            match self.fetch_blob(layer, Bounded::new(&mut file, layer, told)).await {
+                Err(Error::Registry { .. }) if tried < TRIES => {
+                    tokio::time::sleep(Duration::from_millis(300) * tried).await
+                }
+                done => return done,
+            }
         }
     }
-    let (path, digest) = (path.to_owned(), layer.digest.clone());
-    tokio::task::spawn_blocking(move || import::verify(&path, &digest))
-        .await
-        .map_err(|error| Error::invalid(format!("checking a layer: {error}")))?
+
+    /// Its digest is verified on the way.
+    async fn fetch_blob(&self, blob: &OciDescriptor, mut out: impl AsyncWrite + Unpin) -> Result<(), Error> {
+        // Only from the registry: a manifest that sends us to other hosts may mean hosts that it cannot reach itself.
+        let blob = OciDescriptor { urls: None, ..blob.clone() };
+        self.client.pull_blob(&self.reference, &blob, &mut out).await.map_err(|error| self.refused(error))?;
+        Ok(())
+    }
+
+    /// Not there, not allowed, not whole, or not answering.
+    fn refused(&self, error: OciDistributionError) -> Error {
+        use OciDistributionError as E;
+        let name = self.reference.to_string();
+        let why = match error {
+            E::ImageManifestNotFoundError(_) => {
+                return Error::invalid(format!("{name} holds no image for linux/amd64"));
+            }
+            E::DigestError(error) => return Error::invalid(format!("{name}: {error}")),
+            E::IoError(error) => return broken(&name, error),
+            E::RegistryError { envelope, .. } => {
+                let codes: Vec<_> = envelope.errors.iter().map(|error| &error.code).collect();
+                use OciErrorCode as C;
+                if codes.iter().any(|code| matches!(code, C::ManifestUnknown | C::NameUnknown | C::NotFound)) {
+                    return Error::NotFound(name);
+                }
+                if codes.iter().any(|code| matches!(code, C::Unauthorized | C::Denied)) {
+                    self.unknown_here()
+                } else {
+                    envelope.to_string()
+                }
+            }
+            E::ServerError { code: 404, .. } => return Error::NotFound(name),
+            E::ServerError { code: 401 | 403, .. } | E::UnauthorizedError { .. } | E::AuthenticationFailure(_) => {
+                self.unknown_here()
+            }
+            E::ServerError { code, message, .. } => format!("it answered with HTTP {code}: {message}"),
+            // The address may carry a signature.
+            E::RequestError(error) => with_causes(&error.without_url()),
+            other => with_causes(&other),
+        };
+        Error::Registry { name, why: self.presentable(&why) }
+    }
+
+    fn unknown_here(&self) -> String {
+        match self.auth {
+            RegistryAuth::Basic(..) => "it refuses the user name and password that are configured for it".into(),
+            _ => "it wants a user name and password, or has no such image".into(),
+        }
+    }
+
+    /// One short line, which repeats no password even where the registry does.
+    fn presentable(&self, words: &str) -> String {
+        let words = match &self.auth {
+            RegistryAuth::Basic(_, password) if !password.is_empty() => words.replace(password, "…"),
+            _ => words.to_owned(),
+        };
+        words.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS).collect()
+    }
 }
 
-/// Not there, not allowed, not whole, or not answering.
-fn refused(name: &str, error: OciDistributionError) -> Error {
-    use OciDistributionError as E;
-    match &error {
-        E::ImageManifestNotFoundError(_) => Error::NotFound(name.into()),
-        E::RegistryError { envelope, .. }
-            if envelope.errors.iter().any(|e| {
-                matches!(e.code, OciErrorCode::ManifestUnknown | OciErrorCode::NameUnknown | OciErrorCode::NotFound)
-            }) =>
-        {
-            Error::NotFound(name.into())
+/// What writing a blob ended with.
+fn broken(name: &str, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::InvalidData => Error::invalid(format!("{name}: {error}")),
+        _ => Error::io("writing a layer of", name)(error),
+    }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+/// Bytes of all layers together.
+fn checked_size(manifest: &OciImageManifest) -> Result<u64, Error> {
+    let negative = manifest.layers.iter().chain([&manifest.config]).any(|blob| blob.size < 0);
+    let total = manifest.layers.iter().map(size).fold(0, u64::saturating_add);
+    if negative || total > layers::MAX_BYTES || size(&manifest.config) > MAX_CONFIG {
+        return Err(Error::invalid("the image says that it is larger than is allowed"));
+    }
+    Ok(total)
+}
+
+fn size(blob: &OciDescriptor) -> u64 {
+    u64::try_from(blob.size).unwrap_or(0)
+}
+
+/// Is told how many bytes of a blob are here.
+type Told<'a> = dyn Fn(u64) + Sync + 'a;
+
+/// Takes as many bytes as a blob should have, and tells of them.
+struct Bounded<'a, W> {
+    to: &'a mut W,
+    size: u64,
+    done: u64,
+    told: &'a Told<'a>,
+    told_at: u64,
+}
+
+impl<'a, W> Bounded<'a, W> {
+    fn new(to: &'a mut W, blob: &OciDescriptor, told: &'a Told<'a>) -> Self {
+        Self { to, size: size(blob), done: 0, told, told_at: 0 }
+    }
+}
+
+impl<W: AsyncWrite + Unpin> AsyncWrite for Bounded<'_, W> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if bytes.len() as u64 > self.size - self.done {
+            let problem = "a blob has more bytes than the manifest says";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, problem)));
         }
-        E::DigestError(_) => Error::invalid(format!("{name}: {error}")),
-        _ => Error::Registry { name: name.into(), why: error.to_string() },
+        let written = std::task::ready!(Pin::new(&mut *self.to).poll_write(cx, bytes))?;
+        self.done += written as u64;
+        if self.done - self.told_at >= STEP || self.done == self.size {
+            (self.told)(self.done);
+            self.told_at = self.done;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.to).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.to).poll_shutdown(cx)
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io,
+    io::{self, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
     sync::Arc,
@@ -12,7 +12,6 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
-use tempfile::TempDir;
 
 use crate::{
     Error, Image, ImageConfig, ImageStore, Kernel, Progress, RegistryConfig, Resolved, erofs,
@@ -20,7 +19,11 @@ use crate::{
     kernel,
     layers::{self, Budget},
     packages, registry,
+    work::Work,
 };
+
+/// Held by whoever changes the index, and what it names.
+const CHANGES: &str = "lock";
 
 impl ImageStore {
     /// The store below heyvm's home.
@@ -37,16 +40,20 @@ impl ImageStore {
         self.index().into_iter().filter_map(|(name, digest)| self.read(&name, &digest)).collect()
     }
 
-    /// The image known by this name or digest.
+    /// The image known by this name, written as Docker lets one write it, or digest.
     pub fn get(&self, reference: &str) -> Option<Image> {
         let index = self.index();
-        let (name, digest) = index.iter().find(|(name, digest)| *name == reference || *digest == reference)?;
+        let exact = index.iter().find(|(name, digest)| *name == reference || *digest == reference);
+        let (name, digest) = exact.or_else(|| {
+            let meant = Some(registry::canonical(reference)?);
+            index.iter().find(|(name, _)| registry::canonical(name) == meant)
+        })?;
         self.read(name, digest)
     }
 
     /// Forgets a name, and removes the image when it has no other.
     pub fn remove(&self, reference: &str) -> Result<(), Error> {
-        let _lock = self.lock()?;
+        let _lock = self.lock(CHANGES)?;
         let image = self.get(reference).ok_or_else(|| Error::NotFound(reference.into()))?;
         let mut index = self.index();
         index.retain(|name, _| *name != image.name);
@@ -79,16 +86,18 @@ impl ImageStore {
 
     /// Fetches an image from its registry; one that is here already is fetched again.
     pub async fn pull(&self, reference: &str, progress: Progress) -> Result<Image, Error> {
-        let work = tempfile::tempdir_in(&self.images).map_err(Error::io("making a directory in", &self.images))?;
+        let work = Work::new_in(&self.images)?;
         let parts = registry::fetch(reference, &self.registries, work.path(), &progress).await?;
         self.assemble(parts, reference.to_owned(), "registry", work, progress).await
     }
 
     /// Takes an image from a `docker save` tar, an OCI layout or a root tar.
     pub async fn import(&self, path: &Path, name: Option<&str>, progress: Progress) -> Result<Image, Error> {
-        let work = tempfile::tempdir_in(&self.images).map_err(Error::io("making a directory in", &self.images))?;
-        let (from, dir, told) = (path.to_owned(), work.path().to_owned(), Arc::clone(&progress));
-        let parts = blocking(move || import::open(&from, &dir, &told)).await?;
+        let work = Work::new_in(&self.images)?;
+        let (from, told) = (path.to_owned(), Arc::clone(&progress));
+        // The directory goes with what writes into it: a caller who no longer waits must not remove it meanwhile.
+        let (work, parts) =
+            blocking(move || import::open(&from, work.path(), &told).map(|parts| (work, parts))).await?;
         let stem = || path.file_name().and_then(|name| name.to_str()?.split('.').next().map(str::to_owned));
         let name = name.map(str::to_owned).or(parts.name.clone()).or_else(stem);
         let name = name.filter(|name| !name.is_empty()).ok_or_else(|| Error::invalid("the image needs a name"))?;
@@ -101,7 +110,7 @@ impl ImageStore {
         parts: Parts,
         name: String,
         source: &'static str,
-        work: TempDir,
+        work: Work,
         progress: Progress,
     ) -> Result<Image, Error> {
         let store = self.clone();
@@ -118,7 +127,7 @@ impl ImageStore {
             }
             progress("compressing", None, None);
             erofs::write(&root, &half.join("root.erofs"))?;
-            let _lock = store.lock()?;
+            let _lock = store.lock(CHANGES)?;
             store.keep(&half, name, parts.config, source, parts.digest)
         })
         .await
@@ -133,11 +142,12 @@ impl ImageStore {
     fn build_default_now(&self, progress: &Progress) -> Result<Image, Error> {
         let distribution = packages::Distribution::of_host()?;
         let name = distribution.image_name();
-        let _lock = self.lock()?;
+        // Two would do the same work twice; others may pull meanwhile.
+        let _building = self.lock("build.lock")?;
         if let Some(image) = self.get(&name) {
             return Ok(image);
         }
-        let work = tempfile::tempdir_in(&self.images).map_err(Error::io("making a directory in", &self.images))?;
+        let work = Work::new_in(&self.images)?;
         let root = work.path().join("root");
         progress(&format!("building {name} from packages"), None, None);
         packages::build(&distribution, &root, progress)?;
@@ -145,6 +155,7 @@ impl ImageStore {
         let half = work.path().join("image");
         fs::create_dir(&half).map_err(Error::io("making", &half))?;
         erofs::write(&root, &half.join("root.erofs"))?;
+        let _lock = self.lock(CHANGES)?;
         self.keep(&half, name, ImageConfig::default(), "packages", None)
     }
 
@@ -163,9 +174,18 @@ impl ImageStore {
         let digest = manifest.unwrap_or_else(|| format!("sha256:{}", hex::encode(hash.finalize())));
         let created_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
         let target = self.images.join(dir_name(&digest));
+        let mut index = self.index();
+        index.insert(name.clone(), digest.clone());
+        // Sandboxes and templates may use the file that is there already: it stays, if it is whole.
+        if let Some(known) = self.read(&name, &digest)
+            && known.rootfs.metadata().is_ok_and(|meta| meta.len() == known.size_bytes)
+        {
+            self.write_index(&index)?;
+            return Ok(known);
+        }
         let image = Image {
-            name: name.clone(),
-            digest: digest.clone(),
+            name,
+            digest,
             rootfs: target.join("root.erofs"),
             size_bytes,
             config,
@@ -174,10 +194,11 @@ impl ImageStore {
         };
         let told = serde_json::to_vec(&image).map_err(|error| Error::io("writing", half)(error.into()))?;
         fs::write(half.join("image.json"), told).map_err(Error::io("writing", half))?;
-        let _ = fs::remove_dir_all(&target);
+        match fs::remove_dir_all(&target) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("removing", target)(error)),
+            _ => {}
+        }
         fs::rename(half, &target).map_err(Error::io("keeping the image", &target))?;
-        let mut index = self.index();
-        index.insert(name, digest);
         self.write_index(&index)?;
         Ok(image)
     }
@@ -209,17 +230,19 @@ impl ImageStore {
     fn write_index(&self, index: &BTreeMap<String, String>) -> Result<(), Error> {
         let path = self.images.join("index.json");
         let write = || -> io::Result<()> {
-            let half = tempfile::NamedTempFile::new_in(&self.images)?;
-            serde_json::to_writer(half.as_file(), index)?;
-            half.persist(&path)?;
-            Ok(())
+            // One name for all: who writes holds the lock, and a killed process leaves nothing that stays.
+            let half = self.images.join("index.half");
+            let mut file = File::create(&half)?;
+            file.write_all(&serde_json::to_vec(index)?)?;
+            file.sync_all()?;
+            fs::rename(half, &path)
         };
         write().map_err(Error::io("writing", &path))
     }
 
-    /// One process at a time changes the store.
-    fn lock(&self) -> Result<Flock<File>, Error> {
-        let path = self.images.join("lock");
+    /// One process at a time holds the lock of this name.
+    fn lock(&self, name: &str) -> Result<Flock<File>, Error> {
+        let path = self.images.join(name);
         let file = File::create(&path).map_err(Error::io("making", &path))?;
         Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::io("locking", path)(errno.into()))
     }
