@@ -1,7 +1,7 @@
 //! Images from files: `docker save` tars, OCI layouts (directory or tar) and root tars, told apart by what is in them.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -21,6 +21,8 @@ pub struct Parts {
     pub config: ImageConfig,
     /// The name it has in its archive.
     pub name: Option<String>,
+    /// Its tag there, where that is all the archive says.
+    pub tag: Option<String>,
     /// Digest of its manifest.
     pub digest: Option<String>,
 }
@@ -33,8 +35,12 @@ pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Erro
     if path.is_dir() {
         return open_dir(path);
     }
+    if !path.is_file() {
+        return Err(Error::invalid(format!("{} is neither a file nor a directory", path.display())));
+    }
     if !is_bundle(path)? {
-        return Ok(Parts { layers: vec![path.to_owned()], config: ImageConfig::default(), name: None, digest: None });
+        let config = ImageConfig::default();
+        return Ok(Parts { layers: vec![path.to_owned()], config, name: None, tag: None, digest: None });
     }
     progress("unpacking the archive", None, None);
     let dir = work.join("bundle");
@@ -45,7 +51,7 @@ pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Erro
 
 /// Whether a tar holds an image in layers rather than a root.
 fn is_bundle(path: &Path) -> Result<bool, Error> {
-    let not_tar = |error: std::io::Error| Error::invalid(format!("{} is no tar: {error}", path.display()));
+    let not_tar = |error: io::Error| Error::invalid(format!("{} is no tar: {error}", path.display()));
     let (mut found, mut seen) = (None, false);
     layers::each(path, not_tar, |entry| {
         seen = true;
@@ -78,12 +84,23 @@ struct DockerManifest {
 struct Descriptor {
     digest: String,
     #[serde(default)]
+    platform: Platform,
+    #[serde(default)]
     annotations: std::collections::BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
 struct Index {
     manifests: Vec<Descriptor>,
+}
+
+/// What a descriptor of a layout leads to.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Described {
+    /// Images for several platforms.
+    Index(Index),
+    Image(Manifest),
 }
 
 #[derive(Deserialize)]
@@ -142,7 +159,11 @@ pub fn config_from(bytes: &[u8]) -> Result<ImageConfig, Error> {
 }
 
 fn open_dir(dir: &Path) -> Result<Parts, Error> {
-    if dir.join("index.json").is_file() { open_layout(dir) } else { open_docker(dir) }
+    match ["index.json", "manifest.json"].map(|name| dir.join(name).is_file()) {
+        [true, _] => open_layout(dir),
+        [_, true] => open_docker(dir),
+        _ => Err(Error::invalid(format!("{} holds neither index.json nor manifest.json: no image", dir.display()))),
+    }
 }
 
 fn open_docker(dir: &Path) -> Result<Parts, Error> {
@@ -151,19 +172,44 @@ fn open_docker(dir: &Path) -> Result<Parts, Error> {
     let config = config_from(&read(&within(dir, &manifest.config)?)?)?;
     let layers = manifest.layers.iter().map(|layer| within(dir, layer)).collect::<Result<_, _>>()?;
     let name = manifest.repo_tags.unwrap_or_default().into_iter().next();
-    Ok(Parts { layers, config, name, digest: None })
+    Ok(Parts { layers, config, name, tag: None, digest: None })
 }
 
 fn open_layout(dir: &Path) -> Result<Parts, Error> {
     let index: Index = json(&dir.join("index.json"))?;
-    let first = index.manifests.into_iter().next().ok_or_else(|| Error::invalid("the layout holds no image"))?;
-    let name = first.annotations.get("org.opencontainers.image.ref.name").cloned();
-    let bytes = read(&blob(dir, &first.digest)?)?;
-    let manifest: Manifest =
-        serde_json::from_slice(&bytes).map_err(|error| Error::invalid(format!("the layout's manifest: {error}")))?;
+    let chosen = fitting(index)?;
+    // Docker and containerd write the whole name, others the tag alone.
+    let name = chosen.annotations.get("io.containerd.image.name").cloned();
+    let told = chosen.annotations.get("org.opencontainers.image.ref.name").cloned();
+    let (told, tag) =
+        if told.as_ref().is_some_and(|told| told.contains(['/', ':'])) { (told, None) } else { (None, told) };
+    let (manifest, digest) = manifest(dir, chosen)?;
     let config = config_from(&read(&blob(dir, &manifest.config.digest)?)?)?;
     let layers = manifest.layers.iter().map(|layer| blob(dir, &layer.digest)).collect::<Result<_, _>>()?;
-    Ok(Parts { layers, config, name, digest: Some(first.digest) })
+    Ok(Parts { layers, config, name: name.or(told), tag, digest: Some(digest) })
+}
+
+fn fitting(index: Index) -> Result<Descriptor, Error> {
+    if index.manifests.is_empty() {
+        return Err(Error::invalid("the layout holds no image"));
+    }
+    let fits = index.manifests.into_iter().find(|manifest| manifest.platform.fits());
+    fits.ok_or_else(|| Error::invalid("the layout holds no image for linux/amd64"))
+}
+
+/// The manifest behind a descriptor and its digest, through an index if there is one.
+fn manifest(dir: &Path, mut descriptor: Descriptor) -> Result<(Manifest, String), Error> {
+    const DEPTH: usize = 3;
+    for _ in 0..DEPTH {
+        let bytes = read(&blob(dir, &descriptor.digest)?)?;
+        let described: Described = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::invalid(format!("the layout's manifest: {error}")))?;
+        match described {
+            Described::Image(manifest) => return Ok((manifest, descriptor.digest)),
+            Described::Index(index) => descriptor = fitting(index)?,
+        }
+    }
+    Err(Error::invalid("the layout's indexes lead to no image"))
 }
 
 /// A blob of a layout, whose bytes are what its name says.
@@ -171,16 +217,16 @@ fn blob(dir: &Path, digest: &str) -> Result<PathBuf, Error> {
     let hex =
         digest.strip_prefix("sha256:").filter(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()));
     let hex = hex.ok_or_else(|| Error::invalid(format!("{digest:?} is no digest")))?;
-    let path = dir.join("blobs/sha256").join(hex);
+    let path = within(dir, &format!("blobs/sha256/{hex}"))?;
     verify(&path, digest)?;
     Ok(path)
 }
 
 /// Whether a file's bytes have the digest they should.
-pub fn verify(path: &Path, digest: &str) -> Result<(), Error> {
+fn verify(path: &Path, digest: &str) -> Result<(), Error> {
     let mut file = fs::File::open(path).map_err(Error::io("reading", path))?;
     let mut hash = Sha256::new();
-    std::io::copy(&mut file, &mut hash).map_err(Error::io("reading", path))?;
+    io::copy(&mut file, &mut hash).map_err(Error::io("reading", path))?;
     let found = format!("sha256:{}", hex::encode(hash.finalize()));
     if found == digest { Ok(()) } else { Err(Error::invalid(format!("a blob has digest {found} instead of {digest}"))) }
 }
@@ -197,9 +243,14 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
     fs::read(path).map_err(Error::io("reading", path))
 }
 
-/// A file of the bundle: real, and inside of it.
+/// A file of the bundle: a real one, and inside of it.
 fn within(dir: &Path, name: &str) -> Result<PathBuf, Error> {
-    let real = dir.join(name).canonicalize().map_err(Error::io("looking for", dir.join(name)))?;
+    let absent = |error: io::Error| Error::invalid(format!("the image lacks {name}: {error}"));
+    let real = dir.join(name).canonicalize().map_err(absent)?;
     let base = dir.canonicalize().map_err(Error::io("looking for", dir))?;
-    if real.starts_with(base) { Ok(real) } else { Err(Error::invalid(format!("{name} is outside of the archive"))) }
+    if real.starts_with(base) && real.is_file() {
+        Ok(real)
+    } else {
+        Err(Error::invalid(format!("{name} is no file of the image")))
+    }
 }

@@ -41,6 +41,8 @@ const MAX_HEADERS: u64 = 4 << 20;
 const MAX_LINKS: usize = 40;
 /// What unpacking xz may take.
 const MAX_XZ_MEMORY: u64 = 256 << 20;
+/// Time of a directory of which no entry tells one: any, but the same each time.
+const UNTOLD: u64 = 0;
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Records that a union file system of old kept for itself.
@@ -70,7 +72,7 @@ pub fn apply(file: &Path, root: &Path, budget: &mut Budget) -> Result<(), Error>
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::OutOfResources("disk space"),
         _ => Error::invalid(format!("a layer cannot be unpacked: {error}")),
     };
-    let mut layer = Layer { root, placed: HashSet::new(), dirs: Vec::new() };
+    let mut layer = Layer { root, placed: HashSet::new(), dirs: vec![(PathBuf::new(), UNTOLD)] };
     each(file, broken, |entry| {
         budget.take(entry.size())?;
         let path = entry.path().map_err(broken)?.into_owned();
@@ -223,7 +225,7 @@ impl Layer<'_> {
 
     /// The directory that `name` leads to, below the root and free of links; made where it is missing. A link leads to
     /// where it would in the guest: distributions link /bin to usr/bin, and a later layer's bin/sh belongs behind that.
-    fn real_dir(&self, name: &Path) -> io::Result<PathBuf> {
+    fn real_dir(&mut self, name: &Path) -> io::Result<PathBuf> {
         let mut to_go: VecDeque<OsString> = parts(name).collect();
         let (mut real, mut links) = (PathBuf::new(), 0);
         while let Some(part) = to_go.pop_front() {
@@ -245,16 +247,16 @@ impl Layer<'_> {
                     }
                     to_go = parts(&target).chain(to_go).collect();
                 }
-                Ok(_) => {
-                    fs::remove_file(&next)?;
+                other => {
+                    match other {
+                        Ok(_) => fs::remove_file(&next)?,
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                        Err(error) => return Err(error),
+                    }
                     fs::create_dir(&next)?;
                     real.push(part);
+                    self.dirs.push((real.clone(), UNTOLD));
                 }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    fs::create_dir(&next)?;
-                    real.push(part);
-                }
-                Err(error) => return Err(error),
             }
         }
         Ok(real)

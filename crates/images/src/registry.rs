@@ -16,7 +16,7 @@ use oci_client::{
     manifest::{OciDescriptor, OciImageManifest},
     secrets::RegistryAuth,
 };
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWrite;
 
 use crate::{
     Error, Progress,
@@ -38,15 +38,19 @@ const MAX_WORDS: usize = 300;
 
 /// The name as it is when nothing is left out: `docker.io/library/ubuntu:24.04`.
 pub fn canonical(name: &str) -> Option<String> {
-    Some(name.parse::<Reference>().ok()?.whole())
+    Some(checked(name).ok()?.whole())
+}
+
+/// Whether an image can be called so.
+pub fn checked(name: &str) -> Result<Reference, Error> {
+    name.parse().map_err(|error| Error::invalid(format!("{name:?} is no image name: {error}")))
 }
 
 /// The parts of an image, its layers as files in `work`.
 pub async fn fetch(name: &str, config: &RegistryConfig, work: &Path, progress: &Progress) -> Result<Parts, Error> {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
-    let reference: Reference =
-        name.parse().map_err(|error| Error::invalid(format!("{name:?} is no image name: {error}")))?;
+    let reference = checked(name)?;
     let (mut answers, mut missing) = (Vec::new(), false);
     for host in config.hosts(reference.registry())? {
         let source = Source::new(&reference, &host, config.credentials(&host.name));
@@ -111,7 +115,7 @@ impl Source {
             done += size(layer);
             layers.push(path);
         }
-        Ok(Parts { layers, config, name: None, digest: Some(digest) })
+        Ok(Parts { layers, config, name: None, tag: None, digest: Some(digest) })
     }
 
     /// Tries again what the network may have broken.

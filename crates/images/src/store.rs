@@ -98,9 +98,10 @@ impl ImageStore {
         // The directory goes with what writes into it: a caller who no longer waits must not remove it meanwhile.
         let (work, parts) =
             blocking(move || import::open(&from, work.path(), &told).map(|parts| (work, parts))).await?;
-        let stem = || path.file_name().and_then(|name| name.to_str()?.split('.').next().map(str::to_owned));
-        let name = name.map(str::to_owned).or(parts.name.clone()).or_else(stem);
-        let name = name.filter(|name| !name.is_empty()).ok_or_else(|| Error::invalid("the image needs a name"))?;
+        let name = match name {
+            Some(name) => registry::checked(name).map(|_| name.to_owned())?,
+            None => import_name(path, &parts).ok_or_else(|| Error::invalid("the image needs a name"))?,
+        };
         self.assemble(parts, name, "import", work, progress).await
     }
 
@@ -246,6 +247,16 @@ impl ImageStore {
         let file = File::create(&path).map_err(Error::io("making", &path))?;
         Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::io("locking", path)(errno.into()))
     }
+}
+
+/// What the archive calls its image, else what it is called itself; what is no name is none.
+fn import_name(path: &Path, parts: &Parts) -> Option<String> {
+    let own = parts.name.clone().filter(|name| registry::checked(name).is_ok());
+    own.or_else(|| {
+        let stem = path.file_name()?.to_str()?.split('.').next()?;
+        let tagged = parts.tag.as_ref().map(|tag| format!("{stem}:{tag}"));
+        tagged.into_iter().chain([stem.to_owned()]).find(|name| registry::checked(name).is_ok())
+    })
 }
 
 fn dir_name(digest: &str) -> String {

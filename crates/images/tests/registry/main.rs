@@ -10,4 +10,8 @@ mod layout;
 mod place;
 mod server;
 
+mod hostile;
+mod import;
 mod pull;
+mod refusal;
+mod together;
