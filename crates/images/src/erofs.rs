@@ -16,7 +16,7 @@ const LATEST: &str = "4102444800";
 pub fn write(dir: &Path, file: &Path) -> Result<(), Error> {
     let mut command = Command::new("mkfs.erofs");
     command.env("SOURCE_DATE_EPOCH", LATEST);
-    command.args(["-zlz4hc", "--preserve-mtime", "-U00000000-0000-0000-0000-000000000000", "-x1"]);
+    command.args(["-zlz4", "--preserve-mtime", "-U00000000-0000-0000-0000-000000000000", "-x1"]);
     if !nix::unistd::getuid().is_root() {
         command.arg("--all-root");
     }

@@ -42,19 +42,24 @@ impl ImageStore {
 
     /// The image known by this name, written as Docker lets one write it, or digest.
     pub fn get(&self, reference: &str) -> Option<Image> {
-        let index = self.index();
-        let exact = index.iter().find(|(name, digest)| *name == reference || *digest == reference);
-        let (name, digest) = exact.or_else(|| {
+        self.exactly(reference).or_else(|| {
             let meant = Some(registry::canonical(reference)?);
-            index.iter().find(|(name, _)| registry::canonical(name) == meant)
-        })?;
+            let index = self.index();
+            let (name, digest) = index.iter().find(|(name, _)| registry::canonical(name) == meant)?;
+            self.read(name, digest)
+        })
+    }
+
+    fn exactly(&self, reference: &str) -> Option<Image> {
+        let index = self.index();
+        let (name, digest) = index.iter().find(|(name, digest)| *name == reference || *digest == reference)?;
         self.read(name, digest)
     }
 
-    /// Forgets a name, and removes the image when it has no other.
+    /// Forgets a name, written as it is listed, and removes the image when it has no other.
     pub fn remove(&self, reference: &str) -> Result<(), Error> {
         let _lock = self.lock(CHANGES)?;
-        let image = self.get(reference).ok_or_else(|| Error::NotFound(reference.into()))?;
+        let image = self.exactly(reference).ok_or_else(|| Error::NotFound(reference.into()))?;
         let mut index = self.index();
         index.retain(|name, _| *name != image.name);
         self.write_index(&index)?;

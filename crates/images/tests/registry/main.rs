@@ -15,3 +15,4 @@ mod import;
 mod pull;
 mod refusal;
 mod together;
+mod unprivileged;

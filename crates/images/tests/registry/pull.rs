@@ -58,6 +58,7 @@ async fn a_name_without_tag_or_registry_means_what_it_means_to_docker() {
     for other in ["thing:1", "thing2", name.as_str(), ""] {
         assert_eq!(place.store.get(other), None, "{other}");
     }
+    assert!(place.store.remove("thing:latest").is_err(), "who removes means the name that is listed");
 }
 
 #[tokio::test]
