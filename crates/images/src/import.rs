@@ -9,7 +9,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Error, ImageConfig, Progress,
+    Error, ImageConfig, Progress, archive,
     layers::{self, Budget},
 };
 
@@ -53,7 +53,7 @@ pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Erro
 fn is_bundle(path: &Path) -> Result<bool, Error> {
     let not_tar = |error: io::Error| Error::invalid(format!("{} is no tar: {error}", path.display()));
     let (mut found, mut seen) = (None, false);
-    layers::each(path, not_tar, |entry| {
+    archive::each(path, not_tar, |entry| {
         seen = true;
         let name = entry.path().map_err(not_tar)?.to_string_lossy().into_owned();
         let name = name.trim_start_matches("./").trim_end_matches('/');

@@ -5,17 +5,15 @@
 //! link as within the root, so that nothing is written outside of it whatever the layers hold.
 
 use std::{
-    cell::Cell,
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     ffi::{OsStr, OsString},
     fs::{self, File},
-    io::{self, BufReader, Read},
+    io::{self, Read},
     os::unix::{
         ffi::OsStrExt,
-        fs::{PermissionsExt, lchown, symlink},
+        fs::{MetadataExt, PermissionsExt, lchown, symlink},
     },
     path::{Component, Path, PathBuf},
-    rc::Rc,
 };
 
 use nix::{
@@ -30,17 +28,13 @@ use nix::{
 };
 use tar::{Entry, EntryType};
 
-use crate::Error;
+use crate::{Error, archive};
 
 /// What an image may unpack to, in bytes, and in entries.
 pub const MAX_BYTES: u64 = 32 << 30;
 const MAX_ENTRIES: u64 = 2_000_000;
-/// What an archive may say between one file's content and the next: headers, long names, attributes. It is held in memory.
-const MAX_HEADERS: u64 = 4 << 20;
 /// As many links on the way to a file as Linux follows.
 const MAX_LINKS: usize = 40;
-/// What unpacking xz may take.
-const MAX_XZ_MEMORY: u64 = 256 << 20;
 /// Time of a directory of which no entry tells one: any, but the same each time.
 const UNTOLD: u64 = 0;
 const WHITEOUT: &[u8] = b".wh.";
@@ -72,8 +66,8 @@ pub fn apply(file: &Path, root: &Path, budget: &mut Budget) -> Result<(), Error>
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::OutOfResources("disk space"),
         _ => Error::invalid(format!("a layer cannot be unpacked: {error}")),
     };
-    let mut layer = Layer { root, placed: HashSet::new(), dirs: vec![(PathBuf::new(), UNTOLD)] };
-    each(file, broken, |entry| {
+    let mut layer = Layer { root, placed: HashSet::new(), dirs: HashMap::from([(PathBuf::new(), UNTOLD)]) };
+    archive::each(file, broken, |entry| {
         budget.take(entry.size())?;
         let path = entry.path().map_err(broken)?.into_owned();
         let Some(name) = inside(&path) else {
@@ -85,66 +79,6 @@ pub fn apply(file: &Path, root: &Path, budget: &mut Budget) -> Result<(), Error>
         Ok(true)
     })?;
     layer.date_dirs().map_err(broken)
-}
-
-/// Shows the entries of an archive, compressed or not, until one answers `false`.
-pub fn each(
-    file: &Path,
-    broken: impl Fn(io::Error) -> Error,
-    mut see: impl FnMut(&mut Entry<'_, Metered>) -> Result<bool, Error>,
-) -> Result<(), Error> {
-    let left = Rc::new(Cell::new(MAX_HEADERS));
-    let mut archive = tar::Archive::new(Metered { from: open(file)?, left: Rc::clone(&left) });
-    let mut entries = archive.entries().map_err(&broken)?;
-    loop {
-        left.set(MAX_HEADERS);
-        let Some(entry) = entries.next() else { return Ok(()) };
-        let mut entry = entry.map_err(&broken)?;
-        left.set(u64::MAX);
-        if !see(&mut entry)? {
-            return Ok(());
-        }
-        // What is left over of it shall not count as a header.
-        io::copy(&mut entry, &mut io::sink()).map_err(&broken)?;
-    }
-}
-
-/// An archive of which only so much may be read at a time.
-pub struct Metered {
-    from: Box<dyn Read>,
-    left: Rc<Cell<u64>>,
-}
-
-impl Read for Metered {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.left.get();
-        if left == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a header is too large"));
-        }
-        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let count = self.from.read(&mut buffer[..most])?;
-        self.left.set(left - count as u64);
-        Ok(count)
-    }
-}
-
-/// A file as what it says it is at its beginning: gzip, zstd, xz, or plain.
-fn open(path: &Path) -> Result<Box<dyn Read>, Error> {
-    let opened = || -> io::Result<Box<dyn Read>> {
-        let mut magic = [0; 6];
-        let length = File::open(path)?.read(&mut magic)?;
-        let file = BufReader::new(File::open(path)?);
-        Ok(match &magic[..length] {
-            [0x1f, 0x8b, ..] => Box::new(flate2::read::MultiGzDecoder::new(file)),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(file)?),
-            [0xfd, b'7', b'z', b'X', b'Z', 0] => {
-                let stream = xz2::stream::Stream::new_stream_decoder(MAX_XZ_MEMORY, xz2::stream::CONCATENATED)?;
-                Box::new(xz2::bufread::XzDecoder::new_stream(file, stream))
-            }
-            _ => Box::new(file),
-        })
-    };
-    opened().map_err(Error::io("reading", path))
 }
 
 /// The path below the root; `None` when it leaves it.
@@ -165,13 +99,14 @@ struct Layer<'a> {
     root: &'a Path,
     /// What this layer brought, below the root: its whiteouts hide what was there before it alone.
     placed: HashSet<PathBuf>,
-    /// Its directories and their times, which hold only once all else is in place.
-    dirs: Vec<(PathBuf, u64)>,
+    /// Directories it changes and the times they shall have, which hold only once all else is in place.
+    dirs: HashMap<PathBuf, u64>,
 }
 
 impl Layer<'_> {
     fn place(&mut self, entry: &mut Entry<'_, impl Read>, name: &Path) -> io::Result<()> {
         let parent = self.real_dir(name.parent().unwrap_or(Path::new("")))?;
+        self.keep_time(&parent)?;
         let last = name.file_name().unwrap_or_default();
         if last.as_bytes() == OPAQUE {
             return self.empty(&parent);
@@ -192,7 +127,7 @@ impl Layer<'_> {
         match kind {
             EntryType::Directory => match fs::create_dir(&target) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => self.dirs.push((below.clone(), entry.header().mtime()?)),
+                _ => drop(self.dirs.insert(below.clone(), entry.header().mtime()?)),
             },
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
                 let mut file = File::options().write(true).create_new(true).open(&target)?;
@@ -253,9 +188,10 @@ impl Layer<'_> {
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                         Err(error) => return Err(error),
                     }
+                    self.keep_time(&real)?;
                     fs::create_dir(&next)?;
                     real.push(part);
-                    self.dirs.push((real.clone(), UNTOLD));
+                    self.dirs.insert(real.clone(), UNTOLD);
                 }
             }
         }
@@ -281,6 +217,15 @@ impl Layer<'_> {
             } else if entry.file_type()?.is_dir() {
                 self.empty(&below)?;
             }
+        }
+        Ok(())
+    }
+
+    /// A change in a directory shall not show in its time, unless the layer says so.
+    fn keep_time(&mut self, dir: &Path) -> io::Result<()> {
+        if !self.dirs.contains_key(dir) {
+            let time = u64::try_from(fs::symlink_metadata(self.root.join(dir))?.mtime()).unwrap_or(UNTOLD);
+            self.dirs.insert(dir.to_owned(), time);
         }
         Ok(())
     }
@@ -361,8 +306,6 @@ fn clear(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use tar::{Builder, Header};
 
     use super::*;

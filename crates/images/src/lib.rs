@@ -3,9 +3,10 @@
 //!
 //! - [`store`]: what is here, by name and digest.  [`packages`]: the default image, built from the host's distribution.
 //! - [`registry`], [`import`]: images from registries and files.  [`credentials`]: mirrors, and who we are to them.
-//! - [`layers`]: one over the other.  [`work`]: directories for what is half-made.
+//! - [`archive`]: tars of unknown origin.  [`layers`]: one over the other.  [`work`]: directories for what is half-made.
 //! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`cpio`]: guest kernels and their initramfs.
 
+mod archive;
 mod cpio;
 mod credentials;
 mod erofs;

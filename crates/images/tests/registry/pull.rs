@@ -91,6 +91,7 @@ async fn layers_lie_over_each_other_and_hide_what_they_say() {
         layer(vec![
             dir("home/user").owned_by(1000, 1000),
             file("home/user/.profile", "p").owned_by(1000, 1000).mode(0o600),
+            file("srv/untold/x", "x"),
         ]),
     ];
     let layout = Layout::new(&layers, json!({}));
@@ -112,6 +113,11 @@ async fn layers_lie_over_each_other_and_hide_what_they_say() {
         "compiled Python files are valid for their source's time alone"
     );
     assert_eq!(meta("home/user").mtime(), 1_600_000_000);
+    assert_eq!(meta("etc").mtime(), 1_600_000_000, "the second layer changes it, but tells no other time");
+    let other = Place::using(&server);
+    let again = other.store.pull(&name, silent()).await.unwrap();
+    let [one, two] = [&image, &again].map(|image| std::fs::read(&image.rootfs).unwrap());
+    assert!(one == two, "templates of the image stay valid when it is pulled anew");
     if nix::unistd::getuid().is_root() {
         assert_eq!((meta("usr/bin/tool").uid(), meta("usr/bin/tool").gid()), (0, 12));
         assert_eq!(mode(&image, "usr/bin/tool"), 0o4755);
