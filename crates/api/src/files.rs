@@ -79,3 +79,12 @@ pub struct ListFilesResponse {
     /// Whether there were more than 10 000.
     pub truncated: bool,
 }
+
+/// Answer of `PUT /sandboxes/{id}/files/tar`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UnpackResponse {
+    /// Bytes written.
+    pub bytes: u64,
+    /// Files, directories and links.
+    pub entries: u64,
+}

@@ -132,6 +132,17 @@ impl ControlPlane {
         }
     }
 
+    /// Ends every VM at once, for a home that is gone: nothing could find them again.
+    pub async fn abandon(&self) {
+        for sandbox in self.all() {
+            if let Some(vm) = sandbox.vm()
+                && let Err(error) = vm.stop(std::time::Duration::ZERO).await
+            {
+                tracing::error!(%error, "a VM could not be ended");
+            }
+        }
+    }
+
     /// Ends background work; VMs keep running.
     pub async fn shutdown(&self) {
         self.driver.let_go_of_reserve().await;

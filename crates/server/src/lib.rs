@@ -1,27 +1,67 @@
 //! The daemon and its HTTP API: routes to the control plane, start and shutdown of everything behind it, and the
 //! foreground listener that forwards to the daemon.
+//!
+//! - [`run_daemon`] (`daemon`): lock, socket, store, driver, control plane, edge proxy; their end in order.
+//!   `config`: what the user may decide.  `home`: the directory all of it lives in.  `proxy`: the edge's way in.
+//! - `routes`: one module per noun; the OpenAPI document is made from them.  `extract`, `problem`: what comes in and
+//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.
+//! - [`run_api`] (`gate`): `heyvm --api`, which checks who asks and forwards to the daemon's socket.
+//!
+//! ```text
+//! heyvm ────────────▶ run/daemon.sock ─▶ routes ─▶ control plane
+//! curl ─▶ gate :3000 ─┘                               ▲
+//! browser ─▶ :8480 edge ──────────────── proxy ───────┘
+//! ```
+#![forbid(unsafe_code)]
 
-use std::{net::SocketAddr, path::PathBuf};
+mod answer;
+pub mod config;
+mod daemon;
+mod extract;
+mod gate;
+mod home;
+mod problem;
+mod proxy;
+mod routes;
+
+pub use daemon::run_daemon;
+pub use gate::run_api;
+pub use routes::{Api, router};
 
 /// What ends the daemon or the API listener.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Error(String);
-
-/// Runs the daemon of `home` until SIGTERM or SIGINT; VMs keep running after it.
-pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
-    let _ = home;
-    todo!()
+pub enum Error {
+    /// `config.toml` is not as it should be; names the key.
+    #[error("{path}: {problem}")]
+    Config {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Another daemon of the same home runs.
+    #[error("a daemon with this home runs already (process {0})")]
+    AlreadyRunning(String),
+    /// A file or socket operation failed.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The listener would be open to others.
+    #[error("{0}")]
+    Exposed(String),
+    /// What stands behind the API could not be opened.
+    #[error("{0}")]
+    NotReady(heyvm_api::ApiError),
 }
 
-/// Listens at `listen` and forwards every request to the daemon of `home`, until SIGTERM or SIGINT. With a secret every
-/// call but `/health` needs credentials; without one it listens on loopback alone, unless `allow_remote`.
-pub async fn run_api(
-    home: PathBuf,
-    listen: SocketAddr,
-    secret: Option<String>,
-    allow_remote: bool,
-) -> Result<(), Error> {
-    let _ = (home, listen, secret, allow_remote);
-    todo!()
+impl Error {
+    fn io(doing: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Io { doing, source }
+    }
 }

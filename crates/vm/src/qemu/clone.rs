@@ -19,7 +19,7 @@ use super::{
     reserve::{self, Kind},
     running::{Belongings, RunningVm, Watched},
     silent,
-    template::Recipe,
+    template::{Recipe, agent_has_come_up},
 };
 use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
 
@@ -83,32 +83,41 @@ impl QemuDriver {
         let _ = fs::remove_dir_all(vm.place.dir().path());
     }
 
-    /// A running clone on the disk in the VM's directory. Nothing has been said to its agent.
+    /// A running clone on the disk in the VM's directory, or a guest that has booted there. Nothing has been said to its agent.
     pub(super) async fn resume(&self, id: &VmId, spec: &VmSpec, progress: &Progress) -> Result<Arc<Watched>, Error> {
         let (host, egress) = (self.host().await?, self.egress().await?);
         let recipe = self.recipe(spec).await?;
-        let template = self.templates.get(&host, egress.as_ref(), &self.slots, &recipe, progress).await?;
+        let template = match self.settings.templates {
+            true => Some(self.templates.get(&host, egress.as_ref(), &self.slots, &recipe, progress).await?),
+            false => None,
+        };
+        let boots = template.is_none();
         let (slot, dir) = (self.slots.take(), self.dir(id));
         let record = Record { slot, host_boot_id: host_boot_id(), cgroup: id.clone() };
         let start = {
             let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
             let record = record.clone();
             move || -> Result<Launched, Error> {
-                let mut descriptors = template.descriptors(&spec.image.rootfs)?;
+                let (mut descriptors, machine) = match template {
+                    Some(template) => (template.descriptors(&spec.image.rootfs)?, recipe.clone_machine()),
+                    None => (recipe.boot_descriptors(&recipe.empty_memory()?)?, recipe.boot_machine()),
+                };
                 let disk = fs::File::options().read(true).write(true).open(dir.disk());
                 descriptors.add(fd::DISK, disk.map_err(Error::io("opening the disk", dir.disk()))?);
                 if let Some(tap) = tap(egress.as_deref(), slot)? {
                     descriptors.add(fd::TAP, tap);
                 }
-                let (name, machine) = (record.cgroup.clone(), recipe.clone_machine());
-                let cpu_millis = spec.cpu_millis;
+                let (name, cpu_millis) = (record.cgroup.clone(), spec.cpu_millis);
                 launch(&host, Launch { name: &name, dir: &dir, record, machine, cpu_millis, descriptors })
             }
         };
         let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot))?;
         let resumed = async {
             let qmp = Qmp::connect(&dir.qmp_socket()).await?;
-            qmp.resume(format!("fd:{}", fd::STATE)).await?;
+            match boots {
+                true => drop(agent_has_come_up(&dir, &qmp).await?),
+                false => qmp.resume(format!("fd:{}", fd::STATE)).await?,
+            }
             Ok::<Qmp, Error>(qmp)
         };
         match resumed.await {
@@ -152,7 +161,7 @@ impl QemuDriver {
     /// Makes up the reserve of a kind, in the background.
     pub(super) fn refill(&self, kind: Kind, spec: VmSpec) {
         let (Some(driver), wanted) = (self.me.upgrade(), self.settings.reserve) else { return };
-        if wanted == 0 {
+        if wanted == 0 || !self.settings.templates {
             return;
         }
         tokio::spawn(async move {

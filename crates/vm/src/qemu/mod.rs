@@ -29,12 +29,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use heyvm_jail::{
-    cgroup::Cgroups,
-    egress::{Egress, EgressSettings},
-    process::host_boot_id,
-    root,
-};
+pub use heyvm_jail::egress::EgressSettings;
+use heyvm_jail::{cgroup::Cgroups, egress::Egress, process::host_boot_id, root};
 use tokio::sync::OnceCell;
 
 pub(crate) use self::record::Place;
@@ -58,6 +54,8 @@ pub struct Settings {
     pub network: bool,
     /// What guests may reach beyond the internet.
     pub egress: EgressSettings,
+    /// Whether VMs are clones of a template; without, each boots its kernel.
+    pub templates: bool,
     /// How many VMs of the kind that was last asked for are kept in reserve.
     pub reserve: usize,
 }
@@ -68,7 +66,7 @@ const DEFAULT_RESERVE: usize = 2;
 impl Default for Settings {
     fn default() -> Self {
         let launcher = std::env::current_exe().unwrap_or_else(|_| "heyvm".into());
-        Self { launcher, network: true, egress: EgressSettings::default(), reserve: DEFAULT_RESERVE }
+        Self { launcher, network: true, egress: EgressSettings::default(), templates: true, reserve: DEFAULT_RESERVE }
     }
 }
 
@@ -166,6 +164,9 @@ impl QemuDriver {
 impl Driver for QemuDriver {
     async fn prepare(&self, spec: &VmSpec, progress: Progress) -> Result<(), Error> {
         let (host, egress) = (self.host().await?, self.egress().await?);
+        if !self.settings.templates {
+            return Ok(());
+        }
         let recipe = Recipe::new(spec, self.acceleration(&spec.kernel).await?.acceleration, egress.is_some());
         self.templates.get(&host, egress.as_ref(), &self.slots, &recipe, &progress).await.map(drop)
     }

@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use heyvm_agent_protocol::v1::WarmUpRequest;
+use heyvm_agent_protocol::v1::{MetricsRequest, WarmUpRequest};
 use heyvm_jail::{
     cgroup::Cgroups,
     egress::Egress,
@@ -76,6 +76,27 @@ impl Recipe {
     /// The machine of a clone.
     pub fn clone_machine(&self) -> Machine {
         Machine { start: Start::Resume, ..self.machine.clone() }
+    }
+
+    /// The machine of a VM that boots its kernel.
+    pub fn boot_machine(&self) -> Machine {
+        self.machine.clone()
+    }
+
+    /// Memory for a VM that boots its kernel.
+    pub fn empty_memory(&self) -> Result<File, Error> {
+        let bytes = u64::from(self.machine.memory_mib) << 20;
+        memory::create(bytes).map_err(Error::io("making guest memory for", &self.kernel.vmlinuz))
+    }
+
+    /// The descriptors of a VM that boots its kernel, without disk and network.
+    pub fn boot_descriptors(&self, guest_memory: &File) -> Result<Descriptors, Error> {
+        let mut descriptors = image_descriptors(&self.image.rootfs)?;
+        let memory = guest_memory.try_clone().map_err(Error::io("passing guest memory to", &self.kernel.vmlinuz))?;
+        descriptors.add(fd::MEMORY, memory);
+        descriptors.add(fd::KERNEL, open(&self.kernel.vmlinuz)?);
+        descriptors.add(fd::INITRAMFS, open(&self.kernel.initramfs)?);
+        Ok(descriptors)
     }
 
     /// The same for the same inputs alone.
@@ -233,18 +254,13 @@ impl Build<'_> {
     }
 
     async fn boot_and_keep(&self, dir: &VmDir, name: &str) -> Result<(), Error> {
-        let bytes = u64::from(self.recipe.machine.memory_mib) << 20;
-        let guest_memory = memory::create(bytes).map_err(Error::io("making guest memory for", dir.path()))?;
+        let guest_memory = self.recipe.empty_memory()?;
         let state = dir.path().join("state.sock");
         let listener = listen(&state)?;
         let state_reference = reference(&state)?;
-        let mut descriptors = image_descriptors(&self.recipe.image.rootfs)?;
-        descriptors
-            .add(fd::MEMORY, guest_memory.try_clone().map_err(Error::io("passing guest memory to", dir.path()))?);
+        let mut descriptors = self.recipe.boot_descriptors(&guest_memory)?;
         descriptors.add(fd::STATE, state_reference);
         descriptors.add(fd::DISK, empty_disk(dir)?);
-        descriptors.add(fd::KERNEL, open(&self.recipe.kernel.vmlinuz)?);
-        descriptors.add(fd::INITRAMFS, open(&self.recipe.kernel.initramfs)?);
         if let Some(tap) = tap(self.egress.map(AsRef::as_ref), self.slot)? {
             descriptors.add(fd::TAP, tap);
         }
@@ -252,7 +268,7 @@ impl Build<'_> {
             name,
             dir,
             record: Record { slot: self.slot, host_boot_id: host_boot_id(), cgroup: name.to_owned() },
-            machine: self.recipe.machine.clone(),
+            machine: self.recipe.boot_machine(),
             // A template boots as fast as it can, whatever its clones are allowed later.
             cpu_millis: 1000 * self.recipe.machine.processors,
             descriptors,
@@ -273,18 +289,28 @@ impl Build<'_> {
 
 /// Waits for the agent, has it warm up, and leaves it waiting.
 async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
+    let agent = agent_has_come_up(dir, qmp).await?;
+    agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|status| unreachable_agent(&status))?;
+    drop(agent);
+    tokio::time::sleep(SETTLE).await;
+    Ok(())
+}
+
+/// Waits until the agent of a guest that boots answers.
+pub async fn agent_has_come_up(dir: &VmDir, qmp: &Qmp) -> Result<AgentConnection, Error> {
     let give_up = Instant::now() + BOOT_DEADLINE;
     loop {
         let agent = AgentConnection::new(Place::new(dir.clone()));
-        let warmed = async { agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|s| unreachable_agent(&s)) };
+        let answer =
+            async { agent.client().await?.metrics(MetricsRequest {}).await.map_err(|s| unreachable_agent(&s)) };
         let outcome = tokio::select! {
-            warmed = warmed => warmed.map(drop),
+            answer = answer => answer.map(drop),
             state = qmp.guest_ended() => {
                 return Err(Error::Boot { what: ended(state).into(), console_tail: console::tail(qmp).await });
             }
         };
         match outcome {
-            Ok(()) => break,
+            Ok(()) => return Ok(agent),
             Err(_) if Instant::now() < give_up => tokio::time::sleep(Duration::from_millis(100)).await,
             Err(error) => {
                 let what = format!("did not get as far as its agent ({error})");
@@ -292,8 +318,6 @@ async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
             }
         }
     }
-    tokio::time::sleep(SETTLE).await;
-    Ok(())
 }
 
 fn ended(state: GuestState) -> &'static str {
@@ -355,7 +379,7 @@ fn open(path: &Path) -> Result<File, Error> {
 }
 
 /// The descriptors that a template and its clones have alike.
-pub fn image_descriptors(rootfs: &Path) -> Result<Descriptors, Error> {
+fn image_descriptors(rootfs: &Path) -> Result<Descriptors, Error> {
     let mut descriptors = Descriptors::default();
     descriptors.add(fd::ROOT, open(rootfs)?);
     Ok(descriptors)

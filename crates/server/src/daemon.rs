@@ -1,0 +1,177 @@
+//! The daemon: everything behind the API is opened, served and ended here, in that order.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use heyvm_api::{ApiError, ErrorCode};
+use heyvm_control_plane::ControlPlane;
+use heyvm_edge::Edge;
+use heyvm_images::ImageStore;
+use heyvm_store::Store;
+use heyvm_vm::qemu::{EgressSettings, QemuDriver, Settings};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    Error,
+    config::Config,
+    home::Home,
+    proxy,
+    routes::{Api, router},
+};
+
+/// How long requests may go on after the end was asked for.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long a daemon that could not open answers with the reason, so that those who started it learn of it.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+/// How often the home is looked after.
+const HOUSEKEEPING: Duration = Duration::from_secs(2);
+/// Standard error gets this much unless `HEYVM_LOG` says otherwise.
+const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn,oci_client=warn";
+
+/// Runs the daemon of `home` until SIGTERM or SIGINT; VMs keep running after it.
+pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
+    begin_log();
+    let ending = end_asked_for()?;
+    let home = Home::open(home)?;
+    raise_descriptor_limit();
+    let config = Config::read(home.path())?;
+    let edge_listener = proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
+    let edge_address = edge_listener.local_addr().map_err(Error::io("listening for the proxy"))?;
+    let api_listener = home.listen().map_err(Error::io("listening on run/daemon.sock"))?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), home = %home.path().display(), edge = %edge_address, "started");
+
+    // Answers from here on: those who come early wait for the control plane.
+    let (opened, plane) = watch::channel(None);
+    let api = serve_api(api_listener, Api::new(home.path().join("run"), plane), ending.clone());
+    let outcome = open(home.path(), &config, edge_address.port()).await;
+    opened.send_replace(Some(outcome.clone()));
+    let ended = match outcome {
+        Ok(plane) => {
+            let edge = tokio::spawn(serve_edge(Arc::clone(&plane), edge_listener, config, ending.clone()));
+            until_end(&home, &plane, &ending).await;
+            let _ = edge.await;
+            let _ = tokio::time::timeout(GRACE, api).await;
+            plane.shutdown().await;
+            Ok(())
+        }
+        Err(error) => {
+            tracing::error!(%error, "the daemon could not open");
+            let _ = tokio::time::timeout(LAST_WORDS, ending.cancelled()).await;
+            ending.cancel();
+            Err(Error::NotReady(error))
+        }
+    };
+    home.stop_listening();
+    tracing::info!("ended");
+    ended
+}
+
+fn begin_log() {
+    let filter = EnvFilter::try_from_env("HEYVM_LOG").unwrap_or_else(|_| EnvFilter::new(LOG));
+    // A second daemon in one process, as in tests, keeps the first one's.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
+}
+
+/// Cancelled at SIGTERM and SIGINT. A terminal that is closed does not end a daemon.
+fn end_asked_for() -> Result<CancellationToken, Error> {
+    let caught =
+        || Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?));
+    let (mut terminate, mut interrupt, mut hangup) = caught().map_err(Error::io("catching signals"))?;
+    let ending = CancellationToken::new();
+    let token = ending.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => {}
+            }
+        }
+        token.cancel();
+    });
+    Ok(ending)
+}
+
+/// Each sandbox and each visitor costs a few descriptors.
+fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+async fn open(home: &Path, config: &Config, url_port: u16) -> Result<Arc<ControlPlane>, ApiError> {
+    let failed = |what: &str, error: &dyn std::error::Error| {
+        ApiError::new(ErrorCode::Internal, format!("{what} cannot be opened: {error}"))
+            .hint("the daemon's log has the details; HEYO_HOME names another directory")
+    };
+    let store = Store::open(&home.join("heyvm.db")).await.map_err(|error| failed("heyvm.db", &error))?;
+    let images =
+        ImageStore::open(home, config.registries.clone()).map_err(|error| failed("the image store", &error))?;
+    let settings = Settings {
+        network: config.network.enabled,
+        egress: EgressSettings { allow: config.network.allow.clone() },
+        reserve: config.reserve,
+        templates: config.templates,
+        ..Settings::default()
+    };
+    let driver = QemuDriver::open(home, settings).await.map_err(|error| failed("sandboxes/", &error))?;
+    let config = heyvm_control_plane::Config {
+        home: home.to_owned(),
+        base_domain: config.edge.base_domain.clone(),
+        url_scheme: "http".into(),
+        url_port,
+        regions: config.regions.clone(),
+        default_image: config.default_image.clone(),
+    };
+    ControlPlane::open(config, store, driver, Arc::new(images)).await
+}
+
+fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let served = axum::serve(listener, router(api)).with_graceful_shutdown(ending.cancelled_owned());
+        if let Err(error) = served.await {
+            tracing::error!(%error, "serving run/daemon.sock failed");
+        }
+    })
+}
+
+async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Config, ending: CancellationToken) {
+    let settings = heyvm_edge::Settings {
+        base_domain: config.edge.base_domain,
+        response_timeout: Duration::from_secs_f64(config.edge.timeout_seconds),
+        ..heyvm_edge::Settings::default()
+    };
+    Edge::new(Arc::new(proxy::Sandboxes(plane)), settings).serve(listener, ending).await;
+}
+
+/// Returns when the end is asked for, or when the home is gone: then nobody can ask for the sandboxes any more, and they
+/// end, too.
+async fn until_end(home: &Home, plane: &Arc<ControlPlane>, ending: &CancellationToken) {
+    let mut look = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        tokio::select! {
+            () = ending.cancelled() => return,
+            _ = look.tick() => {}
+        }
+        if !home.is_ours() {
+            tracing::warn!("the home was removed, or another one put in its place: sandboxes and daemon end");
+            plane.abandon().await;
+            ending.cancel();
+            return;
+        }
+        home.turn_log_over();
+    }
+}

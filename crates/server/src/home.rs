@@ -1,0 +1,169 @@
+//! The directory everything lives in: its permissions, the lock that one daemon holds, the socket it listens on.
+
+use std::{
+    fs::{self, DirBuilder, File, TryLockError},
+    io::{self, Read, Seek, Write},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use tokio::net::UnixListener;
+
+use crate::Error;
+
+/// A log beyond this is turned over.
+const MAX_LOG: u64 = 16 << 20;
+const SOCKET: &str = "daemon.sock";
+
+/// A home that this process alone is the daemon of. Dropping it gives the lock back.
+#[derive(Debug)]
+pub struct Home {
+    path: PathBuf,
+    lock: File,
+}
+
+impl Home {
+    /// Makes the directories, takes the lock and writes our process id into it.
+    pub fn open(path: PathBuf) -> Result<Self, Error> {
+        for dir in [path.clone(), path.join("run")] {
+            private_directory(&dir).map_err(Error::io(format!("making {}", dir.display())))?;
+        }
+        let file = path.join("run/daemon.lock");
+        let doing = || format!("locking {}", file.display());
+        let mut lock = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(&file)
+            .map_err(Error::io(doing()))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                let _ = lock.read_to_string(&mut holder);
+                return Err(Error::AlreadyRunning(holder.trim().to_owned()));
+            }
+            Err(TryLockError::Error(error)) => return Err(Error::io(doing())(error)),
+        }
+        let write_id = |lock: &mut File| {
+            lock.set_len(0)?;
+            lock.rewind()?;
+            writeln!(lock, "{}", std::process::id())
+        };
+        write_id(&mut lock).map_err(Error::io(doing()))?;
+        Ok(Self { path, lock })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Listens on the daemon's socket, which its owner alone may open. Whatever is there is stale: we hold the lock.
+    pub fn listen(&self) -> io::Result<UnixListener> {
+        let run = self.path.join("run");
+        match fs::remove_file(run.join(SOCKET)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // An address holds 107 bytes; through the directory's descriptor the path may be longer.
+        let dir = File::open(&run)?;
+        let address = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+        let listener = UnixListener::bind(&address)?;
+        fs::set_permissions(&address, fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    }
+
+    /// Removes the socket.
+    pub fn stop_listening(&self) {
+        let _ = fs::remove_file(self.path.join("run").join(SOCKET));
+    }
+
+    /// Whether the home is still there, and ours: somebody may have removed it, or put another in its place.
+    pub fn is_ours(&self) -> bool {
+        let there = fs::metadata(self.path.join("run/daemon.lock"));
+        let held = self.lock.metadata();
+        matches!((there, held), (Ok(there), Ok(held)) if there.ino() == held.ino() && there.dev() == held.dev())
+    }
+
+    /// Keeps the last part of a log that has grown too large beside it, and begins anew.
+    pub fn turn_log_over(&self) {
+        let log = self.path.join("daemon.log");
+        let large = fs::metadata(&log).is_ok_and(|meta| meta.is_file() && meta.len() > MAX_LOG);
+        // Our standard error has the file open, so it cannot be renamed.
+        if large && fs::copy(&log, self.path.join("daemon.log.1")).is_ok() {
+            let _ = File::options().write(true).open(&log).and_then(|file| file.set_len(0));
+        }
+    }
+}
+
+/// Connects to the daemon's socket.
+pub async fn connect(home: &Path) -> io::Result<tokio::net::UnixStream> {
+    let dir = File::open(home.join("run"))?;
+    tokio::net::UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd())).await
+}
+
+fn private_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    let meta = fs::metadata(path)?;
+    if meta.permissions().mode() & 0o077 != 0 {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_daemon_per_home() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("h");
+        let home = Home::open(path.clone()).unwrap();
+        let refused = Home::open(path.clone()).unwrap_err().to_string();
+        assert!(refused.contains(&std::process::id().to_string()), "{refused}");
+        assert!(home.is_ours());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        fs::remove_dir_all(&path).unwrap();
+        assert!(!home.is_ours());
+        let successor = Home::open(path).unwrap();
+        assert!(!home.is_ours() && successor.is_ours());
+    }
+
+    #[tokio::test]
+    async fn the_socket_may_have_a_long_path_and_is_its_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("long".repeat(50));
+        let home = Home::open(path.clone()).unwrap();
+        for _ in 0..2 {
+            let listener = home.listen().unwrap();
+            let (accepted, connected) = tokio::join!(listener.accept(), connect(&path));
+            assert!(accepted.is_ok() && connected.is_ok());
+            // A daemon that was killed leaves its socket behind; the next one listens all the same.
+        }
+        let mode = fs::metadata(path.join("run/daemon.sock")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        home.stop_listening();
+        assert!(connect(&path).await.is_err());
+    }
+
+    #[test]
+    fn a_large_log_is_turned_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::open(dir.path().to_owned()).unwrap();
+        let log = dir.path().join("daemon.log");
+        fs::write(&log, "small").unwrap();
+        home.turn_log_over();
+        assert_eq!(fs::read(&log).unwrap(), b"small");
+        File::options().write(true).open(&log).unwrap().set_len(MAX_LOG + 1).unwrap();
+        home.turn_log_over();
+        assert_eq!(fs::metadata(&log).unwrap().len(), 0);
+        assert_eq!(fs::metadata(dir.path().join("daemon.log.1")).unwrap().len(), MAX_LOG + 1);
+    }
+}

@@ -1,0 +1,94 @@
+//! Every error as an answer: an `ErrorBody` with its status.
+
+use axum::{
+    Json,
+    extract::rejection::{PathRejection, QueryRejection},
+    response::{IntoResponse, Response},
+};
+use heyvm_api::{ApiError, ErrorCode, error::ErrorBody};
+use http::StatusCode;
+
+/// An error on its way out. The status is the code's own, unless HTTP has a better one.
+#[derive(Debug)]
+pub struct Problem {
+    error: ApiError,
+    status: Option<StatusCode>,
+}
+
+impl Problem {
+    /// A malformed request.
+    pub fn invalid(message: impl Into<String>, hint: &str) -> Self {
+        ApiError::new(ErrorCode::InvalidArgument, message).hint(hint).into()
+    }
+
+    /// With another status than the code's.
+    pub fn with_status(self, status: StatusCode) -> Self {
+        Self { status: Some(status), ..self }
+    }
+
+    /// The error itself.
+    pub fn into_error(self) -> ApiError {
+        with_hint(self.error)
+    }
+}
+
+impl From<ApiError> for Problem {
+    fn from(error: ApiError) -> Self {
+        Self { error, status: None }
+    }
+}
+
+impl From<tonic::Status> for Problem {
+    fn from(status: tonic::Status) -> Self {
+        heyvm_control_plane::agent_error(&status).into()
+    }
+}
+
+impl From<heyvm_vm::Error> for Problem {
+    fn from(error: heyvm_vm::Error) -> Self {
+        ApiError::new(ErrorCode::SandboxUnreachable, error.to_string()).into()
+    }
+}
+
+impl From<QueryRejection> for Problem {
+    fn from(rejection: QueryRejection) -> Self {
+        let text = rejection.body_text();
+        let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+        Self::invalid(format!("the query is not as it should be: {text}"), "see GET /openapi.json")
+    }
+}
+
+impl From<PathRejection> for Problem {
+    fn from(rejection: PathRejection) -> Self {
+        Self::invalid(format!("the path is not as it should be: {}", rejection.body_text()), "see GET /openapi.json")
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = self
+            .status
+            .or_else(|| StatusCode::from_u16(self.error.code.status()).ok())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if status.is_server_error() {
+            tracing::warn!(code = self.error.code.as_str(), message = self.error.message, "answered with an error");
+        }
+        (status, Json(ErrorBody { error: with_hint(self.error) })).into_response()
+    }
+}
+
+/// Every error says what to do next.
+fn with_hint(mut error: ApiError) -> ApiError {
+    if error.hint.is_none() {
+        let hint = match error.code {
+            ErrorCode::FileNotFound => "GET /sandboxes/{id}/files lists what is there",
+            ErrorCode::FileConflict => "remove what is there first, or choose another path",
+            ErrorCode::SandboxUnreachable => "`heyvm get` says how the sandbox is; `heyvm restart` starts it afresh",
+            ErrorCode::SandboxNotFound => "`heyvm list --all` shows every sandbox",
+            ErrorCode::Internal => "the daemon's log has the details",
+            _ => "see GET /openapi.json, or `heyvm --help`",
+        };
+        error.hint = Some(hint.into());
+    }
+    error
+}

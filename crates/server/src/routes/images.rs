@@ -1,0 +1,65 @@
+//! Images and guest kernels on the daemon's machine.
+
+use axum::{Json, response::Response};
+use heyvm_api::images::{ImageInfo, ImportRequest, KernelInfo, KernelRequest, PullRequest};
+use http::{HeaderMap, StatusCode};
+
+use crate::{
+    answer::long,
+    extract::{Content, Plane, Who},
+    problem::Problem,
+};
+
+/// Images here.
+#[utoipa::path(get, path = "/images", operation_id = "list_images", tag = "images",
+    responses((status = 200, description = "All of them", body = Vec<ImageInfo>)))]
+pub async fn list(Plane(plane): Plane) -> Result<Json<Vec<ImageInfo>>, Problem> {
+    Ok(Json(plane.images().await?))
+}
+
+/// Fetches an image from its registry.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/images/pull", operation_id = "pull_image", tag = "images", request_body = PullRequest,
+    responses((status = 200, description = "It is here", body = ImageInfo)))]
+pub async fn pull(Plane(plane): Plane, headers: HeaderMap, Content(request): Content<PullRequest>) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.pull_image(request, progress).await }).await
+}
+
+/// Takes an image from a file on the daemon's machine.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/images/import", operation_id = "import_image", tag = "images",
+    request_body = ImportRequest, responses((status = 200, description = "It is here", body = ImageInfo)))]
+pub async fn import(Plane(plane): Plane, headers: HeaderMap, Content(request): Content<ImportRequest>) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.import_image(request, progress).await }).await
+}
+
+/// Makes sure that the guest kernel, the default image and its template are there.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/images/prepare", operation_id = "prepare_default_image", tag = "images",
+    responses((status = 200, description = "The default image", body = ImageInfo)))]
+pub async fn prepare(Plane(plane): Plane, headers: HeaderMap) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.prepare_default(progress).await }).await
+}
+
+/// Removes an image that no sandbox runs.
+#[utoipa::path(delete, path = "/images/{*name}", operation_id = "remove_image", tag = "images",
+    params(("name" = String, Path, description = "Its reference; slashes may stand as they are")),
+    responses((status = 204, description = "Gone")))]
+pub async fn remove(Plane(plane): Plane, Who(name): Who) -> Result<StatusCode, Problem> {
+    plane.remove_image(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Takes a guest kernel from an unpacked package on the daemon's machine.
+#[utoipa::path(post, path = "/kernels/import", operation_id = "import_kernel", tag = "images",
+    request_body = KernelRequest, responses((status = 200, description = "It is here", body = KernelInfo)))]
+pub async fn import_kernel(
+    Plane(plane): Plane,
+    Content(request): Content<KernelRequest>,
+) -> Result<Json<KernelInfo>, Problem> {
+    let version = plane.import_kernel(std::path::Path::new(&request.path)).await?;
+    Ok(Json(KernelInfo { version }))
+}

@@ -1,0 +1,211 @@
+//! The routes, one module per noun, and the OpenAPI document that is made from them.
+
+mod exec;
+mod files;
+mod images;
+mod logs;
+mod ports;
+mod sandboxes;
+mod system;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use axum::{
+    Router,
+    extract::{DefaultBodyLimit, Request},
+    middleware::{self, Next},
+    response::Response,
+};
+use heyvm_api::{ApiError, ErrorCode, error::ErrorBody};
+use heyvm_control_plane::ControlPlane;
+use http::{Method, StatusCode, Uri};
+use tokio::sync::watch;
+use utoipa::{
+    OpenApi, PartialSchema, ToSchema,
+    openapi::{Content, Ref, ResponseBuilder},
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::problem::Problem;
+
+/// What handlers share.
+#[derive(Clone)]
+pub struct Api {
+    /// Where output that is too large for memory waits.
+    spool: Arc<PathBuf>,
+    opened: watch::Receiver<Option<Result<Arc<ControlPlane>, ApiError>>>,
+}
+
+impl Api {
+    /// Handlers wait until `opened` holds something.
+    pub fn new(spool: PathBuf, opened: watch::Receiver<Option<Result<Arc<ControlPlane>, ApiError>>>) -> Self {
+        Self { spool: Arc::new(spool), opened }
+    }
+
+    /// The control plane, once it is open.
+    pub async fn plane(&self) -> Result<Arc<ControlPlane>, ApiError> {
+        let mut opened = self.opened.clone();
+        let ending = || ApiError::new(ErrorCode::DaemonUnavailable, "the daemon is ending").hint("try again");
+        let outcome = opened.wait_for(Option::is_some).await.map_err(|_| ending())?;
+        outcome.clone().unwrap_or_else(|| Err(ending()))
+    }
+
+    /// Where output that is too large for memory waits.
+    pub fn spool(&self) -> &Path {
+        &self.spool
+    }
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "heyvm",
+        description = "Sandboxes that are full VMs. Every path that takes an `id` takes a name or a slug too: the \
+                       living sandbox of that name, else the newest. Every error is an `ErrorBody`.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    components(schemas(heyvm_api::sandbox::ListFilter)),
+    tags(
+        (name = "sandboxes", description = "Create, find, stop, start, remove"),
+        (name = "commands", description = "Run commands"),
+        (name = "files", description = "Files in a sandbox"),
+        (name = "ports", description = "URLs of ports"),
+        (name = "images", description = "Images and guest kernels on this machine"),
+        (name = "system", description = "The daemon itself"),
+    )
+)]
+struct Document;
+
+fn collected() -> OpenApiRouter<Api> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(system::health))
+        .routes(routes!(system::document))
+        .routes(routes!(system::doctor))
+        .routes(routes!(system::put_archive))
+        .routes(routes!(sandboxes::list, sandboxes::create))
+        .routes(routes!(sandboxes::inactive))
+        .routes(routes!(sandboxes::get, sandboxes::remove))
+        .routes(routes!(sandboxes::stop))
+        .routes(routes!(sandboxes::start))
+        .routes(routes!(sandboxes::restart))
+        .routes(routes!(sandboxes::set_ttl))
+        .routes(routes!(sandboxes::add_mount))
+        .routes(routes!(exec::execute))
+        .routes(routes!(exec::stream))
+        .routes(routes!(logs::logs))
+        .routes(routes!(ports::wait))
+        .routes(routes!(ports::endpoints, ports::bind, ports::unbind))
+        .routes(routes!(ports::unbind_port))
+        .routes(routes!(files::list, files::remove))
+        .routes(routes!(files::download))
+        .routes(routes!(files::upload))
+        .routes(routes!(files::pack, files::unpack))
+        .routes(routes!(images::list))
+        .routes(routes!(images::pull))
+        .routes(routes!(images::import))
+        .routes(routes!(images::prepare))
+        .routes(routes!(images::remove))
+        .routes(routes!(images::import_kernel))
+}
+
+/// Every route.
+pub fn router(api: Api) -> Router {
+    let (router, _) = collected().split_for_parts();
+    router
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        // Each handler has its own limit, or streams.
+        .layer(DefaultBodyLimit::disable())
+        .layer(middleware::from_fn(log))
+        .with_state(api)
+}
+
+/// The OpenAPI document.
+pub fn document() -> utoipa::openapi::OpenApi {
+    let (_, mut document) = collected().split_for_parts();
+    document.info.version = env!("CARGO_PKG_VERSION").into();
+    if let Some(item) = document.paths.paths.remove("/images/{*name}") {
+        document.paths.paths.insert("/images/{name}".into(), item);
+    }
+    let components = document.components.get_or_insert_with(Default::default);
+    components.schemas.insert(ErrorBody::name().into(), ErrorBody::schema());
+    let mut more = Vec::new();
+    ErrorBody::schemas(&mut more);
+    components.schemas.extend(more);
+    for item in document.paths.paths.values_mut() {
+        let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
+            let content = Content::new(Some(Ref::from_schema_name(ErrorBody::name())));
+            let error = ResponseBuilder::new().description("What went wrong").content("application/json", content);
+            operation.responses.responses.insert("default".into(), error.build().into());
+        }
+    }
+    document
+}
+
+async fn unknown_path(uri: Uri) -> Problem {
+    ApiError::new(ErrorCode::NotFound, format!("there is nothing at {}", uri.path()))
+        .hint("GET /openapi.json lists every path")
+        .into()
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Problem {
+    Problem::invalid(format!("{} takes no {method}", uri.path()), "GET /openapi.json lists every path with its methods")
+        .with_status(StatusCode::METHOD_NOT_ALLOWED)
+}
+
+/// One line per request, without query, headers and body: those may hold secrets.
+async fn log(request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let started = Instant::now();
+    let response = next.run(request).await;
+    let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis());
+    if path == "/health" {
+        tracing::debug!(%method, path, status, ms, "request");
+    } else {
+        tracing::info!(%method, path, status, ms, "request");
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    /// The document is checked in, so that a change of the API shows in a review.
+    /// `HEYVM_UPDATE_OPENAPI=1 cargo test -p heyvm-server` writes it anew.
+    #[test]
+    fn the_document_is_the_one_that_is_checked_in() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("openapi.json");
+        let made = format!("{}\n", super::document().to_pretty_json().unwrap());
+        if std::env::var_os("HEYVM_UPDATE_OPENAPI").is_some() {
+            std::fs::write(&path, &made).unwrap();
+        }
+        let kept = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(kept == made, "openapi.json is not up to date: HEYVM_UPDATE_OPENAPI=1 cargo test -p heyvm-server");
+    }
+
+    #[test]
+    fn every_operation_has_an_id_of_its_own_a_summary_and_errors() {
+        let document: serde_json::Value = serde_json::to_value(super::document()).unwrap();
+        assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
+        let mut ids = std::collections::BTreeSet::new();
+        let paths = document["paths"].as_object().unwrap();
+        for (path, item) in paths {
+            for (method, operation) in item.as_object().unwrap() {
+                let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no id"));
+                assert!(ids.insert(id.to_owned()), "{id} stands for two operations");
+                assert!(operation["summary"].as_str().is_some_and(|text| !text.is_empty()), "{method} {path}");
+                assert!(operation["responses"]["default"].is_object(), "{method} {path}");
+            }
+        }
+        assert!(paths.len() >= 24, "{}", paths.len());
+        let text = document.to_string();
+        for reference in text.split("#/components/schemas/").skip(1) {
+            let name = reference.split('"').next().unwrap();
+            assert!(document["components"]["schemas"][name].is_object(), "{name} is referred to and not there");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Sandboxes: create, find, stop, start, remove.
+
+use std::sync::Arc;
+
+use axum::{Json, response::Response};
+use heyvm_api::{
+    ApiError, ErrorCode,
+    sandbox::{CreateRequest, ListFilter, Mount, SandboxInfo, TtlRequest},
+};
+use http::{HeaderMap, StatusCode};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::{
+    answer::long,
+    extract::{Content, Params, Plane, Who, idempotency_key},
+    problem::Problem,
+};
+
+/// Query of the list.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListQuery {
+    /// `living` (the default), `stopped` or `all`.
+    #[serde(default)]
+    filter: ListFilter,
+    /// Only those with exactly this name.
+    name: Option<String>,
+}
+
+/// Sandboxes, newest first.
+#[utoipa::path(get, path = "/sandboxes", operation_id = "list_sandboxes", tag = "sandboxes", params(ListQuery),
+    responses((status = 200, description = "Those asked for", body = Vec<SandboxInfo>)))]
+pub async fn list(Plane(plane): Plane, Params(query): Params<ListQuery>) -> Result<Json<Vec<SandboxInfo>>, Problem> {
+    let mut found = plane.list(query.filter).await?;
+    found.retain(|sandbox| query.name.as_ref().is_none_or(|name| sandbox.name == *name));
+    Ok(Json(found))
+}
+
+/// Makes a sandbox; answers when it is running, and healthy where a health path is given.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events: `progress` (a `ProgressEvent`), then `result` (the
+/// sandbox) or `error` (an `ErrorBody`). Going away undoes the sandbox, unless the request has an idempotency key.
+#[utoipa::path(post, path = "/sandboxes", operation_id = "create_sandbox", tag = "sandboxes",
+    request_body = CreateRequest,
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same key gives the same sandbox")),
+    responses((status = 201, description = "It is running", body = SandboxInfo)))]
+pub async fn create(
+    Plane(plane): Plane,
+    headers: HeaderMap,
+    Content(request): Content<CreateRequest>,
+) -> Result<Response, Problem> {
+    let key = idempotency_key(&headers)?;
+    Ok(long(&headers, StatusCode::CREATED, |progress| async move { plane.create(request, key, progress).await }).await)
+}
+
+/// Stopped and failed sandboxes.
+#[utoipa::path(get, path = "/sandboxes/inactive", operation_id = "list_inactive_sandboxes", tag = "sandboxes",
+    responses((status = 200, description = "Newest first", body = Vec<SandboxInfo>)))]
+pub async fn inactive(Plane(plane): Plane) -> Result<Json<Vec<SandboxInfo>>, Problem> {
+    Ok(Json(plane.list(ListFilter::Stopped).await?))
+}
+
+/// One sandbox; also one that was removed within the last day.
+#[utoipa::path(get, path = "/sandboxes/{id}", operation_id = "get_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "The sandbox", body = SandboxInfo)))]
+pub async fn get(Plane(plane): Plane, Who(who): Who) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(plane.get(&who).await?))
+}
+
+/// Destroys a sandbox with its disk and URLs. Removing a removed one succeeds.
+#[utoipa::path(delete, path = "/sandboxes/{id}", operation_id = "remove_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "Gone", body = SandboxInfo)))]
+pub async fn remove(Plane(plane): Plane, Who(who): Who) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(to_its_end(async move { Arc::clone(&plane).remove(&who).await }).await?))
+}
+
+/// Ends the VM and keeps the disk. Stopping a stopped one succeeds.
+#[utoipa::path(post, path = "/sandboxes/{id}/stop", operation_id = "stop_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "Stopped", body = SandboxInfo)))]
+pub async fn stop(Plane(plane): Plane, Who(who): Who) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(to_its_end(async move { Arc::clone(&plane).stop(&who).await }).await?))
+}
+
+/// What has begun to end a sandbox goes on when its caller goes away.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|error| Err(ApiError::new(ErrorCode::Internal, format!("the daemon failed: {error}"))))
+}
+
+/// Goes on from the disk and runs the start command again. Starting a running one succeeds.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/sandboxes/{id}/start", operation_id = "start_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "Running", body = SandboxInfo)))]
+pub async fn start(Plane(plane): Plane, Who(who): Who, headers: HeaderMap) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.start(&who, progress).await }).await
+}
+
+/// Stop, then start.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/sandboxes/{id}/restart", operation_id = "restart_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "Running", body = SandboxInfo)))]
+pub async fn restart(Plane(plane): Plane, Who(who): Who, headers: HeaderMap) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.restart(&who, progress).await }).await
+}
+
+/// Sets the time-to-live anew, from now on.
+#[utoipa::path(post, path = "/sandboxes/{id}/ttl", operation_id = "set_sandbox_ttl", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")), request_body = TtlRequest,
+    responses((status = 200, description = "Set", body = SandboxInfo)))]
+pub async fn set_ttl(
+    Plane(plane): Plane,
+    Who(who): Who,
+    Content(request): Content<TtlRequest>,
+) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(plane.set_ttl(&who, request.ttl_seconds).await?))
+}
+
+/// Host directories in a sandbox are not part of this version: answers `unsupported`.
+#[utoipa::path(post, path = "/sandboxes/{id}/mounts", operation_id = "add_mount", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")), request_body = Mount, responses())]
+pub async fn add_mount(Plane(plane): Plane, Who(who): Who, Content(mount): Content<Mount>) -> Result<(), Problem> {
+    plane.get(&who).await?;
+    drop(mount);
+    let message = "host directories cannot be mounted into a sandbox";
+    Err(ApiError::new(ErrorCode::Unsupported, message).hint("`heyvm cp` copies files in and out").into())
+}
