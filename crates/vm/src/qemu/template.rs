@@ -29,6 +29,7 @@ use heyvm_jail::{
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
+use tonic::Code;
 
 use super::{
     accel::Acceleration,
@@ -301,10 +302,15 @@ pub async fn agent_has_come_up(dir: &VmDir, qmp: &Qmp) -> Result<AgentConnection
     let give_up = Instant::now() + BOOT_DEADLINE;
     loop {
         let agent = AgentConnection::new(Place::new(dir.clone()));
-        let answer =
-            async { agent.client().await?.metrics(MetricsRequest {}).await.map_err(|s| unreachable_agent(&s)) };
+        let answer = async {
+            match agent.client().await?.metrics(MetricsRequest {}).await {
+                // It answers that it has not become a sandbox yet: that is an answer.
+                Err(status) if status.code() == Code::FailedPrecondition => Ok(()),
+                other => other.map(drop).map_err(|status| unreachable_agent(&status)),
+            }
+        };
         let outcome = tokio::select! {
-            answer = answer => answer.map(drop),
+            answer = answer => answer,
             state = qmp.guest_ended() => {
                 return Err(Error::Boot { what: ended(state).into(), console_tail: console::tail(qmp).await });
             }
