@@ -1,496 +1,251 @@
-//! What can be asked for, and in which words.
+//! What can be asked for, and in which words. The arguments of a command stand beside it, in [`crate::commands`].
 
-use std::{ffi::OsString, net::IpAddr, path::PathBuf};
+use std::net::IpAddr;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum, error::ErrorKind};
-use heyvm_api::{ApiError, ErrorCode};
+use clap::{Parser, Subcommand};
 
-use crate::output::{self, Format};
+use crate::{
+    commands::{
+        bind::{BindArgs, UnbindArgs},
+        completions::CompletionsArgs,
+        cp::CpArgs,
+        daemon::DaemonArgs,
+        deploy::{CreateArgs, DeployArgs},
+        exec::ExecArgs,
+        images::{ImagesArgs, PullArgs},
+        lifecycle::RmArgs,
+        list::ListArgs,
+        logs::LogsArgs,
+        wait_for::WaitForArgs,
+    },
+    output::Format,
+};
 
-/// Real computers for agents and scripts: every sandbox is a full VM.
+/// Deploys an app directory into a virtual machine of its own and gives it a URL
 #[derive(Debug, Parser)]
-#[command(
-    name = "heyvm",
-    version,
-    after_help = "Example:\n  heyvm deploy ./app --port 8080 --start-command \"python3 app.py\" --format json"
-)]
+#[command(name = "heyvm", version, max_term_width = 110, after_help = TOP_EXAMPLES)]
 pub struct Cli {
-    /// Output for people (text) or programs (json)
+    #[command(flatten)]
+    pub global: Global,
+    #[command(flatten)]
+    pub serve: Serve,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What every command takes.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "For every command")]
+pub struct Global {
+    /// For people (text) or for programs (json): one JSON document on standard output, errors as JSON on standard error
     #[arg(long, global = true, value_enum, default_value = "text")]
     pub format: Format,
+    /// A heyvm server to use instead of this machine (not in this version)
+    #[arg(long, global = true, value_name = "URL", hide_short_help = true)]
+    pub cloud_url: Option<String>,
+    /// Where to log in; without a heyvm server it has no effect
+    #[arg(long, global = true, value_name = "URL", hide_short_help = true)]
+    pub auth_url: Option<String>,
+    /// Credentials for a heyvm server, like HEYO_API_KEY; without a server they have no effect
+    #[arg(long, global = true, env = "HEYO_ARCHIVE_TOKEN", hide_env_values = true, hide_short_help = true)]
+    pub token: Option<String>,
+    /// Say on standard error what is being done; a daemon that is started meanwhile does so in its log
+    #[arg(long, global = true)]
+    pub debug: bool,
+}
+
+/// `heyvm --api`.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "REST API")]
+pub struct Serve {
     /// Serve the REST API in the foreground
     #[arg(long)]
     pub api: bool,
     /// Port of the REST API
     #[arg(long, default_value_t = 3000, requires = "api")]
     pub port: u16,
-    /// Address of the REST API; anything but loopback needs JWT_SECRET or --allow-remote
-    #[arg(long, default_value = "127.0.0.1", requires = "api")]
+    /// Address of the REST API; one that others can reach needs JWT_SECRET in the environment, or --allow-remote
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", requires = "api")]
     pub listen: IpAddr,
-    /// Listen beyond loopback without a secret: whoever reaches the port owns every sandbox
+    /// Let whoever reaches the REST API do everything, without credentials
     #[arg(long, requires = "api")]
     pub allow_remote: bool,
-    /// A heyvm server to use instead of this machine (not in this version)
-    #[arg(long, global = true, hide = true)]
-    pub cloud_url: Option<String>,
-    /// Where to log in (not in this version)
-    #[arg(long, global = true, hide = true)]
-    pub auth_url: Option<String>,
-    /// Token for a heyvm server; without one it has no effect
-    #[arg(long, global = true, env = "HEYO_ARCHIVE_TOKEN", hide_env_values = true, hide = true)]
-    pub token: Option<String>,
-    /// Tell on standard error what is done
-    #[arg(long, global = true)]
-    pub debug: bool,
-    #[command(subcommand)]
-    pub command: Option<Command>,
 }
 
-/// The commands.
+/// Every command. A SANDBOX is an id, a name or a slug: the living one of that name, else the newest.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Turn a directory into a running VM with a URL
-    #[command(
-        after_help = "Example:\n  heyvm deploy ./app --name web --port 8080 --start-command \"python3 app.py\" --health-path /health --ttl-seconds 3600"
-    )]
+    #[command(after_help = DEPLOY_EXAMPLES)]
     Deploy(DeployArgs),
     /// Make a sandbox without an app
-    #[command(after_help = "Example:\n  heyvm create --name box --ttl-seconds 600 --format json")]
+    #[command(after_help = CREATE_EXAMPLES)]
     Create(CreateArgs),
-    /// Run a command in a sandbox; its exit status is passed on
-    #[command(
-        after_help = "A --format json behind -- is heyvm's own, unless --format stands before --.\n\nExample:\n  heyvm exec web --timeout 30s -- python3 -c \"print('hello')\""
-    )]
+    /// Run a command in a sandbox; its exit status becomes heyvm's own
+    #[command(after_help = EXEC_EXAMPLES)]
     Exec(ExecArgs),
-    /// List sandboxes
-    #[command(after_help = "Example:\n  heyvm list --all --format json")]
+    /// List sandboxes and their URLs
+    #[command(after_help = LIST_EXAMPLES)]
     List(ListArgs),
     /// Tell everything about one sandbox, also why it ended
-    #[command(after_help = "Example:\n  heyvm get web --format json")]
+    #[command(after_help = GET_EXAMPLES)]
     Get(Who),
-    /// Wait until a port or a URL answers
-    #[command(
-        after_help = "Examples:\n  heyvm wait-for web 8080 --path /health --timeout 60s\n  heyvm wait-for --url http://abc123.localhost:8480/health --timeout 60s"
-    )]
+    /// Wait until a port in a sandbox, or a URL, answers
+    #[command(after_help = WAIT_FOR_EXAMPLES)]
     WaitFor(WaitForArgs),
     /// Give a port a URL
-    #[command(after_help = "Example:\n  heyvm bind web 3000 --format json")]
+    #[command(after_help = BIND_EXAMPLES)]
     Bind(BindArgs),
     /// Take a port's URL away
-    #[command(after_help = "Example:\n  heyvm unbind web 3000")]
+    #[command(after_help = UNBIND_EXAMPLES)]
     Unbind(UnbindArgs),
-    /// Show what the start command printed
-    #[command(after_help = "Example:\n  heyvm logs -f web")]
+    /// Show what the start command has printed
+    #[command(after_help = LOGS_EXAMPLES)]
     Logs(LogsArgs),
-    /// End the VM, keep the disk
-    #[command(after_help = "Example:\n  heyvm stop web")]
+    /// End the VM and keep its disk
+    #[command(after_help = STOP_EXAMPLES)]
     Stop(Who),
     /// Go on from the disk of a stopped sandbox
-    #[command(after_help = "Example:\n  heyvm start web")]
+    #[command(after_help = START_EXAMPLES)]
     Start(Who),
     /// Stop and start
-    #[command(after_help = "Example:\n  heyvm restart web")]
+    #[command(after_help = RESTART_EXAMPLES)]
     Restart(Who),
     /// Remove a sandbox with its disk and URLs
-    #[command(after_help = "Example:\n  heyvm rm -y web")]
+    #[command(after_help = RM_EXAMPLES)]
     Rm(RmArgs),
-    /// List, import, remove images
-    #[command(after_help = "Example:\n  heyvm images import app.tar --name app:1")]
+    /// List, remove, import and prepare images
+    #[command(after_help = IMAGES_EXAMPLES)]
     Images(ImagesArgs),
     /// Fetch an image from its registry
-    #[command(after_help = "Example:\n  heyvm pull ubuntu:24.04")]
+    #[command(after_help = PULL_EXAMPLES)]
     Pull(PullArgs),
-    /// Copy files into and out of a sandbox
-    #[command(after_help = "Examples:\n  heyvm cp ./data web:/workspace/data\n  heyvm cp web:/workspace/out.txt .")]
+    /// Copy files and directories into a sandbox or out of it
+    #[command(after_help = CP_EXAMPLES)]
     Cp(CpArgs),
-    /// Say whether this machine can run sandboxes, and how well
-    #[command(after_help = "Example:\n  heyvm doctor --format json")]
+    /// Say whether this machine can run sandboxes, how well, and what to do about it
+    #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor,
-    /// Look after the background daemon
-    #[command(after_help = "Example:\n  heyvm daemon status")]
+    /// Look after the background daemon, which starts by itself
+    #[command(after_help = DAEMON_EXAMPLES)]
     Daemon(DaemonArgs),
-    /// Print a completion script
-    #[command(after_help = "Example:\n  heyvm completions bash > /etc/bash_completion.d/heyvm")]
-    Completions {
-        /// bash, zsh, fish, elvish or powershell
-        shell: clap_complete::Shell,
-    },
-}
-
-/// What deploy and create have alike.
-#[derive(Debug, Args)]
-pub struct MakeArgs {
-    /// Name; unique among living sandboxes
-    #[arg(long)]
-    pub name: Option<String>,
-    /// URL-safe name; made from the name when absent
-    #[arg(long)]
-    pub slug: Option<String>,
-    /// Image, for example ubuntu:24.04
-    #[arg(long)]
-    pub image: Option<String>,
-    /// shell, python or node: what the image must be able to run
-    #[arg(long = "type")]
-    pub kind: Option<String>,
-    /// qemu, the one there is
-    #[arg(long)]
-    pub backend: Option<String>,
-    /// Long-running process to keep the sandbox alive
-    #[arg(long)]
-    pub start_command: Option<String>,
-    /// Directory of commands
-    #[arg(long)]
-    pub working_directory: Option<String>,
-    /// HTTP path to poll for readiness
-    #[arg(long)]
-    pub health_path: Option<String>,
-    /// How long to wait for readiness
-    #[arg(long, default_value = "120s")]
-    pub health_timeout: String,
-    /// micro, mini, small, medium, large or xlarge
-    #[arg(long)]
-    pub size_class: Option<String>,
-    /// Disk in GB, 1 to 250
-    #[arg(long, allow_negative_numbers = true)]
-    pub disk_size_gb: Option<i64>,
-    /// US or EU
-    #[arg(long)]
-    pub region: Option<String>,
-    /// Environment variable KEY=VALUE (repeatable)
-    #[arg(long)]
-    pub env: Vec<String>,
-    /// Shell command to run before the start command (repeatable)
-    #[arg(long)]
-    pub setup_hook: Vec<String>,
-    /// Destroy it after this many seconds
-    #[arg(long, conflicts_with = "no_ttl", allow_negative_numbers = true)]
-    pub ttl_seconds: Option<i64>,
-    /// Keep it until it is removed (the default)
-    #[arg(long)]
-    pub no_ttl: bool,
-    /// Require authentication on bound ports
-    #[arg(long)]
-    pub private: bool,
-    /// Mount HOST:SANDBOX
-    #[arg(long)]
-    pub mount: Vec<String>,
-    /// Mount a volume
-    #[arg(long)]
-    pub volume: Vec<String>,
-    /// Keep the half-made sandbox when a step fails
-    #[arg(long)]
-    pub keep_on_failure: bool,
-    /// Take over name and URLs of the living sandbox of this name, once this one is healthy
-    #[arg(long)]
-    pub replace: bool,
-    /// The same key gives the same sandbox: safe to repeat
-    #[arg(long)]
-    pub idempotency_key: Option<String>,
-    /// Print the id alone
-    #[arg(long)]
-    pub print_id: bool,
-}
-
-/// `deploy`.
-#[derive(Debug, Args)]
-pub struct DeployArgs {
-    /// Directory with the app
-    pub directory: PathBuf,
-    /// Port to give a URL (repeatable)
-    #[arg(long, allow_negative_numbers = true)]
-    pub port: Vec<i64>,
-    /// Take also what .gitignore, .heyvmignore and the default list leave out
-    #[arg(long)]
-    pub no_ignore: bool,
-    #[command(flatten)]
-    pub make: MakeArgs,
-}
-
-/// `create`.
-#[derive(Debug, Args)]
-pub struct CreateArgs {
-    /// Port to give a URL (repeatable)
-    #[arg(long, allow_negative_numbers = true)]
-    pub open_port: Vec<i64>,
-    #[command(flatten)]
-    pub make: MakeArgs,
-}
-
-/// `exec`.
-#[derive(Debug, Args)]
-pub struct ExecArgs {
-    /// Id, name or slug
-    pub sandbox: String,
-    /// Environment variable KEY=VALUE (repeatable)
-    #[arg(long)]
-    pub env: Vec<String>,
-    /// Directory to run it in
-    #[arg(long)]
-    pub cwd: Option<String>,
-    /// User to run it as
-    #[arg(long)]
-    pub user: Option<String>,
-    /// Named session, which keeps its directory and environment
-    #[arg(long)]
-    pub session: Option<String>,
-    /// Kill it after this long and exit with 124
-    #[arg(long)]
-    pub timeout: Option<String>,
-    /// The command
-    #[arg(last = true, required = true)]
-    pub command: Vec<String>,
-}
-
-/// `list`.
-#[derive(Debug, Args)]
-pub struct ListArgs {
-    /// Also stopped ones, and those removed within a day
-    #[arg(long, conflicts_with = "stopped")]
-    pub all: bool,
-    /// Only stopped and failed ones
-    #[arg(long)]
-    pub stopped: bool,
+    /// Print a completion script for a shell
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions(CompletionsArgs),
 }
 
 /// A sandbox.
-#[derive(Debug, Args)]
+#[derive(Debug, clap::Args)]
 pub struct Who {
     /// Id, name or slug
     pub sandbox: String,
 }
 
-/// `wait-for`.
-#[derive(Debug, Args)]
-pub struct WaitForArgs {
-    /// Id, name or slug
-    #[arg(required_unless_present = "url", conflicts_with = "url")]
-    pub sandbox: Option<String>,
-    /// Port in the sandbox
-    #[arg(required_unless_present = "url", allow_negative_numbers = true)]
-    pub wait_port: Option<i64>,
-    /// Path that must answer 2xx or 3xx
-    #[arg(long, conflicts_with = "url")]
-    pub path: Option<String>,
-    /// URL that must answer 2xx or 3xx, from here
-    #[arg(long)]
-    pub url: Option<String>,
-    /// How long to wait
-    #[arg(long, default_value = "60s")]
-    pub timeout: String,
-}
+const TOP_EXAMPLES: &str = "\
+Examples:
+  heyvm deploy ./my-app --port 8080 --start-command \"python3 server.py\" --health-path /health
+  heyvm exec my-app -- uname -a
+  heyvm --api --port 3000";
+const DEPLOY_EXAMPLES: &str = "\
+Left behind: what .gitignore and .heyvmignore name, and .git, node_modules, target, __pycache__, .venv and the like
+(a line `!target/` in .heyvmignore takes one along, --no-ignore takes everything).
 
-/// `bind`.
-#[derive(Debug, Args)]
-pub struct BindArgs {
-    /// Id, name or slug
-    pub sandbox: String,
-    /// Port in the sandbox
-    #[arg(allow_negative_numbers = true)]
-    pub bind_port: i64,
-    /// Require authentication
-    #[arg(long)]
-    pub private: bool,
-}
+Examples:
+  heyvm deploy ./my-app --name web --port 8080 --start-command \"python3 server.py\" --health-path /health
+  heyvm deploy . --port 3000 --setup-hook \"npm ci\" --start-command \"npm start\" --ttl-seconds 3600 --format json
+  heyvm deploy . --name web --replace --port 8080 --start-command \"python3 server.py\" --health-path /health";
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  heyvm create --name box --size-class micro --ttl-seconds 600
+  heyvm exec \"$(heyvm create --print-id)\" -- python3 --version";
+const EXEC_EXAMPLES: &str = "\
+A command of one word is a script for sh; several words are a program and its arguments, as they are.
+A --format json at the very end, behind the command, is heyvm's own, unless --format stands before the --.
+Exit status: the command's own; 124 after --timeout, 126 and 127 when it cannot be started, 128 + N for signal N.
 
-/// `unbind`.
-#[derive(Debug, Args)]
-pub struct UnbindArgs {
-    /// Id, name or slug
-    pub sandbox: String,
-    /// Port in the sandbox
-    #[arg(allow_negative_numbers = true)]
-    pub bind_port: i64,
-}
+Examples:
+  heyvm exec web -- ls -l /workspace
+  heyvm exec web --format json --timeout 30s -- ./run-tests.sh
+  heyvm exec web --session work -- 'cd /etc && export COLOUR=blue'
+  tar c . | heyvm exec web -- tar x -C /srv";
+const LIST_EXAMPLES: &str = "\
+Examples:
+  heyvm list
+  heyvm list --all --format json";
+const GET_EXAMPLES: &str = "\
+Example:
+  heyvm get web --format json";
+const WAIT_FOR_EXAMPLES: &str = "\
+Exit status 1 and {\"ready\": false} at the deadline.
 
-/// `logs`.
-#[derive(Debug, Args)]
-pub struct LogsArgs {
-    /// Id, name or slug
-    pub sandbox: String,
-    /// Go on until the sandbox ends
-    #[arg(short, long)]
-    pub follow: bool,
-}
+Examples:
+  heyvm wait-for web 8080 --path /health --timeout 60s
+  heyvm wait-for --url http://abc123.localhost:8480/health --timeout 60s --format json";
+const BIND_EXAMPLES: &str = "\
+Example:
+  heyvm bind web 3000 --format json";
+const UNBIND_EXAMPLES: &str = "\
+Example:
+  heyvm unbind web 3000";
+const LOGS_EXAMPLES: &str = "\
+Examples:
+  heyvm logs web
+  heyvm logs -f web";
+const STOP_EXAMPLES: &str = "\
+Example:
+  heyvm stop web --format json";
+const START_EXAMPLES: &str = "\
+Example:
+  heyvm start web";
+const RESTART_EXAMPLES: &str = "\
+Example:
+  heyvm restart web";
+const RM_EXAMPLES: &str = "\
+Examples:
+  heyvm rm web
+  heyvm rm -y web worker-1 worker-2";
+const IMAGES_EXAMPLES: &str = "\
+Examples:
+  heyvm images list
+  heyvm images import app.tar --name app:1
+  heyvm images prepare";
+const PULL_EXAMPLES: &str = "\
+Example:
+  heyvm pull ubuntu:24.04";
+const CP_EXAMPLES: &str = "\
+A target that is a directory gets a copy in it; any other target becomes the copy.
 
-/// `rm`.
-#[derive(Debug, Args)]
-pub struct RmArgs {
-    /// Id, name or slug (repeatable)
-    #[arg(required = true)]
-    pub sandboxes: Vec<String>,
-    /// Do not ask
-    #[arg(short, long)]
-    pub yes: bool,
-}
-
-/// `pull`.
-#[derive(Debug, Args)]
-pub struct PullArgs {
-    /// For example ubuntu:24.04
-    pub image: String,
-}
-
-/// `cp`.
-#[derive(Debug, Args)]
-pub struct CpArgs {
-    /// A path here, or SANDBOX:/path
-    pub from: String,
-    /// A path here, or SANDBOX:/path
-    pub to: String,
-}
-
-/// `images`.
-#[derive(Debug, Args)]
-pub struct ImagesArgs {
-    #[command(subcommand)]
-    pub command: Option<ImagesCommand>,
-}
-
-/// What can be done with images.
-#[derive(Debug, Subcommand)]
-pub enum ImagesCommand {
-    /// List images here
-    #[command(after_help = "Example:\n  heyvm images list --format json")]
-    List,
-    /// Take an image from a docker save tar, an OCI layout or a root tar
-    #[command(after_help = "Example:\n  heyvm images import app.tar --name app:1")]
-    Import {
-        /// The file or directory
-        path: PathBuf,
-        /// Name to know it by
-        #[arg(long)]
-        name: Option<String>,
-    },
-    /// Remove an image
-    #[command(after_help = "Example:\n  heyvm images rm app:1")]
-    Rm {
-        /// Its name
-        name: String,
-    },
-    /// Take the guests' kernel from an unpacked kernel package, or from /
-    #[command(after_help = "Example:\n  heyvm images import-kernel /tmp/linux-image")]
-    ImportKernel {
-        /// Directory with boot/vmlinuz-VERSION and lib/modules/VERSION
-        directory: PathBuf,
-    },
-    /// Make sure that the default image and its template are there
-    #[command(after_help = "Example:\n  heyvm images prepare")]
-    Prepare,
-}
-
-/// `daemon`.
-#[derive(Debug, Args)]
-pub struct DaemonArgs {
-    #[command(subcommand)]
-    pub command: DaemonCommand,
-}
-
-/// What can be done with the daemon.
-#[derive(Debug, Subcommand)]
-pub enum DaemonCommand {
-    /// Be the daemon
-    #[command(hide = true)]
-    Run,
-    /// Tell whether it runs
-    Status,
-    /// End it; sandboxes keep running unless --all
-    Stop {
-        /// Stop all sandboxes first
-        #[arg(long)]
-        all: bool,
-    },
-    /// End it and start it anew; sandboxes keep running
-    Restart,
-}
-
-/// Arguments that were refused.
-pub struct Refused {
-    error: clap::Error,
-    json: bool,
-}
-
-impl Refused {
-    /// Tells why and ends the program.
-    pub fn exit(self) -> ! {
-        if self.json && !matches!(self.error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-            let text = self.error.render().to_string();
-            let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-            let error =
-                ApiError::new(ErrorCode::InvalidArgument, message).hint("heyvm COMMAND --help tells what there is");
-            output::error(Format::Json, &error);
-            std::process::exit(2);
-        }
-        self.error.exit()
-    }
-}
-
-/// Reads the arguments. A trailing `--format json` behind `--` is ours, unless `--format` stands before it.
-pub fn parse(arguments: Vec<OsString>) -> Result<Cli, Refused> {
-    let arguments = with_format_in_front(arguments);
-    let json = wants_json(&arguments);
-    let cli = Cli::try_parse_from(arguments).map_err(|error| Refused { error, json })?;
-    if cli.command.is_none() && !cli.api {
-        let error = Cli::command().error(ErrorKind::MissingSubcommand, "a command is needed: heyvm --help lists them");
-        return Err(Refused { error, json });
-    }
-    Ok(cli)
-}
-
-fn with_format_in_front(mut arguments: Vec<OsString>) -> Vec<OsString> {
-    let Some(dashes) = arguments.iter().position(|argument| argument == "--") else { return arguments };
-    let before = arguments[..dashes].iter().any(|a| a.to_string_lossy().starts_with("--format"));
-    let length = arguments.len();
-    // Something must be left of the command itself.
-    let trailing = length > dashes + 3 && arguments[length - 2] == "--format" && is_format(&arguments[length - 1]);
-    if trailing && !before {
-        let ours = arguments.split_off(length - 2);
-        arguments.splice(dashes..dashes, ours);
-    }
-    arguments
-}
-
-fn is_format(text: &OsString) -> bool {
-    text.to_str().is_some_and(|text| Format::from_str(text, false).is_ok())
-}
-
-fn wants_json(arguments: &[OsString]) -> bool {
-    let ours = arguments.split(|argument| argument == "--").next().unwrap_or_default();
-    ours.windows(2).any(|two| two[0] == "--format" && two[1] == "json") || ours.iter().any(|a| a == "--format=json")
-}
+Examples:
+  heyvm cp ./data web:/workspace/data
+  heyvm cp web:/var/log/app.log .";
+const DOCTOR_EXAMPLES: &str = "\
+Example:
+  heyvm doctor --format json";
+const DAEMON_EXAMPLES: &str = "\
+Examples:
+  heyvm daemon status
+  heyvm daemon stop --all";
+const COMPLETIONS_EXAMPLES: &str = "\
+Example:
+  heyvm completions bash > ~/.local/share/bash-completion/completions/heyvm";
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
 
-    fn parsed(line: &[&str]) -> Cli {
-        parse(line.iter().map(OsString::from).collect()).unwrap_or_else(|refused| panic!("{}", refused.error))
-    }
-
     #[test]
-    fn the_commands_are_consistent() {
+    fn commands_are_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn a_trailing_format_is_ours() {
-        let cli = parsed(&["heyvm", "exec", "a", "--", "python3", "-c", "x", "--format", "json"]);
-        assert_eq!(cli.format, Format::Json);
-        let Some(Command::Exec(exec)) = cli.command else { panic!() };
-        assert_eq!(exec.command, ["python3", "-c", "x"]);
-    }
-
-    #[test]
-    fn unless_one_stands_before_the_dashes() {
-        let cli = parsed(&["heyvm", "exec", "--format", "text", "a", "--", "prog", "--format", "json"]);
-        assert_eq!(cli.format, Format::Text);
-        let Some(Command::Exec(exec)) = cli.command else { panic!() };
-        assert_eq!(exec.command, ["prog", "--format", "json"]);
-    }
-
-    #[test]
-    fn the_api_needs_no_command() {
-        let cli = parsed(&["heyvm", "--api", "--port", "3000"]);
-        assert!(cli.api && cli.port == 3000);
-        assert!(parse(vec!["heyvm".into()]).is_err());
+    fn every_command_has_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.clone().render_long_help().to_string();
+            let example = format!("heyvm {}", command.get_name());
+            assert!(help.contains("Example") && help.contains(&example), "{}: {help}", command.get_name());
+        }
     }
 }

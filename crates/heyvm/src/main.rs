@@ -1,26 +1,29 @@
 //! heyvm: the command line, the daemon, the jail launcher and the egress holder, chosen by the first argument.
 //!
-//! - [`cli`]: what can be asked for.  [`commands`]: one module per command.  [`output`]: text and JSON.
-//! - [`daemon`]: finding or starting the daemon.  [`pack`]: a directory as an archive.  [`progress`]: on a terminal.
+//! - [`cli`]: what can be asked for.  [`arguments`]: from words to that.  [`commands`]: one module per command.
+//! - [`background`]: finding or starting the daemon.  [`archive`]: a directory as an archive.
+//! - [`output`]: text and JSON.  [`spool`]: output too large for memory.  [`progress`]: on a terminal.
 #![forbid(unsafe_code)]
 
+mod archive;
+mod arguments;
+mod background;
 mod cli;
 mod commands;
-mod daemon;
 mod output;
-mod pack;
 mod progress;
+mod spool;
 
 fn main() {
     // Programs of their own, before anything else is set up: each confines itself.
-    match std::env::args().nth(1).as_deref() {
+    match std::env::args_os().nth(1).as_deref().and_then(std::ffi::OsStr::to_str) {
         Some("jail") => heyvm_jail::main_jail(),
         Some("egress") => heyvm_jail::main_egress(),
         _ => {}
     }
-    let arguments = match cli::parse(std::env::args_os().collect()) {
-        Ok(arguments) => arguments,
-        Err(refused) => refused.exit(),
+    let status = match arguments::parse(std::env::args_os().collect()) {
+        Ok(cli) => commands::run(cli),
+        Err(refused) => refused.tell(),
     };
-    std::process::exit(commands::run(arguments))
+    std::process::exit(status)
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::ValueEnum;
-use heyvm_api::{ApiError, error::ErrorBody};
+use heyvm_api::{ApiError, ErrorCode, error::ErrorBody};
 use serde::Serialize;
 
 /// For people or for programs.
@@ -23,10 +23,31 @@ pub fn json(value: &impl Serialize) {
 
 /// A line of text. A reader that has gone away ends the program quietly.
 pub fn line(text: &str) {
+    bytes(text.as_bytes());
+    bytes(b"\n");
+}
+
+/// Bytes as they are.
+pub fn bytes(bytes: &[u8]) {
     let mut out = io::stdout().lock();
-    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+    if let Err(failure) = out.write_all(bytes).and_then(|()| out.flush()) {
+        std::process::exit(cannot_write(&failure).unwrap_or_else(|failed| {
+            error(Format::Text, &failed);
+            1
+        }));
     }
+}
+
+/// Exit status of a program whose reader has gone away, as a shell gives it for SIGPIPE.
+pub const PIPE_CLOSED: i32 = 141;
+
+/// The exit status, or the error, when standard output takes no more.
+pub fn cannot_write(failure: &io::Error) -> Result<i32, ApiError> {
+    if failure.kind() == io::ErrorKind::BrokenPipe {
+        return Ok(PIPE_CLOSED);
+    }
+    Err(ApiError::new(ErrorCode::OutOfResources, format!("standard output cannot be written to: {failure}"))
+        .hint("make room where it goes"))
 }
 
 /// The JSON document, or the text.
@@ -36,7 +57,7 @@ pub fn answer(format: Format, value: &impl Serialize, text: impl FnOnce() -> Str
         Format::Text => {
             let text = text();
             if !text.is_empty() {
-                line(text.trim_end());
+                line(printable(&text).trim_end());
             }
         }
     }
@@ -47,12 +68,12 @@ pub fn error(format: Format, error: &ApiError) {
     let text = match format {
         Format::Json => serde_json::to_string(&ErrorBody { error: error.clone() }).unwrap_or_default(),
         Format::Text => {
-            let mut text = format!("error: {}", error.message);
+            let mut text = format!("error: {}", printable(&error.message));
             for line in &error.log_tail {
-                text.push_str(&format!("\n  | {line}"));
+                text.push_str(&format!("\n  | {}", printable(line)));
             }
             if let Some(hint) = &error.hint {
-                text.push_str(&format!("\nhint: {hint}"));
+                text.push_str(&format!("\nhint: {}", printable(hint)));
             }
             text
         }
@@ -60,9 +81,14 @@ pub fn error(format: Format, error: &ApiError) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// A guest's words as they can be shown: without what would steer a terminal.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !"\n\t".contains(c) { '\u{fffd}' } else { c }).collect()
+}
+
 /// Something to know beside the answer.
 pub fn note(text: &str) {
-    let _ = writeln!(io::stderr().lock(), "note: {text}");
+    let _ = writeln!(io::stderr().lock(), "note: {}", printable(text));
 }
 
 /// Columns as wide as their widest cell.
@@ -80,4 +106,20 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let mut lines = vec![line(head.to_vec())];
     lines.extend(rows.iter().map(|row| line(row.iter().map(String::as_str).collect())));
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [vec!["a".into(), "long cell".into(), "x".into()], vec!["bbb".into(), "-".into(), String::new()]];
+        assert_eq!(table(&["N", "WHAT", "C"], &rows), "N    WHAT       C\na    long cell  x\nbbb  -");
+    }
+
+    #[test]
+    fn a_guest_cannot_steer_the_terminal() {
+        assert_eq!(printable("\u{1b}[2Jgone\tok\n\u{9b}"), "\u{fffd}[2Jgone\tok\n\u{fffd}");
+    }
 }

@@ -10,14 +10,46 @@ use heyvm_api::{
 use serde_json::json;
 
 use super::{Context, Outcome, path};
-use crate::{cli::DaemonCommand, daemon as background, output};
+use crate::{background, cli::Serve, output};
+
+/// `daemon`.
+#[derive(Debug, clap::Args)]
+pub struct DaemonArgs {
+    #[command(subcommand)]
+    pub command: DaemonCommand,
+}
+
+impl DaemonArgs {
+    /// Whether this process is to be the daemon.
+    pub fn is_run(&self) -> bool {
+        matches!(self.command, DaemonCommand::Run)
+    }
+}
+
+/// What can be done with the daemon.
+#[derive(Debug, clap::Subcommand)]
+pub enum DaemonCommand {
+    /// Be the daemon
+    #[command(hide = true)]
+    Run,
+    /// Tell whether it runs
+    Status,
+    /// End it; sandboxes keep running unless --all
+    Stop {
+        /// Stop all sandboxes first
+        #[arg(long)]
+        all: bool,
+    },
+    /// End it and start it anew; sandboxes keep running
+    Restart,
+}
 
 /// Be it, tell of it, end it.
 pub async fn daemon(context: &Context, command: DaemonCommand) -> Outcome {
     match command {
         DaemonCommand::Run => {
-            let ended = heyvm_server::run_daemon(context.home.clone()).await;
-            ended.map(|()| 0).map_err(|error| ApiError::new(ErrorCode::DaemonUnavailable, error.to_string()))
+            heyvm_server::run_daemon(context.home.clone()).await.map_err(told)?;
+            Ok(0)
         }
         DaemonCommand::Status => status(context).await,
         DaemonCommand::Stop { all } => {
@@ -91,9 +123,28 @@ pub async fn doctor(context: &Context) -> Outcome {
 }
 
 /// Serves the REST API in the foreground.
-pub async fn api(context: &Context, listen: SocketAddr, allow_remote: bool) -> Outcome {
+pub async fn api(context: &Context, serve: &Serve) -> Outcome {
     context.client().await?;
     let secret = std::env::var("JWT_SECRET").ok().filter(|secret| !secret.is_empty());
-    let ended = heyvm_server::run_api(context.home.clone(), listen, secret, allow_remote).await;
-    ended.map(|()| 0).map_err(|error| ApiError::new(ErrorCode::DaemonUnavailable, error.to_string()))
+    let listen = SocketAddr::new(serve.listen, serve.port);
+    heyvm_server::run_api(context.home.clone(), listen, secret, serve.allow_remote).await.map_err(told)?;
+    Ok(0)
+}
+
+fn told(error: heyvm_server::Error) -> ApiError {
+    use heyvm_server::Error;
+    let message = error.to_string();
+    match error {
+        Error::NotReady(error) => error,
+        Error::Config { .. } => {
+            ApiError::new(ErrorCode::InvalidArgument, message).hint("correct that key, or take it out of the file")
+        }
+        Error::Exposed(_) => {
+            ApiError::new(ErrorCode::InvalidArgument, message).hint("leave --listen out to serve this machine alone")
+        }
+        Error::AlreadyRunning(_) => ApiError::new(ErrorCode::DaemonUnavailable, message)
+            .hint("heyvm daemon stop ends it; sandboxes keep running"),
+        Error::Io { .. } => ApiError::new(ErrorCode::DaemonUnavailable, message)
+            .hint("is the port taken, or the directory not yours? --port and HEYO_HOME name others"),
+    }
 }

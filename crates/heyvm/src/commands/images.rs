@@ -1,6 +1,6 @@
 //! `images` and `pull`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use heyvm_api::{
     ApiError, ErrorCode,
@@ -9,11 +9,53 @@ use heyvm_api::{
 use serde_json::json;
 
 use super::{Context, Outcome, encoded};
-use crate::{
-    cli::{ImagesArgs, ImagesCommand},
-    output,
-    progress::Progress,
-};
+use crate::{output, progress::Progress};
+
+/// `pull`.
+#[derive(Debug, clap::Args)]
+pub struct PullArgs {
+    /// For example ubuntu:24.04
+    pub image: String,
+}
+
+/// `images`.
+#[derive(Debug, clap::Args)]
+pub struct ImagesArgs {
+    #[command(subcommand)]
+    pub command: Option<ImagesCommand>,
+}
+
+/// What can be done with images.
+#[derive(Debug, clap::Subcommand)]
+pub enum ImagesCommand {
+    /// List images here
+    #[command(after_help = "Example:\n  heyvm images list --format json")]
+    List,
+    /// Take an image from a docker save tar, an OCI layout or a root tar
+    #[command(after_help = "Example:\n  heyvm images import app.tar --name app:1")]
+    Import {
+        /// The file or directory
+        path: PathBuf,
+        /// Name to know it by
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Remove an image
+    #[command(after_help = "Example:\n  heyvm images rm app:1")]
+    Rm {
+        /// Its name
+        name: String,
+    },
+    /// Take the guests' kernel from an unpacked kernel package, or from /
+    #[command(after_help = "Example:\n  heyvm images import-kernel /tmp/linux-image")]
+    ImportKernel {
+        /// Directory with boot/vmlinuz-VERSION and lib/modules/VERSION
+        directory: PathBuf,
+    },
+    /// Make sure that the default image and its template are there
+    #[command(after_help = "Example:\n  heyvm images prepare")]
+    Prepare,
+}
 
 /// Whatever is to be done with images; listing is the default.
 pub async fn images(context: &Context, args: ImagesArgs) -> Outcome {

@@ -1,23 +1,26 @@
-//! One module per command. Each asks the daemon and tells what it answered; none holds logic of its own.
+//! One module per command, its arguments beside it. Each asks the daemon and tells what it answered; none holds logic
+//! of its own.
 
-mod cp;
-mod daemon;
-mod exec;
-mod images;
-mod inspect;
-mod lifecycle;
-mod make;
-mod ports;
-mod wait_for;
+pub mod bind;
+pub mod completions;
+pub mod cp;
+pub mod daemon;
+pub mod deploy;
+pub mod exec;
+pub mod images;
+pub mod lifecycle;
+pub mod list;
+pub mod logs;
+pub mod wait_for;
 
 use std::path::PathBuf;
 
-use clap::CommandFactory;
 use heyvm_api::{ApiError, ErrorCode, client::Client};
 
 use crate::{
+    background,
     cli::{Cli, Command},
-    daemon as background, output,
+    output,
     output::Format,
 };
 
@@ -25,12 +28,13 @@ use crate::{
 pub struct Context {
     format: Format,
     home: PathBuf,
+    debug: bool,
 }
 
 impl Context {
     /// A client of the daemon, which is started when there is none.
     async fn client(&self) -> Result<Client, ApiError> {
-        background::ensure(&self.home).await
+        background::ensure(&self.home, self.debug).await
     }
 }
 
@@ -38,11 +42,10 @@ type Outcome = Result<i32, ApiError>;
 
 /// Runs the command; the answer is the exit status.
 pub fn run(cli: Cli) -> i32 {
-    let format = cli.format;
-    let is_daemon =
-        matches!(&cli.command, Some(Command::Daemon(args)) if matches!(args.command, crate::cli::DaemonCommand::Run));
+    let format = cli.global.format;
+    let is_daemon = matches!(&cli.command, Some(Command::Daemon(args)) if args.is_run());
     // The daemon works for many at once; a command asks one question, and starts faster on one thread.
-    let runtime = if is_daemon {
+    let runtime = if is_daemon || cli.serve.api {
         tokio::runtime::Builder::new_multi_thread().enable_all().build()
     } else {
         tokio::runtime::Builder::new_current_thread().enable_all().build()
@@ -63,29 +66,29 @@ pub fn run(cli: Cli) -> i32 {
 }
 
 async fn dispatch(cli: Cli) -> Outcome {
-    if cli.cloud_url.is_some() {
+    if cli.global.cloud_url.is_some() {
         return Err(ApiError::new(ErrorCode::Unsupported, "heyvm servers are not part of this version")
             .hint("leave --cloud-url out: sandboxes then run on this machine"));
     }
-    if let Some(Command::Completions { shell }) = &cli.command {
-        clap_complete::generate(*shell, &mut Cli::command(), "heyvm", &mut std::io::stdout());
-        return Ok(0);
+    if let Some(Command::Completions(args)) = &cli.command {
+        return completions::completions(cli.global.format, args);
     }
-    let context = Context { format: cli.format, home: background::home()? };
-    if cli.api {
-        return daemon::api(&context, (cli.listen, cli.port).into(), cli.allow_remote).await;
+    let context = Context { format: cli.global.format, home: background::home()?, debug: cli.global.debug };
+    let Some(command) = cli.command else { return daemon::api(&context, &cli.serve).await };
+    if cli.serve.api {
+        return Err(ApiError::new(ErrorCode::InvalidArgument, "--api serves and runs no command")
+            .hint("leave out --api, or the command"));
     }
-    let Some(command) = cli.command else { return Ok(0) };
     match command {
-        Command::Deploy(args) => make::deploy(&context, args).await,
-        Command::Create(args) => make::create(&context, args).await,
+        Command::Deploy(args) => deploy::deploy(&context, args).await,
+        Command::Create(args) => deploy::create(&context, args).await,
         Command::Exec(args) => exec::exec(&context, args).await,
-        Command::List(args) => inspect::list(&context, &args).await,
-        Command::Get(who) => inspect::get(&context, &who.sandbox).await,
-        Command::Logs(args) => inspect::logs(&context, &args).await,
+        Command::List(args) => list::list(&context, &args).await,
+        Command::Get(who) => list::get(&context, &who.sandbox).await,
         Command::WaitFor(args) => wait_for::wait_for(&context, args).await,
-        Command::Bind(args) => ports::bind(&context, &args).await,
-        Command::Unbind(args) => ports::unbind(&context, &args).await,
+        Command::Bind(args) => bind::bind(&context, &args).await,
+        Command::Unbind(args) => bind::unbind(&context, &args).await,
+        Command::Logs(args) => logs::logs(&context, &args).await,
         Command::Stop(who) => lifecycle::stop(&context, &who.sandbox).await,
         Command::Start(who) => lifecycle::start(&context, &who.sandbox, "start").await,
         Command::Restart(who) => lifecycle::start(&context, &who.sandbox, "restart").await,
@@ -95,7 +98,7 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Cp(args) => cp::cp(&context, &args).await,
         Command::Doctor => daemon::doctor(&context).await,
         Command::Daemon(args) => daemon::daemon(&context, args.command).await,
-        Command::Completions { .. } => Ok(0),
+        Command::Completions(_) => Ok(0),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `wait-for`: a port inside, or a URL from here.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
@@ -11,10 +11,30 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
 };
-use url::Url;
+use url::{Host, Url};
 
-use super::{Context, Outcome, encoded, path};
-use crate::{cli::WaitForArgs, output};
+use super::{Context, Outcome, bind::parse_port, encoded, path};
+use crate::output;
+
+/// `wait-for`.
+#[derive(Debug, clap::Args)]
+pub struct WaitForArgs {
+    /// Id, name or slug
+    #[arg(required_unless_present = "url", conflicts_with = "url")]
+    pub sandbox: Option<String>,
+    /// Port in the sandbox
+    #[arg(required_unless_present = "url", allow_negative_numbers = true)]
+    pub port: Option<String>,
+    /// Path that must answer 2xx or 3xx
+    #[arg(long, conflicts_with = "url")]
+    pub path: Option<String>,
+    /// URL that must answer 2xx or 3xx, from here
+    #[arg(long)]
+    pub url: Option<String>,
+    /// How long to wait
+    #[arg(long, default_value = "60s")]
+    pub timeout: String,
+}
 
 const PAUSE: Duration = Duration::from_millis(100);
 /// One try takes no longer.
@@ -23,12 +43,12 @@ const TRY_DEADLINE: Duration = Duration::from_secs(10);
 /// Exit status 1 and `"ready": false` at the deadline.
 pub async fn wait_for(context: &Context, args: WaitForArgs) -> Outcome {
     let timeout = names::parse_duration("--timeout", &args.timeout)?;
-    let (answer, ready) = match (args.url, args.sandbox, args.wait_port) {
+    let (answer, ready) = match (args.url, args.sandbox, args.port) {
         (Some(url), ..) => {
             let ready = url_answers(&parse(&url)?, timeout).await;
             (json!({"ready": ready, "url": url}), ready)
         }
-        (None, Some(who), Some(port)) => inside(context, &who, port, args.path.as_deref(), timeout).await?,
+        (None, Some(who), Some(port)) => inside(context, &who, &port, args.path.as_deref(), timeout).await?,
         _ => {
             return Err(ApiError::new(ErrorCode::InvalidArgument, "a sandbox and a port, or --url")
                 .hint("heyvm wait-for --help"));
@@ -41,11 +61,11 @@ pub async fn wait_for(context: &Context, args: WaitForArgs) -> Outcome {
 async fn inside(
     context: &Context,
     who: &str,
-    port: i64,
+    port: &str,
     http_path: Option<&str>,
     timeout: Duration,
 ) -> Result<(Value, bool), ApiError> {
-    let port = names::check_port(port)?;
+    let port = parse_port(port)?;
     let http_path = http_path.map(|path| format!("&path={}", encoded(path))).unwrap_or_default();
     let query = format!("/wait?port={port}&timeout_seconds={}{http_path}", timeout.as_secs_f64());
     let answer: Value = context.client().await?.get(&path(who, &query)).await?;
@@ -84,13 +104,16 @@ async fn url_answers(url: &Url, timeout: Duration) -> bool {
 }
 
 async fn status(url: &Url) -> std::io::Result<u16> {
-    let host = url.host_str().unwrap_or_default();
     let port = url.port_or_known_default().unwrap_or(80);
-    // Not every resolver knows that names below localhost are this machine.
-    let mut stream = if host == "localhost" || host.ends_with(".localhost") {
-        TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?
-    } else {
-        TcpStream::connect((host, port)).await?
+    let mut stream = match url.host() {
+        // Not every resolver knows that names below localhost are this machine.
+        Some(Host::Domain(name)) if name == "localhost" || name.ends_with(".localhost") => {
+            TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?
+        }
+        Some(Host::Domain(name)) => TcpStream::connect((name, port)).await?,
+        Some(Host::Ipv4(address)) => TcpStream::connect((address, port)).await?,
+        Some(Host::Ipv6(address)) => TcpStream::connect((address, port)).await?,
+        None => return Err(std::io::Error::other("the URL names no host")),
     };
     let target = &url[url::Position::BeforePath..url::Position::AfterQuery];
     let host = &url[url::Position::BeforeHost..url::Position::AfterPort];

@@ -1,19 +1,20 @@
-//! `list`, `get` and `logs`.
+//! `list` and `get`.
 
-use std::{
-    io::{self, Write},
-    pin::pin,
-};
-
-use futures::StreamExt;
 use heyvm_api::sandbox::{SandboxInfo, Status};
-use serde::{Deserialize, Serialize};
 
 use super::{Context, Outcome, path};
-use crate::{
-    cli::{ListArgs, LogsArgs},
-    output::{self, Format},
-};
+use crate::output;
+
+/// `list`.
+#[derive(Debug, clap::Args)]
+pub struct ListArgs {
+    /// Also stopped ones, and those removed within a day
+    #[arg(long, conflicts_with = "stopped")]
+    pub all: bool,
+    /// Only stopped and failed ones
+    #[arg(long)]
+    pub stopped: bool,
+}
 
 /// A status in lower case.
 pub fn word(status: &Status) -> String {
@@ -77,60 +78,4 @@ fn text(info: &SandboxInfo) -> String {
     }
     lines.extend(info.warnings.iter().map(|warning| format!("note     {warning}")));
     lines.join("\n")
-}
-
-/// One line of a log as the API streams it.
-#[derive(Deserialize)]
-struct LogLine {
-    stream: String,
-    text: String,
-}
-
-#[derive(Serialize)]
-struct Logs {
-    logs: String,
-    stdout: String,
-    stderr: String,
-}
-
-/// What the start command printed: each stream to its own, as it came.
-pub async fn logs(context: &Context, args: &LogsArgs) -> Outcome {
-    let client = context.client().await?;
-    let follow = if args.follow { "?follow=true" } else { "" };
-    let lines = client.stream(&path(&args.sandbox, &format!("/logs{follow}")), "application/x-ndjson").await?;
-    let mut lines = pin!(lines);
-    let mut all = Logs { logs: String::new(), stdout: String::new(), stderr: String::new() };
-    let mut buffer: Vec<u8> = Vec::new();
-    while let Some(piece) = lines.next().await {
-        let Ok(piece) = piece else { break };
-        buffer.extend(piece);
-        while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = buffer.drain(..=end).collect();
-            if let Ok(line) = serde_json::from_slice::<LogLine>(&line) {
-                show(context.format, &line, &mut all);
-            }
-        }
-    }
-    if context.format == Format::Json {
-        output::json(&all);
-    }
-    Ok(0)
-}
-
-fn show(format: Format, line: &LogLine, all: &mut Logs) {
-    let is_stderr = line.stream == "stderr";
-    if format == Format::Json {
-        all.logs.push_str(&line.text);
-        if is_stderr { &mut all.stderr } else { &mut all.stdout }.push_str(&line.text);
-        return;
-    }
-    let written = if is_stderr {
-        io::stderr().write_all(line.text.as_bytes())
-    } else {
-        let mut out = io::stdout();
-        out.write_all(line.text.as_bytes()).and_then(|()| out.flush())
-    };
-    if written.is_err() {
-        std::process::exit(0);
-    }
 }

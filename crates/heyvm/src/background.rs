@@ -2,13 +2,13 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Seek, SeekFrom},
+    io::{self, Read, Seek, SeekFrom},
     os::unix::{
         fs::{DirBuilderExt, OpenOptionsExt},
         process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -37,7 +37,7 @@ pub fn home() -> Result<PathBuf, ApiError> {
     Ok(PathBuf::from(home).join(".heyo"))
 }
 
-fn unusable(path: &Path, error: &std::io::Error) -> ApiError {
+fn unusable(path: &Path, error: &io::Error) -> ApiError {
     ApiError::new(ErrorCode::HostNotReady, format!("{} cannot be used: {error}", path.display()))
         .hint("set HEYO_HOME to a directory of yours")
 }
@@ -61,25 +61,39 @@ pub async fn running(home: &Path) -> Option<(Client, Option<String>)> {
 }
 
 /// A client of the daemon, which is started when there is none.
-pub async fn ensure(home: &Path) -> Result<Client, ApiError> {
+pub async fn ensure(home: &Path, debug: bool) -> Result<Client, ApiError> {
     match running(home).await {
         Some((client, version)) if version.as_deref().is_none_or(|v| v == env!("CARGO_PKG_VERSION")) => {
+            say(debug, || format!("the daemon runs at {}", socket(home).display()));
             return Ok(client);
         }
-        Some(_) => stop(home)?,
+        Some((_, version)) => {
+            let version = version.unwrap_or_default();
+            say(debug, || format!("ending the daemon of version {version} for that of {}", env!("CARGO_PKG_VERSION")));
+            stop(home)?;
+        }
         None => {}
     }
-    start(home).await
+    say(debug, || format!("starting the daemon; its log is {}", home.join("daemon.log").display()));
+    start(home, debug).await
 }
 
-async fn start(home: &Path) -> Result<Client, ApiError> {
+/// What is being done, where `--debug` asks for it.
+fn say(debug: bool, text: impl FnOnce() -> String) {
+    if debug {
+        eprintln!("debug: {}", text());
+    }
+}
+
+async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     let run = home.join("run");
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(|error| unusable(&run, &error))?;
     // Of many commands at once one starts the daemon; the others find it running.
     let lock = File::create(run.join("start.lock")).map_err(|error| unusable(&run, &error))?;
     let _lock = tokio::task::spawn_blocking(move || Flock::lock(lock, FlockArg::LockExclusive))
         .await
-        .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+        .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
+        .map_err(|(_, errno)| unusable(&run, &errno.into()))?;
     if let Some((client, _)) = running(home).await {
         return Ok(client);
     }
@@ -91,25 +105,13 @@ async fn start(home: &Path) -> Result<Client, ApiError> {
         .open(&log_path)
         .map_err(|error| unusable(&log_path, &error))?;
     let before = log.metadata().map_or(0, |meta| meta.len());
-    let failed = |error: std::io::Error| {
-        ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon cannot be started: {error}"))
-    };
-    let mut child = Command::new(std::env::current_exe().map_err(failed)?)
-        .args(["daemon", "run"])
-        .env("HEYO_HOME", home)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().map_err(failed)?)
-        .stderr(log)
-        .process_group(0)
-        .spawn()
-        .map_err(failed)?;
+    let mut child = spawn(home, log, debug).map_err(cannot_start)?;
     let deadline = Instant::now() + START_DEADLINE;
     loop {
         if let Some((client, _)) = running(home).await {
             return Ok(client);
         }
-        let ended = child.try_wait().map_err(failed)?;
+        let ended = child.try_wait().map_err(cannot_start)?;
         if ended.is_some() || Instant::now() > deadline {
             let what = if ended.is_some() { "ended at its start" } else { "does not answer" };
             return Err(ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon {what}"))
@@ -118,6 +120,21 @@ async fn start(home: &Path) -> Result<Client, ApiError> {
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+fn cannot_start(error: io::Error) -> ApiError {
+    ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon cannot be started: {error}"))
+        .hint("has heyvm been moved or removed, or is the machine out of memory or processes?")
+}
+
+fn spawn(home: &Path, log: File, debug: bool) -> io::Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["daemon", "run"]).env("HEYO_HOME", home).current_dir("/").process_group(0);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    if debug && std::env::var_os("HEYVM_LOG").is_none() {
+        command.env("HEYVM_LOG", "debug");
+    }
+    command.spawn()
 }
 
 fn log_tail(path: &Path, from: u64) -> Vec<String> {

@@ -12,7 +12,16 @@ use serde_json::{Value, json};
 use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{Context, Outcome, encoded, path};
-use crate::{cli::CpArgs, output};
+use crate::output;
+
+/// `cp`.
+#[derive(Debug, clap::Args)]
+pub struct CpArgs {
+    /// A path here, or SANDBOX:/path
+    pub from: String,
+    /// A path here, or SANDBOX:/path
+    pub to: String,
+}
 
 /// Copies; one of the two paths is in a sandbox.
 pub async fn cp(context: &Context, args: &CpArgs) -> Outcome {

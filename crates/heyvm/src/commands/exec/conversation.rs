@@ -1,0 +1,231 @@
+//! What is said to the daemon, and what it answers, while a command runs.
+//!
+//! ```text
+//! standard input ─▶ outgoing (a task: never keeps us from reading) ─▶ WebSocket ─▶ daemon
+//! signals ────────▶    ↑ first                                        WebSocket ─▶ output
+//! ```
+
+use std::{
+    future::Future,
+    io,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures::{Sink, SinkExt, Stream, StreamExt};
+use heyvm_api::{
+    ApiError, ErrorCode,
+    exec::{ClientControl, ExecRequest, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, ServerControl},
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
+
+use super::{stdin, terminal};
+
+/// A second interrupt within this gives up waiting.
+const IMPATIENCE: Duration = Duration::from_secs(1);
+/// A command that does not live to see its signal keeps no more than these waiting.
+const SIGNALS_WAITING: usize = 16;
+
+/// How a command ended.
+#[derive(Debug, PartialEq, Eq)]
+pub struct End {
+    /// Its exit status.
+    pub exit_code: i32,
+    /// Whether the time-out ended it.
+    pub timed_out: bool,
+    /// Why it could not be started.
+    pub message: Option<String>,
+}
+
+/// Where its output goes.
+pub trait Output {
+    /// A piece of its standard output.
+    fn stdout(&mut self, data: &[u8]) -> impl Future<Output = io::Result<()>>;
+    /// A piece of its standard error.
+    fn stderr(&mut self, data: &[u8]) -> impl Future<Output = io::Result<()>>;
+}
+
+/// Why a conversation ended before the command did.
+#[derive(Debug)]
+pub enum Broken {
+    /// Nobody reads our output any more.
+    OutputClosed,
+    /// Anything else.
+    Failed(ApiError),
+}
+
+impl From<Broken> for ApiError {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Failed(error) => error,
+            Broken::OutputClosed => cannot_keep(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+}
+
+/// The output has nowhere to go.
+pub fn cannot_keep(error: io::Error) -> ApiError {
+    ApiError::new(ErrorCode::OutOfResources, format!("the command's output cannot be kept: {error}"))
+        .hint("make room where standard output goes, and in the directory for temporary files (TMPDIR)")
+}
+
+/// Starts the command and stays with it to its end; two interrupts in a row end the wait, and with it the command.
+pub async fn hold<S>(socket: S, request: ExecRequest, output: &mut impl Output) -> Result<End, Broken>
+where
+    S: Sink<Message, Error = WebSocketError> + Stream<Item = Result<Message, WebSocketError>> + Send + 'static,
+{
+    let (mut outgoing, mut incoming) = socket.split();
+    let text = serde_json::to_string(&request).unwrap_or_default();
+    outgoing.send(Message::text(text)).await.map_err(gone)?;
+    let mut signals = Signals::catch(request.pty.is_some())?;
+    let (controls, waiting) = mpsc::channel(SIGNALS_WAITING);
+    let input = request.stdin.then(stdin::read);
+    let sending = tokio::spawn(send(outgoing, waiting, input));
+    // Output that nobody takes holds up what comes in, but not the signals.
+    let listening = listen(&mut incoming, output);
+    tokio::pin!(listening);
+    let end = loop {
+        tokio::select! {
+            end = &mut listening => break end,
+            heard = signals.next() => match heard {
+                Heard::Control(control) => drop(controls.try_send(control)),
+                Heard::GiveUp(exit_code) => break Ok(End { exit_code, timed_out: false, message: None }),
+            },
+        }
+    };
+    sending.abort();
+    end
+}
+
+async fn listen<S>(socket: &mut S, output: &mut impl Output) -> Result<End, Broken>
+where
+    S: Stream<Item = Result<Message, WebSocketError>> + Unpin,
+{
+    while let Some(message) = socket.next().await {
+        if let Some(end) = hear(message.map_err(gone)?, output).await? {
+            return Ok(end);
+        }
+    }
+    Err(Broken::Failed(
+        ApiError::new(ErrorCode::SandboxUnreachable, "the connection ended before the command did")
+            .hint("heyvm get NAME says whether the sandbox still runs"),
+    ))
+}
+
+/// Sends signals before input, and input until it ends.
+async fn send<S>(mut socket: S, mut controls: mpsc::Receiver<ClientControl>, mut input: Option<mpsc::Receiver<Bytes>>)
+where
+    S: Sink<Message, Error = WebSocketError> + Unpin,
+{
+    loop {
+        let next_input = async {
+            match &mut input {
+                Some(input) => input.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        let message = tokio::select! {
+            biased;
+            control = controls.recv() => match control {
+                Some(control) => control_message(&control),
+                None => return,
+            },
+            piece = next_input => match piece {
+                Some(piece) => Message::binary([&[FRAME_STDIN], &piece[..]].concat()),
+                None => {
+                    input = None;
+                    control_message(&ClientControl::StdinClose)
+                }
+            },
+        };
+        // A command that has ended takes no more, and its end is on its way to us.
+        if socket.send(message).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn control_message(control: &ClientControl) -> Message {
+    Message::text(serde_json::to_string(control).unwrap_or_default())
+}
+
+fn gone(error: WebSocketError) -> Broken {
+    let error = ApiError::new(ErrorCode::DaemonUnavailable, format!("the connection to the daemon broke: {error}"))
+        .hint("run the command again; heyvm daemon status tells whether the daemon runs");
+    Broken::Failed(error)
+}
+
+async fn hear(message: Message, output: &mut impl Output) -> Result<Option<End>, Broken> {
+    let written = match &message {
+        Message::Binary(data) => match data.split_first() {
+            Some((&FRAME_STDOUT, data)) => output.stdout(data).await,
+            Some((&FRAME_STDERR, data)) => output.stderr(data).await,
+            _ => Ok(()),
+        },
+        Message::Text(text) => match serde_json::from_str(text) {
+            Ok(ServerControl::Exit { exit_code, timed_out, message }) => {
+                return Ok(Some(End { exit_code, timed_out, message }));
+            }
+            Ok(ServerControl::Error { error }) => return Err(Broken::Failed(error)),
+            // A newer server may say more than we know of.
+            Err(_) => Ok(()),
+        },
+        _ => Ok(()),
+    };
+    match written {
+        Ok(()) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Broken::OutputClosed),
+        Err(error) => Err(Broken::Failed(cannot_keep(error))),
+    }
+}
+
+enum Heard {
+    Control(ClientControl),
+    GiveUp(i32),
+}
+
+/// Signals that are the command's rather than ours.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hang_up: Signal,
+    resize: Signal,
+    has_terminal: bool,
+    last: Option<(i32, Instant)>,
+}
+
+impl Signals {
+    fn catch(has_terminal: bool) -> Result<Self, Broken> {
+        let catch = |kind| {
+            signal(kind)
+                .map_err(|error| Broken::Failed(ApiError::new(ErrorCode::Internal, format!("signals: {error}"))))
+        };
+        Ok(Self {
+            interrupt: catch(SignalKind::interrupt())?,
+            terminate: catch(SignalKind::terminate())?,
+            hang_up: catch(SignalKind::hangup())?,
+            resize: catch(SignalKind::window_change())?,
+            has_terminal,
+            last: None,
+        })
+    }
+
+    async fn next(&mut self) -> Heard {
+        let number = tokio::select! {
+            _ = self.interrupt.recv() => nix::libc::SIGINT,
+            _ = self.terminate.recv() => nix::libc::SIGTERM,
+            _ = self.hang_up.recv() => nix::libc::SIGHUP,
+            _ = self.resize.recv(), if self.has_terminal => {
+                let size = terminal::size();
+                return Heard::Control(ClientControl::Resize { cols: size.cols, rows: size.rows });
+            }
+        };
+        let again = self.last.is_some_and(|(before, at)| before == number && at.elapsed() < IMPATIENCE);
+        self.last = Some((number, Instant::now()));
+        if again { Heard::GiveUp(128 + number) } else { Heard::Control(ClientControl::Signal { signal: number }) }
+    }
+}
