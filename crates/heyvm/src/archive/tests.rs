@@ -67,16 +67,7 @@ fn our_list_yields_to_the_users_and_gits_to_ours() {
     let found = names(dir.path(), false);
     assert_eq!(
         found,
-        [
-            ".gitignore",
-            ".heyvmignore",
-            "dist",
-            "dist/bundle.js",
-            "sub",
-            "sub/.heyvmignore",
-            "target",
-            "target/program"
-        ]
+        [".gitignore", ".heyvmignore", "dist", "dist/bundle.js", "sub", "sub/.heyvmignore", "target", "target/program"]
     );
 }
 
@@ -169,7 +160,7 @@ fn what_may_not_be_read_is_refused_by_name() {
     for name in ["private", "private/file"] {
         let dir = app(&["app.py", "private/file"]);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::set_permissions(dir.path().join(name), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(dir.path().join(name), fs::Permissions::from_mode(0o000)).unwrap();
         let (path, name) = (dir.path().to_owned(), name.to_owned());
         // Root reads everything: this thread's file accesses are those of nobody.
         let checked = std::thread::spawn(move || {
