@@ -81,7 +81,7 @@ pub fn over_socket(host: &Host, method: &str, path: &str, kind: &str, body: Vec<
 fn the_way_through_the_api() {
     let host = Host::new();
     let api = Server::start(&host, free_port(), &[]);
-    assert_eq!(http::get(&format!("{}/health", api.url)).json(), json!({"status": "ok"}));
+    assert_eq!(http::get(&format!("{}/health", api.url)).json()["status"], "ok");
     let start = "python3 -m http.server 8080 --bind 127.0.0.1";
     let (status, made) = api.call(
         "POST",

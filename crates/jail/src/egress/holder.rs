@@ -20,8 +20,8 @@ use crate::channel;
 /// The uplink is there after some ten milliseconds; a pasta that failed never makes it.
 const UPLINK_DEADLINE: Duration = Duration::from_secs(10);
 /// With no daemon and no guest for this long, the namespace is no longer needed.
-const IDLE_LIMIT: Duration = Duration::from_secs(20);
-const IDLE_CHECK: u16 = 2_000;
+const IDLE_LIMIT: Duration = Duration::from_secs(2);
+const IDLE_CHECK: u16 = 500;
 
 /// Sets up everything but the taps.
 pub fn prepare(settings: &EgressSettings, host: &[Ipv4Addr]) -> Result<(), String> {

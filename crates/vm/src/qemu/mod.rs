@@ -60,6 +60,9 @@ pub struct Settings {
     pub reserve: usize,
 }
 
+/// A VM's directory is written to for a moment after its process has ended.
+const REMOVE_TRIES: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(10);
 /// A second and a third sandbox in a row come from the reserve as well; more would cost memory for little.
 const DEFAULT_RESERVE: usize = 2;
 
@@ -249,10 +252,7 @@ impl Driver for QemuDriver {
                 host.cgroups.remove(&record.cgroup)?;
                 slots.give_back(record.slot);
             }
-            match fs::remove_dir_all(dir.path()) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", dir.path())(error)),
-                _ => Ok(()),
-            }
+            remove_directory(dir.path())
         })
         .await
     }
@@ -271,6 +271,21 @@ impl Driver for QemuDriver {
 
     async fn doctor(&self) -> Vec<HostCheck> {
         doctor::examine(self).await
+    }
+}
+
+/// Removes a VM's directory, also while the word of its end is being written there.
+fn remove_directory(path: &Path) -> Result<(), Error> {
+    let mut tries = 0;
+    loop {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES => {
+                tries += 1;
+                std::thread::sleep(REMOVE_PAUSE);
+            }
+            other => return other.map_err(Error::io("removing", path)),
+        }
     }
 }
 
