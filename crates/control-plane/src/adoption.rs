@@ -33,6 +33,7 @@ impl ControlPlane {
             sandboxes: RwLock::new(sandboxes),
             endpoints: RwLock::default(),
             keys: tokio::sync::Mutex::default(),
+            reloading: tokio::sync::Mutex::default(),
         });
         plane.reload_endpoints().await?;
         plane.prepare_directories()?;

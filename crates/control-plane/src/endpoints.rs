@@ -86,7 +86,9 @@ impl ControlPlane {
 
     /// The bound ports.
     pub async fn endpoints(&self, who: &str) -> Result<Vec<BoundPort>, ApiError> {
-        Ok(self.bound(&self.find(who)?.record().id.clone()))
+        // The lock on the record must be free again before the rows are put in its order.
+        let id = self.find(who)?.record().id.clone();
+        Ok(self.bound(&id))
     }
 
     fn bound(&self, id: &str) -> Vec<BoundPort> {
@@ -117,6 +119,8 @@ impl ControlPlane {
     }
 
     pub(crate) async fn reload_endpoints(&self) -> Result<(), ApiError> {
+        // What is read later must not be overwritten by what was read before.
+        let _one_at_a_time = self.reloading.lock().await;
         let rows = self.store.endpoints().await.map_err(errors::store)?;
         let map: HashMap<_, _> = rows.into_iter().map(|row| (row.subdomain.clone(), row)).collect();
         *self.endpoints.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = map;

@@ -74,8 +74,9 @@ impl ControlPlane {
 
     /// Checks of the host.
     pub async fn doctor(&self) -> Result<DoctorReport, ApiError> {
-        let mut checks: Vec<Check> = self.driver.doctor().await.into_iter().map(check).collect();
-        checks.push(match self.images.kernel().await {
+        let kernel = self.images.kernel().await;
+        let mut checks: Vec<Check> = self.driver.doctor(kernel.as_ref().ok()).await.into_iter().map(check).collect();
+        checks.push(match kernel {
             Ok(kernel) => ok("kernel", format!("guest kernel {}", kernel.version)),
             Err(error) => failed("kernel", errors::image(error)),
         });
@@ -89,8 +90,7 @@ impl ControlPlane {
             all => ok("image", all.iter().map(|image| image.name.as_str()).collect::<Vec<_>>().join(", ")),
         });
         checks.push(self.disk_space());
-        let acceleration = checks.iter().find(|check| check.name == "acceleration");
-        let kvm = acceleration.is_some_and(|check| check.message.starts_with("kvm"));
+        let kvm = checks.iter().any(|check| check.name == "kvm" && check.status == CheckStatus::Ok);
         Ok(DoctorReport {
             ok: checks.iter().all(|check| check.status != CheckStatus::Fail),
             acceleration: if kvm { "kvm" } else { "tcg" }.into(),

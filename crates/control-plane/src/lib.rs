@@ -63,6 +63,7 @@ pub struct ControlPlane {
     sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
     endpoints: RwLock<HashMap<String, EndpointRow>>,
     keys: tokio::sync::Mutex<()>,
+    reloading: tokio::sync::Mutex<()>,
 }
 
 /// One sandbox: its record, its VM while it has one, and the lock that makes its transitions one at a time.

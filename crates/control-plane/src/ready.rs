@@ -112,7 +112,10 @@ async fn poll<F: Future<Output = Result<(), String>>>(deadline: Instant, look: i
             .unwrap_or_else(|_| Err("no answer in time".into()));
         match found {
             Ok(()) => return Ok(()),
-            Err(why) if Instant::now() + pause >= deadline => return Err(why),
+            Err(why) if Instant::now() + pause >= deadline => {
+                tokio::time::sleep_until(deadline.into()).await;
+                return Err(why);
+            }
             Err(_) => tokio::time::sleep(pause).await,
         }
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);

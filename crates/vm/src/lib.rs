@@ -69,8 +69,8 @@ pub trait Driver: Send + Sync {
     /// Ends VMs that are kept in reserve and are nobody's; a daemon calls it as it ends.
     async fn let_go_of_reserve(&self) {}
 
-    /// Checks of the host, for `doctor`.
-    async fn doctor(&self) -> Vec<HostCheck>;
+    /// Checks of the host, for `doctor`. With a guest kernel, how guests run here is tried.
+    async fn doctor(&self, kernel: Option<&heyvm_images::Kernel>) -> Vec<HostCheck>;
 }
 
 /// A running VM.

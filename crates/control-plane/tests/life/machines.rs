@@ -144,7 +144,7 @@ impl Driver for Machines {
         Ok(self.disks())
     }
 
-    async fn doctor(&self) -> Vec<HostCheck> {
+    async fn doctor(&self, _: Option<&heyvm_images::Kernel>) -> Vec<HostCheck> {
         Vec::new()
     }
 }

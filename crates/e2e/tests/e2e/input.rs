@@ -182,7 +182,7 @@ fn an_image_that_does_not_exist() {
     let host = Host::new();
     let refusal = host.refused(&["create", "--image", "127.0.0.1:9/no/such:image"]);
     assert!(["image_not_found", "registry_unavailable"].contains(&refusal.code.as_str()), "{}", refusal.code);
-    assert_eq!(host.refused(&["create", "--image", "UPPER CASE?"]).code, "invalid_argument");
+    assert_eq!(host.refused(&["create", "--image", "UPPER CASE?"]).code, "image_invalid");
     nothing_left(&host);
 }
 
@@ -232,7 +232,7 @@ fn what_this_version_cannot_give_is_refused_by_name() {
     let app = app.to_str().expect("path");
     let private = host.refused(&["deploy", app, "--port", "8080", "--private"]);
     assert_eq!(private.code, "unsupported", "{}", private.message);
-    assert_eq!(host.refused(&["create", "--backend", "firecracker"]).code, "invalid_argument");
+    assert_eq!(host.refused(&["create", "--backend", "firecracker"]).code, "unsupported");
     nothing_left(&host);
 }
 

@@ -107,11 +107,11 @@ fn at_the_end_of_its_time_a_sandbox_is_gone() {
     let host = Host::new();
     let app = host.web_app();
     let mut flags = WEB_FLAGS.to_vec();
-    flags.extend(["--ttl-seconds", "8"]);
+    flags.extend(["--ttl-seconds", "30"]);
     let vm = host.deploy(&app, &flags);
-    assert_eq!(vm.info()["ttl_seconds"], 8);
+    assert_eq!(vm.info()["ttl_seconds"], 30);
     let url = vm.url("/health");
-    let reason = vm.becomes("removed", 20);
+    let reason = vm.becomes("removed", 60);
     assert_eq!(reason["code"], "ttl_expired");
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
@@ -122,19 +122,19 @@ fn at_the_end_of_its_time_a_sandbox_is_gone() {
 #[test]
 fn the_time_of_a_stopped_sandbox_runs_on() {
     let host = Host::new();
-    let vm = host.create(&["--ttl-seconds", "6"]);
+    let vm = host.create(&["--ttl-seconds", "20"]);
     vm.does("stop");
-    assert_eq!(vm.becomes("removed", 20)["code"], "ttl_expired");
+    assert_eq!(vm.becomes("removed", 60)["code"], "ttl_expired");
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
 
 #[test]
 fn time_runs_out_while_the_daemon_is_down_too() {
     let host = Host::new();
-    let vm = host.create(&["--ttl-seconds", "5"]);
+    let vm = host.create(&["--ttl-seconds", "15"]);
     host.end_daemon(Signal::SIGKILL);
     assert_eq!(leaks::machines_of(host.scratch()).len(), 1, "the machine survives its daemon");
-    sleep(Duration::from_secs(6));
+    sleep(Duration::from_secs(16));
     assert_eq!(vm.becomes("removed", 10)["code"], "ttl_expired");
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);

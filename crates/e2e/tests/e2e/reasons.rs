@@ -35,8 +35,7 @@ fn the_start_command_exited_with_a_status() {
 #[test]
 fn out_of_memory() {
     let host = Host::new();
-    let hog =
-        "echo eating; sleep 2; exec python3 -c 'x = bytearray(4 << 30)\nfor i in range(0, len(x), 4096): x[i] = 1'";
+    let hog = "echo eating; sleep 2; exec python3 -c 'x = []\nwhile True: x.append(bytes([1]) * (1 << 20))'";
     let vm = host.create(&["--start-command", hog]);
     let reason = reason(&vm, "failed");
     assert_eq!(reason["code"], "out_of_memory", "{reason}");

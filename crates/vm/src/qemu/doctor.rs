@@ -4,7 +4,7 @@ use super::{QemuDriver, accel::Verdict};
 use crate::{CheckStatus, Error, HostCheck};
 
 /// Runs every check; none depends on another's outcome.
-pub async fn examine(driver: &QemuDriver) -> Vec<HostCheck> {
+pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>) -> Vec<HostCheck> {
     let mut checks = Vec::new();
     match driver.host().await {
         Ok(host) => {
@@ -13,7 +13,13 @@ pub async fn examine(driver: &QemuDriver) -> Vec<HostCheck> {
         }
         Err(error) => checks.push(fail("qemu", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)")),
     }
-    checks.push(acceleration(driver.verdict.get()));
+    checks.push(match kernel {
+        None => warn("kvm", "cannot be tried without a guest kernel".into(), "run ./quickstart, which fetches one"),
+        Some(kernel) => match driver.acceleration(kernel).await {
+            Ok(verdict) => acceleration(verdict),
+            Err(error) => fail("kvm", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)"),
+        },
+    });
     checks.push(match driver.egress().await {
         Ok(Some(_)) => ok("network", "sandboxes reach the internet, and neither this host nor each other".into()),
         Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
@@ -30,21 +36,16 @@ pub async fn examine(driver: &QemuDriver) -> Vec<HostCheck> {
     checks
 }
 
-fn acceleration(verdict: Option<&Verdict>) -> HostCheck {
-    match verdict {
-        None => ok("acceleration", "not tried yet: it is at the first sandbox".into()),
-        Some(verdict) => {
-            let message = format!("{}: {}", verdict.acceleration.as_str(), verdict.why);
-            match verdict.acceleration {
-                super::accel::Acceleration::Kvm => ok("acceleration", message),
-                super::accel::Acceleration::Tcg => warn(
-                    "acceleration",
-                    message,
-                    "sandboxes run without KVM, only slower; for KVM: load kvm_intel or kvm_amd, join the group kvm, and on a \
+fn acceleration(verdict: &Verdict) -> HostCheck {
+    let message = format!("{}: {}", verdict.acceleration.as_str(), verdict.why);
+    match verdict.acceleration {
+        super::accel::Acceleration::Kvm => ok("kvm", message),
+        super::accel::Acceleration::Tcg => warn(
+            "kvm",
+            message,
+            "sandboxes run without KVM, only slower; for KVM: load kvm_intel or kvm_amd, join the group kvm, and on a \
                      virtual machine switch on nested virtualisation",
-                ),
-            }
-        }
+        ),
     }
 }
 

@@ -269,8 +269,8 @@ impl Driver for QemuDriver {
         }
     }
 
-    async fn doctor(&self) -> Vec<HostCheck> {
-        doctor::examine(self).await
+    async fn doctor(&self, kernel: Option<&heyvm_images::Kernel>) -> Vec<HostCheck> {
+        doctor::examine(self, kernel).await
     }
 }
 
