@@ -63,7 +63,7 @@ fn a_failing_hook_is_told_and_leaves_nothing_but_the_word_of_it() {
     let kept = daemon.create(CreateRequest { keep_on_failure: true, ..request }).unwrap_err();
     let id = kept.sandbox_id.unwrap();
     assert_eq!(daemon.get(&id).status, Status::Failed);
-    assert_eq!(daemon.machines.running(), [id.clone()]);
+    assert_eq!(daemon.machines.running(), std::slice::from_ref(&id));
     daemon.run(daemon.plane().agent(&id)).unwrap();
     assert_eq!(daemon.run(daemon.plane().start(&id, sink())).unwrap().status, Status::Running);
 }

@@ -22,7 +22,7 @@ fn stop_and_start_may_be_said_twice() {
         assert_eq!((stopped.status, stopped.reason.unwrap().code), (Status::Stopped, ReasonCode::Stopped));
     }
     assert!(daemon.machines.running().is_empty());
-    assert_eq!(daemon.machines.disks(), [made.id.clone()]);
+    assert_eq!(daemon.machines.disks(), std::slice::from_ref(&made.id));
     let refused = daemon.run(daemon.plane().agent("web")).err().unwrap();
     assert_eq!(refused.code, ErrorCode::InvalidState);
     assert!(refused.hint.is_some());

@@ -28,7 +28,7 @@ fn the_new_one_has_name_slug_and_urls() {
     let new = daemon.create(version(&daemon, second_port, "two")).unwrap();
     assert_ne!(new.id, old.id);
     assert_eq!((new.name, new.slug), (old.name, old.slug));
-    assert_eq!(new.urls, [shared.endpoint.clone()], "equal ports keep their URLs, others go");
+    assert_eq!(new.urls, std::slice::from_ref(&shared.endpoint), "equal ports keep their URLs, others go");
     assert_eq!(ask(&daemon, &shared.endpoint.subdomain).unwrap(), "two");
     let gone = daemon.get(&old.id);
     assert_eq!((gone.status, gone.reason.unwrap().code), (Status::Removed, ReasonCode::Replaced));
