@@ -119,6 +119,9 @@ pub struct ApiError {
     /// The step of a deploy that failed: `archive`, `image`, `vm`, `unpack`, `setup_hook`, `start_command`, `bind`, `health`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
+    /// Exit status of the setup hook or start command that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
     /// The last lines of the failed step's output.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub log_tail: Vec<String>,
@@ -137,7 +140,8 @@ pub struct ErrorBody {
 impl ApiError {
     /// An error without a hint; add one with [`ApiError::hint`] wherever something can be done.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, step: None, log_tail: Vec::new(), sandbox_id: None }
+        let message = message.into();
+        Self { code, message, hint: None, step: None, exit_code: None, log_tail: Vec::new(), sandbox_id: None }
     }
 
     /// Says what to do next.
@@ -149,6 +153,12 @@ impl ApiError {
     /// Names the step of a deploy that failed.
     pub fn step(mut self, step: impl Into<String>) -> Self {
         self.step = Some(step.into());
+        self
+    }
+
+    /// Adds the exit status of what failed.
+    pub fn exit_code(mut self, code: i32) -> Self {
+        self.exit_code = Some(code);
         self
     }
 

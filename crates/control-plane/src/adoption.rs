@@ -7,7 +7,7 @@ use std::{
 
 use heyvm_api::{
     ApiError,
-    sandbox::{ReasonCode, Status},
+    sandbox::{Reason, ReasonCode, Status},
 };
 use heyvm_store::Store;
 use heyvm_vm::Driver;
@@ -61,12 +61,15 @@ impl ControlPlane {
         match record.status {
             Status::Provisioning if record.started_before() => self.give_up_start(sandbox).await,
             Status::Provisioning => {
-                let _ = self.store.remove_keys(&record.id).await;
                 let reason =
                     record::reason(ReasonCode::DaemonRestarted, "the daemon ended while the sandbox was being made");
-                self.destroy(sandbox, reason).await;
+                self.put_away(sandbox, reason).await;
             }
             Status::Running => self.adopt(sandbox).await,
+            Status::Stopping if record.removing => {
+                let unknown = || record::reason(ReasonCode::Removed, "removed");
+                self.put_away(sandbox, record.reason.unwrap_or_else(unknown)).await;
+            }
             Status::Stopping => self.finish_stopping(sandbox).await,
             Status::Failed => self.adopt_failed(sandbox).await,
             Status::Stopped | Status::Removed => {}
@@ -79,7 +82,8 @@ impl ControlPlane {
             Ok(Some(vm)) => {
                 sandbox.set_vm(Some(Arc::clone(&vm)));
                 self.resume_log(sandbox);
-                self.watch(sandbox, vm);
+                let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
+                self.watch(sandbox, vm, main);
             }
             other => {
                 if let Err(error) = other {
@@ -97,7 +101,15 @@ impl ControlPlane {
     async fn adopt_failed(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
         let id = sandbox.record().id.clone();
         if let Ok(Some(vm)) = self.driver.adopt(&id).await {
-            sandbox.set_vm(Some(vm));
+            sandbox.set_vm(Some(Arc::clone(&vm)));
+            self.watch(sandbox, vm, None);
+        }
+    }
+
+    /// What cannot be removed now stays on its way out, for the next daemon or the next `rm`.
+    async fn put_away(&self, sandbox: &Arc<Sandbox>, reason: Reason) {
+        if let Err(error) = self.destroy(sandbox, reason).await {
+            tracing::error!(%error, "what another daemon has left could not be removed");
         }
     }
 

@@ -5,8 +5,10 @@ use heyvm_api::{ApiError, ErrorCode};
 /// The store failed: the log has why, the caller has no use for it.
 pub fn store(error: heyvm_store::Error) -> ApiError {
     match error {
-        heyvm_store::Error::NameTaken => ApiError::new(ErrorCode::NameTaken, "a living sandbox has this name or slug")
+        heyvm_store::Error::NameTaken => ApiError::new(ErrorCode::NameTaken, "a living sandbox has this name")
             .hint("use another name, remove the other sandbox, or deploy with --replace"),
+        heyvm_store::Error::SlugTaken => ApiError::new(ErrorCode::NameTaken, "a living sandbox has this slug")
+            .hint("use another slug, or remove the other sandbox"),
         other => internal(&other),
     }
 }

@@ -2,9 +2,10 @@
 //! Knows no HTTP and no QEMU: `heyvm-server` calls it, it calls a [`heyvm_vm::Driver`], the store and the images.
 //!
 //! - [`record`]: one sandbox and its state machine, drawn.  [`validate`]: what may be asked for.
-//! - [`create`]: the steps of a deploy.  [`lifecycle`]: stop, start, remove, and what happens by itself.
-//! - [`adoption`]: what a new daemon finds.  [`ready`]: when a sandbox counts as running.
-//! - [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
+//! - [`create`]: the steps of a deploy.  [`replace`]: a new version takes an old one's place.
+//! - [`lifecycle`]: stop, start, remove, and what happens by itself.  [`adoption`]: what a new daemon finds.
+//! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
+//! - [`guest_command`]: hooks.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
 #![forbid(unsafe_code)]
 
 mod adoption;
@@ -12,22 +13,26 @@ mod archives;
 mod create;
 mod endpoints;
 mod errors;
+mod guest_command;
 mod images;
 mod lifecycle;
 mod logs;
+mod main_command;
 mod ready;
 mod record;
+mod replace;
 mod validate;
 
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, RwLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, atomic::AtomicU64},
 };
 
 use heyvm_api::{ApiError, ErrorCode, sandbox::*, system::*};
 use heyvm_store::{EndpointRow, Store};
 use heyvm_vm::{AgentConnection, Driver, Vm};
+use tokio::sync::watch;
 
 pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
@@ -72,9 +77,13 @@ struct Sandbox {
     vm: Mutex<Option<Arc<dyn Vm>>>,
     transition: tokio::sync::Mutex<()>,
     /// Rings at every change, for those who wait for an end.
-    changed: tokio::sync::watch::Sender<()>,
-    /// Rings when the sandbox is to be removed while it is being made.
-    cancel: tokio_util::sync::CancellationToken,
+    changed: watch::Sender<()>,
+    /// Why it is to be removed while it is being made or started.
+    removal: watch::Sender<Option<Reason>>,
+    /// What became of its making, for those who ask again.
+    failure: OnceLock<ApiError>,
+    /// How much of what this run of the start command has printed is in the log.
+    log_offset: AtomicU64,
 }
 
 impl Sandbox {
@@ -83,8 +92,10 @@ impl Sandbox {
             record: Mutex::new(record),
             vm: Mutex::default(),
             transition: tokio::sync::Mutex::default(),
-            changed: tokio::sync::watch::channel(()).0,
-            cancel: tokio_util::sync::CancellationToken::new(),
+            changed: watch::channel(()).0,
+            removal: watch::channel(None).0,
+            failure: OnceLock::new(),
+            log_offset: AtomicU64::new(0),
         })
     }
 
@@ -100,6 +111,24 @@ impl Sandbox {
         self.vm.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
 
+    /// Cuts its making or starting short. The first reason counts.
+    fn ask_removal(&self, reason: Reason) {
+        self.removal.send_if_modified(|asked| {
+            let first = asked.is_none();
+            asked.get_or_insert(reason);
+            first
+        });
+    }
+
+    async fn removal_asked(&self) -> Reason {
+        let mut removal = self.removal.subscribe();
+        match removal.wait_for(Option::is_some).await.map(|reason| reason.clone()) {
+            Ok(Some(reason)) => reason,
+            // The sender is a field of this sandbox.
+            _ => std::future::pending().await,
+        }
+    }
+
     fn set_vm(&self, vm: Option<Arc<dyn Vm>>) {
         *self.vm.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = vm;
     }
@@ -110,7 +139,7 @@ impl ControlPlane {
     pub async fn list(&self, filter: ListFilter) -> Result<Vec<SandboxInfo>, ApiError> {
         let mut records: Vec<Record> = self.all().iter().map(|sandbox| sandbox.snapshot()).collect();
         records.retain(|record| match filter {
-            ListFilter::Living => record.is_living() && !record.waiting_to_replace,
+            ListFilter::Living => record.holds_its_name(),
             ListFilter::Stopped => matches!(record.status, Status::Stopped | Status::Failed),
             ListFilter::All => !record.waiting_to_replace,
         });
@@ -200,6 +229,13 @@ impl ControlPlane {
         sandbox.changed.send_replace(());
         Ok(next)
     }
+}
+
+/// In a task of its own: it ends in order whatever becomes of the caller.
+async fn apart<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(work).await.map_err(|error| errors::internal(&error))?
 }
 
 fn not_running(record: &Record) -> ApiError {

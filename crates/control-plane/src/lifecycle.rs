@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use chrono::Utc;
-use heyvm_agent_protocol::v1::{Exit as MainExit, main_event};
+use heyvm_agent_protocol::v1::Exit as MainExit;
 use heyvm_api::{
     ApiError,
     sandbox::{Reason, ReasonCode, SandboxInfo, Status},
@@ -11,7 +11,12 @@ use heyvm_api::{
 use heyvm_vm::{Exit, ExitCause, Vm};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, errors, not_running, ready,
+    ControlPlane, ProgressSink, Sandbox, apart,
+    create::cut_short,
+    errors,
+    guest_command::shown,
+    main_command::Main,
+    not_running, ready,
     record::{self, Record},
     tell, validate,
 };
@@ -22,24 +27,32 @@ const GRACE: Duration = Duration::from_secs(5);
 const SWEEP: Duration = Duration::from_secs(30);
 /// How long a removed sandbox is told of.
 const REMEMBERED: chrono::Duration = chrono::Duration::days(1);
-/// Pause before an agent that did not answer is asked again.
-const RETRY: Duration = Duration::from_millis(500);
 
 impl ControlPlane {
     /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
     pub async fn stop(self: &Arc<Self>, who: &str) -> Result<SandboxInfo, ApiError> {
-        let sandbox = self.find(who)?;
-        let _one_transition = sandbox.transition.lock().await;
+        let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
+        apart(async move {
+            let _one_transition = sandbox.transition.lock().await;
+            plane.stop_now(&sandbox).await
+        })
+        .await
+    }
+
+    /// The transition lock is held.
+    async fn stop_now(&self, sandbox: &Sandbox) -> Result<SandboxInfo, ApiError> {
         let record = sandbox.snapshot();
-        match record.status {
-            Status::Stopped => Ok(self.info(&record)),
-            Status::Removed => Err(not_running(&record)),
+        match (record.status, record.reason.clone()) {
+            _ if record.removing => return Err(not_running(&record)),
+            (Status::Stopped, _) => {}
+            // Why it failed stays to be read, also when it was kept running to be looked into.
+            (Status::Failed, Some(why)) if sandbox.vm().is_some() => self.end(sandbox, Status::Failed, why).await?,
+            (Status::Failed, _) => {}
             _ => {
-                let reason = record::reason(ReasonCode::Stopped, "stopped by a request");
-                self.end(&sandbox, Status::Stopped, reason).await?;
-                Ok(self.info(&sandbox.snapshot()))
+                self.end(sandbox, Status::Stopped, record::reason(ReasonCode::Stopped, "stopped by a request")).await?
             }
         }
+        Ok(self.info(&sandbox.snapshot()))
     }
 
     /// Ends the VM in order. The transition lock is held.
@@ -54,30 +67,42 @@ impl ControlPlane {
 
     /// Goes on from the disk and runs the start command again. Starting a running one succeeds.
     pub async fn start(self: &Arc<Self>, who: &str, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
-        let sandbox = self.find(who)?;
-        let _one_transition = sandbox.transition.lock().await;
+        let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
+        apart(async move {
+            let _one_transition = sandbox.transition.lock().await;
+            plane.start_now(&sandbox, &progress).await
+        })
+        .await
+    }
+
+    /// The transition lock is held.
+    async fn start_now(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        progress: &ProgressSink,
+    ) -> Result<SandboxInfo, ApiError> {
         let record = sandbox.snapshot();
         match record.status {
             Status::Running => return Ok(self.info(&record)),
             Status::Stopped | Status::Failed => {}
             _ => return Err(not_running(&record)),
         }
-        self.save(&sandbox, |record| {
-            record.enter(Status::Provisioning, None);
-            record.log_offset = 0;
-        })
-        .await?;
-        match self.start_again(&sandbox, &progress).await {
-            Ok(()) => Ok(self.info(&sandbox.snapshot())),
-            Err(error) => {
-                let step = error.step.clone().unwrap_or_else(|| "vm".into());
-                let mut reason =
-                    record::reason(ReasonCode::FailedStep, format!("failed at step {step}: {}", error.message));
-                reason.log_tail.clone_from(&error.log_tail);
-                self.end(&sandbox, Status::Failed, reason).await?;
-                Err(error.sandbox(record.id))
-            }
+        self.save(sandbox, |record| record.enter(Status::Provisioning, None)).await?;
+        let started = tokio::select! {
+            started = self.start_again(sandbox, progress) => started,
+            // Whoever asked for it waits for the lock, and goes on from here.
+            reason = sandbox.removal_asked() => return Err(cut_short(&reason).sandbox(record.id)),
+        };
+        if let Err(error) = started {
+            let step = error.step.clone().unwrap_or_else(|| "vm".into());
+            let mut reason =
+                record::reason(ReasonCode::FailedStep, format!("failed at step {step}: {}", error.message));
+            reason.exit_code = error.exit_code;
+            reason.log_tail.clone_from(&error.log_tail);
+            self.end(sandbox, Status::Failed, reason).await?;
+            return Err(error.sandbox(record.id));
         }
+        Ok(self.info(&sandbox.snapshot()))
     }
 
     async fn start_again(self: &Arc<Self>, sandbox: &Arc<Sandbox>, progress: &ProgressSink) -> Result<(), ApiError> {
@@ -95,34 +120,45 @@ impl ControlPlane {
         }
         let vm = self.driver.start(&record.id, &spec).await.map_err(|error| errors::vm(error).step("vm"))?;
         sandbox.set_vm(Some(Arc::clone(&vm)));
-        self.run_start_command(sandbox, &vm, progress).await?;
-        self.wait_until_ready(sandbox, &vm, progress).await?;
-        self.save(sandbox, |record| {
-            record.enter(Status::Running, None);
-            record.started_at = Some(record.status_changed_at);
-        })
-        .await?;
-        self.watch(sandbox, vm);
+        let mut main = self.run_start_command(sandbox, &vm, progress).await?;
+        self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
+        self.save(sandbox, Record::run).await?;
+        self.watch(sandbox, vm, main);
         Ok(())
     }
 
-    /// Stop, then start.
+    /// Stop, then start, with nothing in between.
     pub async fn restart(self: &Arc<Self>, who: &str, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
-        let id = self.stop(who).await?.id;
-        self.start(&id, progress).await
+        let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
+        apart(async move {
+            let _one_transition = sandbox.transition.lock().await;
+            plane.stop_now(&sandbox).await?;
+            plane.start_now(&sandbox, &progress).await
+        })
+        .await
     }
 
     /// Destroys it with disk and URLs; told of for a day. Removing a removed one succeeds.
     pub async fn remove(self: &Arc<Self>, who: &str) -> Result<SandboxInfo, ApiError> {
-        let sandbox = self.find(who)?;
+        let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
+        let reason = record::reason(ReasonCode::Removed, "removed by a request");
+        apart(async move {
+            plane.remove_for(&sandbox, reason).await?;
+            Ok(plane.info(&sandbox.snapshot()))
+        })
+        .await
+    }
+
+    /// Cuts short what goes on with it, then destroys it.
+    async fn remove_for(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
         if sandbox.record().status == Status::Provisioning {
-            sandbox.cancel.cancel();
+            sandbox.ask_removal(reason.clone());
         }
         let _one_transition = sandbox.transition.lock().await;
-        if sandbox.record().status != Status::Removed {
-            self.destroy(&sandbox, record::reason(ReasonCode::Removed, "removed by a request")).await;
+        if sandbox.record().status == Status::Removed {
+            return Ok(());
         }
-        Ok(self.info(&sandbox.snapshot()))
+        self.destroy(sandbox, reason).await
     }
 
     /// Sets the time-to-live anew, from now on.
@@ -130,7 +166,7 @@ impl ControlPlane {
         let ttl = validate::check_ttl(ttl_seconds)?;
         let sandbox = self.find(who)?;
         let _one_transition = sandbox.transition.lock().await;
-        if sandbox.record().status == Status::Removed {
+        if sandbox.record().removing {
             return Err(not_running(&sandbox.snapshot()));
         }
         let record = self
@@ -142,74 +178,62 @@ impl ControlPlane {
         Ok(self.info(&record))
     }
 
-    /// The word of its end first, then VM, disk and URLs. The transition lock is held. Never fails halfway: what cannot
-    /// be removed now is found by the next daemon, since the record says that it is gone.
-    pub(crate) async fn destroy(&self, sandbox: &Sandbox, reason: Reason) {
-        let saved = self.save(sandbox, |record| {
-            record.waiting_to_replace = false;
-            record.enter(Status::Removed, Some(reason));
-        });
-        if let Err(error) = saved.await {
-            tracing::error!(%error, "the end of a sandbox could not be written down");
-        }
-        let id = sandbox.record().id.clone();
-        self.unbind_all(&id).await;
+    /// That it goes is written down first, then VM, disk and URLs go; only then it is told to be gone. What cannot be
+    /// removed now stays on its way out: the next `rm` or the next daemon goes on with it. The transition lock is held.
+    pub(crate) async fn destroy(&self, sandbox: &Sandbox, reason: Reason) -> Result<(), ApiError> {
+        let record = self
+            .save(sandbox, |record| {
+                // One that was on its way out already keeps its first reason.
+                let first = record.reason.take().filter(|_| record.removing);
+                record.waiting_to_replace = false;
+                record.removing = true;
+                record.enter(Status::Stopping, Some(first.unwrap_or(reason)));
+            })
+            .await?;
+        self.unbind_all(&record.id).await;
         sandbox.set_vm(None);
-        if let Err(error) = self.driver.destroy(&id).await {
-            tracing::error!(%error, id, "a sandbox could not be removed");
-        }
+        self.driver.destroy(&record.id).await.map_err(errors::vm)?;
+        self.save(sandbox, |record| record.enter(Status::Removed, record.reason.clone())).await?;
+        self.store.remove_keys(&record.id).await.map_err(errors::store)
     }
 
-    /// Follows a running VM to its end: its log, its start command, its process.
-    pub(crate) fn watch(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>) {
+    /// Follows a running VM to its end: its start command, its process.
+    pub(crate) fn watch(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>, main: Option<Main>) {
         let (plane, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
         tokio::spawn(async move {
-            let has_main = sandbox.record().start_command.is_some();
+            let mut main = main;
             let ended = tokio::select! {
                 exit = vm.exited() => Ended::Vm(exit),
-                exit = plane.follow_main(&sandbox, &vm), if has_main => Ended::Main(exit),
+                exit = ready::ended(main.as_mut()) => Ended::Main(exit),
             };
             let _one_transition = sandbox.transition.lock().await;
             // Whoever ended it on purpose has said so already.
-            let current = sandbox.vm().is_some_and(|now| Arc::ptr_eq(&now, &vm));
-            if !current || sandbox.record().status != Status::Running {
+            if !sandbox.vm().is_some_and(|now| Arc::ptr_eq(&now, &vm)) {
                 return;
             }
-            let log_tail = plane.log_tail(&sandbox.record().id);
-            let (status, reason) = match ended {
-                Ended::Vm(exit) => judge(exit, log_tail),
-                Ended::Main(exit) => judge_main(&exit, log_tail),
-            };
-            if let Err(error) = plane.end(&sandbox, status, reason).await {
+            if let Err(error) = plane.put_away_after(&sandbox, ended).await {
                 tracing::error!(%error, "a sandbox that ended could not be put away");
             }
         });
     }
 
-    /// Keeps the start command's output until it ends. An agent that does not answer is asked again: the VM's own end
-    /// is seen elsewhere.
-    async fn follow_main(&self, sandbox: &Sandbox, vm: &Arc<dyn Vm>) -> MainExit {
-        let agent = vm.agent();
-        loop {
-            let (id, offset) = {
-                let record = sandbox.record();
-                (record.id.clone(), record.log_offset)
-            };
-            if let Ok(mut events) = ready::watch_main(&agent, offset).await {
-                while let Ok(Some(event)) = events.message().await {
-                    match event.kind {
-                        Some(main_event::Kind::Log(log)) => {
-                            let next = log.offset.saturating_add(log.data.len() as u64);
-                            self.append_log(&id, log.stderr, &log.data);
-                            sandbox.record().log_offset = next;
-                            sandbox.changed.send_replace(());
-                        }
-                        Some(main_event::Kind::Exit(exit)) => return exit,
-                        None => {}
-                    }
-                }
+    async fn put_away_after(&self, sandbox: &Sandbox, ended: Ended) -> Result<(), ApiError> {
+        let record = sandbox.snapshot();
+        match record.status {
+            Status::Running => {
+                let log_tail = self.log_tail(&record.id);
+                let (status, reason) = match ended {
+                    Ended::Vm(exit) => judge(exit, log_tail),
+                    Ended::Main(exit) => judge_main(&exit, log_tail),
+                };
+                self.end(sandbox, status, reason).await
             }
-            tokio::time::sleep(RETRY).await;
+            // It was kept running after a failure, which stays the reason.
+            Status::Failed => {
+                sandbox.set_vm(None);
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 
@@ -223,19 +247,26 @@ impl ControlPlane {
 
     pub(crate) async fn sweep(self: &Arc<Self>) {
         let now = Utc::now();
+        let (mut expired, mut past) = (Vec::new(), Vec::new());
         for sandbox in self.all() {
             let record = sandbox.snapshot();
             if record.status == Status::Removed {
-                if now - record.status_changed_at > REMEMBERED {
-                    self.forget(&record).await;
-                }
+                past.extend(Some(record).filter(|record| now - record.status_changed_at > REMEMBERED));
             } else if record.expires_at().is_some_and(|at| at <= now) {
-                sandbox.cancel.cancel();
-                let _one_transition = sandbox.transition.lock().await;
-                if sandbox.record().status != Status::Removed {
-                    self.destroy(&sandbox, record::reason(ReasonCode::TtlExpired, "its time-to-live ran out")).await;
-                }
+                expired.push(sandbox);
             }
+        }
+        for record in past {
+            self.forget(&record).await;
+        }
+        // Side by side: one that is slow to end does not keep the others alive.
+        futures::future::join_all(expired.iter().map(|sandbox| self.expire(sandbox))).await;
+    }
+
+    async fn expire(&self, sandbox: &Arc<Sandbox>) {
+        let reason = record::reason(ReasonCode::TtlExpired, "its time-to-live ran out");
+        if let Err(error) = self.remove_for(sandbox, reason).await {
+            tracing::error!(%error, "a sandbox whose time ran out could not be removed");
         }
     }
 
@@ -271,7 +302,8 @@ pub(crate) fn judge(exit: Exit, log_tail: Vec<String>) -> (Status, Reason) {
         ExitCause::Lost => (Status::Failed, ReasonCode::VmLost, "the VM's process ended, nobody knows why"),
     };
     let mut reason = record::reason(code, message);
-    reason.log_tail = if exit.console_tail.is_empty() { log_tail } else { exit.console_tail };
+    let console: Vec<_> = exit.console_tail.iter().map(|line| shown(line)).collect();
+    reason.log_tail = if console.is_empty() { log_tail } else { console };
     (status, reason)
 }
 

@@ -1,4 +1,4 @@
-//! What start commands print, kept on the host: `logs/<id>`, in records of a kind byte, a length and the bytes.
+//! What start commands print, kept on the host: `logs/<id>`, in records of a kind byte, a length, an offset and the bytes.
 //! Kept apart from the sandbox's own directory, since it outlives the sandbox by a day.
 
 use std::{
@@ -6,16 +6,16 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
-    sync::Arc,
+    sync::atomic::Ordering,
 };
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use futures::stream::BoxStream;
 use heyvm_api::ApiError;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{ControlPlane, Sandbox, create::tail, errors};
+use crate::{ControlPlane, Sandbox, errors, guest_command::tail};
 
 /// A piece of what a start command printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,29 +30,39 @@ pub struct LogChunk {
 const MAX_LOG: u64 = 8 << 20;
 /// Bytes of the end of a log from which the last lines are taken.
 const TAIL_BYTES: usize = 64 << 10;
-/// Length of a record's head: kind, length.
-const HEAD: usize = 5;
+/// Length of a record's head: kind, length, offset in what one run of the start command has printed.
+const HEAD: usize = 13;
 
 impl ControlPlane {
     fn log_path(&self, id: &str) -> PathBuf {
         self.config.home.join("logs").join(id)
     }
 
-    /// A log that cannot be written harms nothing but itself.
-    pub(crate) fn append_log(&self, id: &str, stderr: bool, data: &[u8]) {
-        let path = self.log_path(id);
+    /// From here on the log tells of another run of the start command.
+    pub(crate) fn begin_log(&self, sandbox: &Sandbox) {
+        self.append_log(sandbox, false, 0, b"");
+    }
+
+    /// Adds what came on at `offset` of all that this run has printed. A log that cannot be written harms nothing but
+    /// itself.
+    pub(crate) fn append_log(&self, sandbox: &Sandbox, stderr: bool, offset: u64, data: &[u8]) {
+        let id = sandbox.record().id.clone();
+        let path = self.log_path(&id);
         let write = || -> io::Result<()> {
             if fs::metadata(&path).is_ok_and(|meta| meta.len() > MAX_LOG) {
                 fs::rename(&path, path.with_extension("old"))?;
             }
             let mut record = vec![u8::from(stderr)];
             record.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+            record.extend(offset.to_be_bytes());
             record.extend(data);
             File::options().create(true).append(true).mode(0o600).open(&path)?.write_all(&record)
         };
         if let Err(error) = write() {
             tracing::warn!(%error, id, "a log could not be written");
         }
+        sandbox.log_offset.store(offset.saturating_add(data.len() as u64), Ordering::Relaxed);
+        sandbox.changed.send_replace(());
     }
 
     pub(crate) fn remove_log(&self, id: &str) {
@@ -69,16 +79,12 @@ impl ControlPlane {
     }
 
     /// After a restart of the daemon the log says itself how far it goes.
-    pub(crate) fn resume_log(&self, sandbox: &Arc<Sandbox>) {
-        let id = sandbox.record().id.clone();
-        let path = self.log_path(&id);
-        let length = |path: &PathBuf| {
-            read_all(path).unwrap_or_default().iter().map(|chunk| chunk.data.len() as u64).sum::<u64>()
-        };
-        // With an older part gone the offset is unknown: what the guest still remembers may then come twice.
-        let known = length(&path.with_extension("old")) + length(&path);
-        let mut record = sandbox.record();
-        record.log_offset = record.log_offset.max(known);
+    pub(crate) fn resume_log(&self, sandbox: &Sandbox) {
+        let path = self.log_path(&sandbox.record().id.clone());
+        let last = |path: &PathBuf| read_records(path, &mut 0).unwrap_or_default().pop();
+        if let Some((offset, chunk)) = last(&path).or_else(|| last(&path.with_extension("old"))) {
+            sandbox.log_offset.store(offset.saturating_add(chunk.data.len() as u64), Ordering::Relaxed);
+        }
     }
 
     /// What the start command printed, kept until a day after the end of the sandbox; with `follow` until it ends.
@@ -88,8 +94,8 @@ impl ControlPlane {
         let mut changed = sandbox.changed.subscribe();
         let (sender, receiver) = mpsc::channel(16);
         let mut chunks = read_all(&path.with_extension("old")).unwrap_or_default();
-        let mut current = read_all(&path).map_err(|error| errors::io("reading the log", &error))?;
-        let mut position: usize = current.iter().map(|chunk| HEAD + chunk.data.len()).sum();
+        let mut position = 0;
+        let mut current = read_from(&path, &mut position).map_err(|error| errors::io("reading the log", &error))?;
         chunks.append(&mut current);
         tokio::spawn(async move {
             loop {
@@ -120,8 +126,13 @@ fn read_all(path: &PathBuf) -> io::Result<Vec<LogChunk>> {
     read_from(path, &mut 0)
 }
 
-/// Whole records from `position` on, which moves behind them; from the beginning where the log was turned over.
+/// Whole chunks from `position` on, which moves behind them; from the beginning where the log was turned over.
 fn read_from(path: &PathBuf, position: &mut usize) -> io::Result<Vec<LogChunk>> {
+    Ok(read_records(path, position)?.into_iter().map(|(_, chunk)| chunk).collect())
+}
+
+/// The same with the offset of each.
+fn read_records(path: &PathBuf, position: &mut usize) -> io::Result<Vec<(u64, LogChunk)>> {
     use std::io::Seek;
     let mut file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -133,16 +144,17 @@ fn read_from(path: &PathBuf, position: &mut usize) -> io::Result<Vec<LogChunk>> 
     file.seek(io::SeekFrom::Start(*position as u64))?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
-    let bytes = Bytes::from(bytes);
-    let (mut chunks, mut at) = (Vec::new(), 0);
-    while let Some(head) = bytes.get(at..at + HEAD) {
-        let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
-        if at + HEAD + length > bytes.len() {
+    let mut rest = Bytes::from(bytes);
+    let mut records = Vec::new();
+    while rest.len() >= HEAD {
+        let mut head = rest.slice(..HEAD);
+        let (kind, length, offset) = (head.get_u8(), head.get_u32() as usize, head.get_u64());
+        if rest.len() < HEAD + length {
             break;
         }
-        chunks.push(LogChunk { stderr: head[0] == 1, data: bytes.slice(at + HEAD..at + HEAD + length) });
-        at += HEAD + length;
+        let record = rest.split_to(HEAD + length);
+        records.push((offset, LogChunk { stderr: kind == 1, data: record.slice(HEAD..) }));
+        *position += HEAD + length;
     }
-    *position += at;
-    Ok(chunks)
+    Ok(records)
 }

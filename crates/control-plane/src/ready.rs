@@ -5,14 +5,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use heyvm_agent_protocol::v1::{
-    EnvVar, ExecStart, Exit, MainEvent, PortStatusRequest, StartMainRequest, WatchMainRequest, main_event,
-};
+use heyvm_agent_protocol::v1::{Exit, PortStatusRequest};
 use heyvm_api::{ApiError, ErrorCode, names};
 use heyvm_vm::{AgentConnection, Vm};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
-use crate::{ControlPlane, ProgressSink, Sandbox, create::tail, errors, record::Record, tell};
+use crate::{
+    ControlPlane, ProgressSink, Sandbox, lifecycle,
+    main_command::{Main, tail_of_this_run},
+    record::Record,
+    tell,
+};
 
 /// A start command without a port must have lived this long.
 const SETTLED: Duration = Duration::from_millis(500);
@@ -25,30 +28,12 @@ const CHECK_DEADLINE: Duration = Duration::from_secs(10);
 const MAX_STATUS_LINE: u64 = 1024;
 
 impl ControlPlane {
-    /// Starts the start command, where there is one.
-    pub(crate) async fn run_start_command(
-        &self,
-        sandbox: &Sandbox,
-        vm: &Arc<dyn Vm>,
-        progress: &ProgressSink,
-    ) -> Result<(), ApiError> {
-        let record = sandbox.snapshot();
-        let Some(command) = record.start_command.clone() else { return Ok(()) };
-        tell(progress, "start_command", &command);
-        let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
-        let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
-        let start = ExecStart { argv: vec![command], shell: true, env, ..ExecStart::default() };
-        let mut client = vm.agent().client().await.map_err(errors::vm)?;
-        let request = StartMainRequest { start: Some(start) };
-        client.start_main(request).await.map_err(|status| errors::agent(&status).step("start_command"))?;
-        Ok(())
-    }
-
     /// Returns when it is ready; an error when the start command ends before, or time runs out.
     pub(crate) async fn wait_until_ready(
         &self,
         sandbox: &Sandbox,
         vm: &Arc<dyn Vm>,
+        main: Option<&mut Main>,
         progress: &ProgressSink,
     ) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
@@ -65,7 +50,8 @@ impl ControlPlane {
                 Ok(()) => Ok(()),
                 Err(why) => Err(self.not_ready(&agent, &record, &why).await),
             },
-            exit = main_exit(&agent), if record.start_command.is_some() => Err(exited(&agent, &exit?).await),
+            exit = ended(main) => Err(exited(&agent, &exit).await),
+            exit = vm.exited() => Err(vm_ended(exit)),
         }
     }
 
@@ -74,7 +60,7 @@ impl ControlPlane {
         ApiError::new(ErrorCode::HealthTimeout, format!("not ready within {seconds} s: {why}"))
             .hint("the last lines of the start command's output may say why; --health-timeout gives it longer")
             .step("health")
-            .log_tail(main_tail(agent).await)
+            .log_tail(tail_of_this_run(agent).await)
     }
 
     /// Waits until something listens on the port in the sandbox, and answers 2xx or 3xx on `path` where given. `false` at the deadline.
@@ -148,25 +134,12 @@ async fn http_status(mut stream: Box<dyn heyvm_vm::agent::PortStream>, path: &st
     status.filter(|_| line.starts_with("HTTP/")).ok_or_else(|| std::io::Error::other("the answer is not HTTP"))
 }
 
-/// Resolves when the start command has ended.
-async fn main_exit(agent: &AgentConnection) -> Result<Exit, ApiError> {
-    let mut events = watch_main(agent, u64::MAX).await?;
-    loop {
-        match events.message().await.map_err(|status| errors::agent(&status))?.and_then(|event: MainEvent| event.kind) {
-            Some(main_event::Kind::Exit(exit)) => return Ok(exit),
-            Some(main_event::Kind::Log(_)) => {}
-            None => return Err(ApiError::new(ErrorCode::SandboxUnreachable, "the sandbox's agent went away")),
-        }
+/// Resolves when the start command has ended; never where there is none.
+pub(crate) async fn ended(main: Option<&mut Main>) -> Exit {
+    match main {
+        Some(main) => main.ended().await,
+        None => std::future::pending().await,
     }
-}
-
-pub(crate) async fn watch_main(
-    agent: &AgentConnection,
-    from_offset: u64,
-) -> Result<tonic::Streaming<MainEvent>, ApiError> {
-    let mut client = agent.client().await.map_err(errors::vm)?;
-    let events = client.watch_main(WatchMainRequest { from_offset }).await.map_err(|status| errors::agent(&status))?;
-    Ok(events.into_inner())
 }
 
 async fn exited(agent: &AgentConnection, exit: &Exit) -> ApiError {
@@ -179,19 +152,14 @@ async fn exited(agent: &AgentConnection, exit: &Exit) -> ApiError {
     ApiError::new(ErrorCode::StartCommandFailed, message)
         .hint("the start command must keep running; the last lines of its output say why it did not")
         .step("start_command")
-        .log_tail(main_tail(agent).await)
+        .exit_code(exit.code)
+        .log_tail(tail_of_this_run(agent).await)
 }
 
-/// The end of what the start command has printed so far.
-async fn main_tail(agent: &AgentConnection) -> Vec<String> {
-    let mut output = Vec::new();
-    let Ok(mut events) = watch_main(agent, 0).await else { return Vec::new() };
-    // What is there comes at once; a running command's stream never ends.
-    while let Ok(Ok(Some(event))) = tokio::time::timeout(Duration::from_millis(300), events.message()).await {
-        match event.kind {
-            Some(main_event::Kind::Log(log)) => output.extend(log.data),
-            _ => break,
-        }
-    }
-    tail(&output)
+fn vm_ended(exit: heyvm_vm::Exit) -> ApiError {
+    let (_, reason) = lifecycle::judge(exit, Vec::new());
+    ApiError::new(ErrorCode::VmFailed, format!("{} before the sandbox was ready", reason.message))
+        .hint("the last lines say why; a larger --size-class gives more memory")
+        .step("start_command")
+        .log_tail(reason.log_tail)
 }

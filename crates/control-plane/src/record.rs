@@ -7,11 +7,13 @@
 //!                         │    └── start ──┼──────────── start ──────────┘  │
 //!           a step failed │                │ guest panic, out of memory, …  │
 //!                         ▼                ▼                                │
-//!                      removed ◀──────  failed ── start ─▶ provisioning     │
-//!                         ▲                │                                │
-//!                         └── rm, ttl, replaced: from every state ──────────┘
+//!                      stopping ◀─────  failed ── start ─▶ provisioning     │
+//!                    (`removing`) ◀── rm, ttl, replaced: from every state ──┘
+//!                         │  VM, disk, URLs given back
+//!                         ▼
+//!                      removed
 //! ```
-//! Removed ones are told of for a day, then forgotten.
+//! One that is `removing` no longer holds its name. Removed ones are told of for a day, then forgotten.
 
 use std::collections::BTreeMap;
 
@@ -33,6 +35,8 @@ pub struct Record {
     pub status: Status,
     /// Built to take another one's place, and does not hold its name yet.
     pub waiting_to_replace: bool,
+    /// On its way out: what it has is being given back, and its name is free again.
+    pub removing: bool,
     /// The image it runs, once that is known.
     pub image: String,
     /// The image that was asked for, where it is another.
@@ -73,16 +77,19 @@ pub struct Record {
     pub reason: Option<Reason>,
     /// What was done otherwise than asked for.
     pub warnings: Vec<String>,
-    /// How much of the start command's output is in the log.
-    pub log_offset: u64,
     /// Whether it has been running before: then its disk is kept when a start fails.
     pub has_run: bool,
 }
 
 impl Record {
-    /// Whether it holds its name against others.
+    /// Whether it has a VM, or is about to.
     pub fn is_living(&self) -> bool {
-        matches!(self.status, Status::Provisioning | Status::Running | Status::Stopping)
+        matches!(self.status, Status::Provisioning | Status::Running | Status::Stopping) && !self.removing
+    }
+
+    /// Whether it holds its name and slug against others.
+    pub fn holds_its_name(&self) -> bool {
+        self.is_living() && !self.waiting_to_replace
     }
 
     /// Whether its making is behind it.
@@ -107,13 +114,19 @@ impl Record {
         }
     }
 
+    /// Runs from now on.
+    pub fn run(&mut self) {
+        self.enter(Status::Running, None);
+        self.started_at = Some(self.status_changed_at);
+    }
+
     /// As the store keeps it.
     pub fn row(&self) -> SandboxRow {
         SandboxRow {
             id: self.id.clone(),
             name: self.name.clone(),
             slug: self.slug.clone(),
-            living: self.is_living() && !self.waiting_to_replace,
+            living: self.holds_its_name(),
             removed: self.status == Status::Removed,
             created_at: self.created_at.timestamp_millis(),
             changed_at: self.status_changed_at.timestamp_millis(),

@@ -60,6 +60,7 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
         slug,
         status: Status::Provisioning,
         waiting_to_replace: false,
+        removing: false,
         image: request.image.clone().unwrap_or_else(|| config.default_image.clone()),
         image_requested: None,
         region: region(request, config)?,
@@ -80,7 +81,6 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
         open_ports: ports,
         reason: None,
         warnings: Vec::new(),
-        log_offset: 0,
         has_run: false,
     })
 }

@@ -93,8 +93,7 @@ impl Config {
         };
         // The parser's own text quotes the line, which may hold a password.
         let config: Self = toml::from_str(&text).map_err(|error| {
-            let line = error.span().map(|span| text[..span.start].lines().count().max(1));
-            let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
+            let place = error.span().map(|span| place(&text, span.start)).unwrap_or_default();
             problem(format!("{place}{}", error.message()))
         })?;
         if let Some(exposed) = config.registries.exposed_by(&path) {
@@ -120,6 +119,15 @@ impl Config {
         }
         Ok(self)
     }
+}
+
+/// Line and key of a byte of the file, without the value.
+fn place(text: &str, byte: usize) -> String {
+    let before = text.get(..byte).unwrap_or_default();
+    let number = before.matches('\n').count();
+    let key = text.lines().nth(number).and_then(|line| line.split_once('='));
+    let key = key.map(|(key, _)| format!(" ({})", key.trim())).unwrap_or_default();
+    format!("line {}{key}: ", number + 1)
 }
 
 #[cfg(test)]

@@ -62,9 +62,12 @@ pub struct KeyRow {
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A living sandbox has the name or the slug.
-    #[error("the name or slug is taken")]
+    /// A living sandbox has the name.
+    #[error("the name is taken")]
     NameTaken,
+    /// A living sandbox has the slug.
+    #[error("the slug is taken")]
+    SlugTaken,
     /// The key, the subdomain or the port is there already.
     #[error("it is there already")]
     Exists,
@@ -84,10 +87,11 @@ impl From<sqlx::Error> for Error {
         match &error {
             sqlx::Error::Database(database) if database.is_unique_violation() => {
                 let text = database.message();
-                if text.contains("sandboxes.name") || text.contains("sandboxes.slug") {
-                    return Self::NameTaken;
+                match text {
+                    _ if text.contains("sandboxes.name") => Self::NameTaken,
+                    _ if text.contains("sandboxes.slug") => Self::SlugTaken,
+                    _ => Self::Exists,
                 }
-                Self::Exists
             }
             _ => Self::Database(error),
         }
@@ -212,7 +216,7 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets the keys of a sandbox whose making failed.
+    /// Forgets the keys of a sandbox that failed or is gone.
     pub async fn remove_keys(&self, sandbox_id: &str) -> Result<(), Error> {
         sqlx::query("DELETE FROM idempotency_keys WHERE sandbox_id = $1").bind(sandbox_id).execute(&self.pool).await?;
         Ok(())
@@ -288,6 +292,8 @@ mod tests {
         let (_dir, store) = store().await;
         store.insert(&row("a", "web")).await.unwrap();
         assert!(matches!(store.insert(&row("b", "web")).await, Err(Error::NameTaken)));
+        let same_slug = SandboxRow { slug: "web".into(), ..row("c", "other") };
+        assert!(matches!(store.insert(&same_slug).await, Err(Error::SlugTaken)));
         store.update(&SandboxRow { living: false, ..row("a", "web") }).await.unwrap();
         store.insert(&row("b", "web")).await.unwrap();
         assert_eq!(store.sandboxes().await.unwrap().len(), 2);

@@ -20,7 +20,6 @@ fn ticks(daemon: &Daemon, name: &str) -> usize {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_running_one_runs_on_and_its_log_has_neither_gap_nor_repetition() {
     let mut daemon = Daemon::new();
     daemon.create(ticking(&daemon, "web")).unwrap();
@@ -52,6 +51,33 @@ fn a_running_one_runs_on_and_its_log_has_neither_gap_nor_repetition() {
 }
 
 #[test]
+fn the_log_of_a_second_run_goes_on_where_it_ended() {
+    let mut daemon = Daemon::new();
+    daemon.create(ticking(&daemon, "web")).unwrap();
+    let second_run = |daemon: &Daemon| {
+        let log = daemon.log("web");
+        log.rsplit_once("tick 1\n").map(|(_, rest)| rest.lines().count()).unwrap_or_default()
+    };
+    eventually("the first run has printed more than the second will", || match second_run(&daemon) {
+        count if count > 20 => Ok(()),
+        count => Err(count.to_string()),
+    });
+    daemon.run(daemon.plane().restart("web", sink())).unwrap();
+    eventually("the second run prints", || if second_run(&daemon) > 0 { Ok(()) } else { Err(daemon.log("web")) });
+    daemon.die();
+    daemon.revive();
+    eventually("nothing of it is missing", || match daemon.log("web").rsplit_once("tick 1\n").unwrap().1 {
+        rest if rest.lines().count() > 10 => Ok(()),
+        rest => Err(rest.to_owned()),
+    });
+    let log = daemon.log("web");
+    let (_, rest) = log.rsplit_once("tick 1\n").unwrap();
+    for (index, line) in rest.lines().enumerate() {
+        assert_eq!(line, format!("tick {}", index + 2));
+    }
+}
+
+#[test]
 fn one_that_ended_meanwhile_is_judged() {
     let mut daemon = Daemon::new();
     let made = daemon.create(daemon.request("web")).unwrap();
@@ -64,7 +90,6 @@ fn one_that_ended_meanwhile_is_judged() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn half_made_ones_and_strays_are_removed() {
     let mut daemon = Daemon::new();
     let stopped = daemon.create(daemon.request("stopped")).unwrap();

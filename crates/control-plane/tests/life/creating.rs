@@ -44,7 +44,6 @@ fn an_archive_is_unpacked_hooks_run_and_the_app_serves() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_failing_hook_is_told_and_leaves_nothing_but_the_word_of_it() {
     let daemon = Daemon::new();
     let hooks = vec!["true".into(), "for i in $(seq 50); do echo line $i; done; echo why >&2; exit 7".into()];
@@ -69,7 +68,6 @@ fn a_failing_hook_is_told_and_leaves_nothing_but_the_word_of_it() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_start_command_that_ends_is_no_success() {
     let daemon = Daemon::new();
     let failing = |command: &str| CreateRequest { start_command: Some(command.into()), ..daemon.request("web") };
@@ -122,7 +120,6 @@ fn the_hosts_own_failure_is_told_as_it_is() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn the_same_key_gives_the_same_sandbox() {
     let daemon = Daemon::new();
     *daemon.machines.slowness.lock().unwrap() = Duration::from_millis(200);
@@ -143,7 +140,6 @@ fn the_same_key_gives_the_same_sandbox() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_failed_creation_forgets_its_key_and_tells_everyone_the_same() {
     let daemon = Daemon::new();
     let hooks = vec!["sleep 0.3; exit 3".into()];
@@ -195,7 +191,6 @@ fn without_a_key_a_client_that_goes_away_takes_its_sandbox_along() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn removal_cuts_a_creation_short() {
     let daemon = Daemon::new();
     let request = CreateRequest { setup_hooks: vec!["sleep 60".into()], ..daemon.request("web") };

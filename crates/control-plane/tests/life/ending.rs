@@ -13,7 +13,6 @@ fn with(daemon: &Daemon, command: &str) -> CreateRequest {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn stop_and_start_may_be_said_twice() {
     let daemon = Daemon::new();
     let made = daemon.create(with(&daemon, "echo started >> starts; exec sleep 600")).unwrap();
@@ -43,7 +42,6 @@ fn stop_and_start_may_be_said_twice() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_client_that_goes_away_does_not_stop_a_start() {
     let daemon = Daemon::new();
     daemon.create(with(&daemon, "exec sleep 600")).unwrap();
@@ -59,7 +57,6 @@ fn a_client_that_goes_away_does_not_stop_a_start() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn the_end_of_the_start_command_is_the_end_of_the_sandbox() {
     let daemon = Daemon::new();
     for (code, status) in [(23, Status::Failed), (0, Status::Stopped)] {
@@ -73,7 +70,6 @@ fn the_end_of_the_start_command_is_the_end_of_the_sandbox() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_machine_that_ends_by_itself_is_judged() {
     let daemon = Daemon::new();
     let cases = [
@@ -94,7 +90,6 @@ fn a_machine_that_ends_by_itself_is_judged() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn at_the_end_of_its_time_it_is_gone_running_or_not() {
     let daemon = Daemon::new();
     let mortal = |name: &str| CreateRequest { ttl_seconds: Some(1), ..daemon.request(name) };

@@ -57,7 +57,8 @@ impl Machines {
 
     /// Machines that run.
     pub fn running(&self) -> Vec<VmId> {
-        self.running.lock().unwrap().keys().cloned().collect()
+        let machines = self.running.lock().unwrap();
+        machines.values().filter(|machine| machine.exit.borrow().is_none()).map(|machine| machine.id.clone()).collect()
     }
 
     /// The machine ends by itself.
@@ -158,6 +159,7 @@ struct Machine {
 
 impl Machine {
     fn end(&self, exit: Exit) {
+        self.exit.send_replace(Some(exit));
         self.serving.abort();
         let mark = format!("{MARK}={}\0", self.id);
         for process in fs::read_dir("/proc").unwrap().flatten() {
@@ -167,7 +169,6 @@ impl Machine {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
         }
-        self.exit.send_replace(Some(exit));
     }
 }
 

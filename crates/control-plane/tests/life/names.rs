@@ -44,7 +44,6 @@ fn a_name_means_the_living_one_else_the_newest() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn a_slug_that_nobody_asked_for_gives_way() {
     let daemon = Daemon::new();
     let first = daemon.create(daemon.request("my.app")).unwrap();

@@ -30,12 +30,9 @@ fn the_new_one_has_name_slug_and_urls() {
     assert_eq!((new.name, new.slug), (old.name, old.slug));
     assert_eq!(new.urls, std::slice::from_ref(&shared.endpoint), "equal ports keep their URLs, others go");
     assert_eq!(ask(&daemon, &shared.endpoint.subdomain).unwrap(), "two");
-    let gone = daemon.get(&old.id);
-    assert_eq!((gone.status, gone.reason.unwrap().code), (Status::Removed, ReasonCode::Replaced));
-    eventually("the old one's machine is gone", || match daemon.machines.disks() {
-        disks if disks == [new.id.clone()] => Ok(()),
-        disks => Err(format!("{disks:?}")),
-    });
+    let gone = daemon.becomes(&old.id, Status::Removed);
+    assert_eq!(gone.reason.unwrap().code, ReasonCode::Replaced);
+    assert_eq!(daemon.machines.disks(), [new.id], "removed means that everything is gone");
     assert_eq!(daemon.list(ListFilter::Living).len(), 1);
 }
 

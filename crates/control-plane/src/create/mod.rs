@@ -1,0 +1,240 @@
+//! Making a sandbox: a row in the store first, then each step; a step that fails undoes everything before it.
+
+mod steps;
+
+use std::sync::Arc;
+
+use heyvm_api::{
+    ApiError, ErrorCode,
+    sandbox::{CreateRequest, Reason, ReasonCode, SandboxInfo, Status},
+};
+use heyvm_store::KeyRow;
+use rand::Rng;
+
+use crate::{
+    ControlPlane, ProgressSink, Sandbox, apart, archives, errors,
+    record::{self, Record},
+    validate,
+};
+use steps::Prepared;
+
+/// How often a slug that nobody asked for may give way to another.
+const SLUG_TRIES: u32 = 8;
+
+impl ControlPlane {
+    /// Makes a sandbox and returns when it is running (or healthy, where that was asked for).
+    /// Dropping the future without an idempotency key undoes it; with a key it goes on.
+    pub async fn create(
+        self: &Arc<Self>,
+        request: CreateRequest,
+        idempotency_key: Option<String>,
+        progress: ProgressSink,
+    ) -> Result<SandboxInfo, ApiError> {
+        let Some(key) = idempotency_key else {
+            let sandbox = self.begin(&request).await?;
+            let mut undo = UndoOnDrop { sandbox: Some(Arc::clone(&sandbox)) };
+            let made = apart(Arc::clone(self).make(sandbox, request, progress)).await;
+            undo.sandbox = None;
+            return made;
+        };
+        let sandbox = {
+            let one_at_a_time = self.keys.lock().await;
+            match self.made_with(&key, &request).await? {
+                Some(known) => {
+                    drop(one_at_a_time);
+                    return self.wait_until_made(&known).await;
+                }
+                None => self.begin_with_key(&request, &key).await?,
+            }
+        };
+        apart(Arc::clone(self).make(sandbox, request, progress)).await
+    }
+
+    /// What this key has given before, as long as that is not gone.
+    async fn made_with(&self, key: &str, request: &CreateRequest) -> Result<Option<Arc<Sandbox>>, ApiError> {
+        let Some(known) = self.store.key(key).await.map_err(errors::store)? else { return Ok(None) };
+        let sandbox = self.find(&known.sandbox_id).ok();
+        let gone = sandbox.as_ref().is_none_or(|sandbox| {
+            let record = sandbox.record();
+            (record.status == Status::Removed || record.removing) && sandbox.failure.get().is_none()
+        });
+        if gone {
+            self.store.remove_keys(&known.sandbox_id).await.map_err(errors::store)?;
+            return Ok(None);
+        }
+        if known.request != record::fingerprint(request) {
+            return Err(ApiError::new(
+                ErrorCode::IdempotencyKeyReused,
+                "this idempotency key came with another request",
+            )
+            .hint("use a new key for a new request"));
+        }
+        Ok(sandbox)
+    }
+
+    async fn begin_with_key(&self, request: &CreateRequest, key: &str) -> Result<Arc<Sandbox>, ApiError> {
+        let sandbox = self.begin(request).await?;
+        let record = sandbox.snapshot();
+        let row = KeyRow { request: record::fingerprint(request), sandbox_id: record.id };
+        if let Err(error) = self.store.add_key(key, &row, record.created_at.timestamp_millis()).await {
+            let reason = record::reason(ReasonCode::FailedStep, "its idempotency key could not be written down");
+            self.destroy(&sandbox, reason).await?;
+            return Err(errors::store(error));
+        }
+        Ok(sandbox)
+    }
+
+    /// The row, before anything is done.
+    async fn begin(&self, request: &CreateRequest) -> Result<Arc<Sandbox>, ApiError> {
+        let mut record = validate::record(request, &self.config)?;
+        if let Some(archive) = &record.archive_id {
+            archives::check(&self.config.home, archive)?;
+        }
+        if let Some(old) = self.living_named(&record.name).filter(|_| request.replace) {
+            record.waiting_to_replace = true;
+            if request.slug.is_none() {
+                record.slug.clone_from(&old.record().slug);
+            }
+        }
+        self.insert(&mut record, request.slug.is_none()).await?;
+        let sandbox = Sandbox::new(record);
+        self.add(&sandbox);
+        Ok(sandbox)
+    }
+
+    /// Into the store, which knows whose name and slug are taken. A slug that nobody asked for gives way.
+    async fn insert(&self, record: &mut Record, slug_may_change: bool) -> Result<(), ApiError> {
+        let made_up = record.slug.clone();
+        for _ in 0..SLUG_TRIES {
+            match self.store.insert(&record.row()).await {
+                Ok(()) => return Ok(()),
+                Err(heyvm_store::Error::SlugTaken) if slug_may_change => {
+                    let kept: String = made_up.chars().take(MAX_SLUG - 5).collect();
+                    record.slug = format!("{kept}-{:04x}", rand::rng().random::<u16>());
+                }
+                Err(error) => return Err(self.refused(error, record)),
+            }
+        }
+        Err(self.refused(heyvm_store::Error::SlugTaken, record))
+    }
+
+    /// Names the sandbox that is in the way.
+    fn refused(&self, error: heyvm_store::Error, record: &Record) -> ApiError {
+        let taken = matches!(error, heyvm_store::Error::NameTaken | heyvm_store::Error::SlugTaken);
+        let answer = errors::store(error);
+        let in_the_way = self.all().into_iter().find(|other| {
+            let other = other.record();
+            other.holds_its_name() && (other.name == record.name || other.slug == record.slug)
+        });
+        match in_the_way.filter(|_| taken) {
+            Some(other) => answer.sandbox(&other.record().id),
+            None => answer,
+        }
+    }
+
+    /// For those who sent a key again: the same answer as the first one's.
+    async fn wait_until_made(&self, sandbox: &Sandbox) -> Result<SandboxInfo, ApiError> {
+        let mut changed = sandbox.changed.subscribe();
+        loop {
+            let record = sandbox.snapshot();
+            match sandbox.failure.get() {
+                Some(failure) => return Err(failure.clone()),
+                None if record.status != Status::Provisioning && !record.removing => return Ok(self.info(&record)),
+                None => {}
+            }
+            if changed.changed().await.is_err() {
+                return Ok(self.info(&sandbox.snapshot()));
+            }
+        }
+    }
+
+    async fn make(
+        self: Arc<Self>,
+        sandbox: Arc<Sandbox>,
+        request: CreateRequest,
+        progress: ProgressSink,
+    ) -> Result<SandboxInfo, ApiError> {
+        let _one_transition = sandbox.transition.lock().await;
+        let prepared = tokio::select! {
+            prepared = self.prepare(&sandbox, &request, &progress) => prepared,
+            reason = sandbox.removal_asked() => Err(cut_short(&reason)),
+        };
+        let outcome = match prepared {
+            Ok(prepared) => self.go_live(&sandbox, prepared).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(()) => Ok(self.info(&sandbox.snapshot())),
+            Err(error) => Err(self.fail(&sandbox, &request, error).await),
+        }
+    }
+
+    /// Tells the world. From here on nothing cuts it short.
+    async fn go_live(self: &Arc<Self>, sandbox: &Arc<Sandbox>, prepared: Prepared) -> Result<(), ApiError> {
+        if !self.take_the_place_of_its_namesake(sandbox).await? {
+            self.save(sandbox, |record| {
+                record.waiting_to_replace = false;
+                record.run();
+            })
+            .await?;
+        }
+        self.watch(sandbox, prepared.vm, prepared.main);
+        Ok(())
+    }
+
+    /// Undoes a sandbox whose making failed; what is left is the word of it, and its log.
+    async fn fail(self: &Arc<Self>, sandbox: &Arc<Sandbox>, request: &CreateRequest, error: ApiError) -> ApiError {
+        let step = error.step.clone().unwrap_or_else(|| "vm".into());
+        let id = sandbox.record().id.clone();
+        let asked = sandbox.removal.borrow().clone();
+        let kept = sandbox.vm().filter(|_| request.keep_on_failure && asked.is_none());
+        let error = if kept.is_some() { error.sandbox(&id) } else { error };
+        let reason = asked.unwrap_or_else(|| Reason {
+            code: ReasonCode::FailedStep,
+            message: format!("failed at step {step}: {}", error.message),
+            exit_code: error.exit_code,
+            log_tail: error.log_tail.clone(),
+        });
+        let _ = sandbox.failure.set(error.clone());
+        let Some(vm) = kept else {
+            if let Err(undoing) = self.destroy(sandbox, reason).await {
+                tracing::error!(error = %undoing, id, "a half-made sandbox could not be removed");
+            }
+            return error;
+        };
+        // Kept running, so that one can look into it.
+        let failed = self.save(sandbox, |record| {
+            record.waiting_to_replace = false;
+            record.enter(Status::Failed, Some(reason));
+        });
+        if let Err(error) = failed.await {
+            tracing::error!(%error, id, "the failure of a sandbox could not be written down");
+        }
+        let _ = self.store.remove_keys(&id).await;
+        self.watch(sandbox, vm, None);
+        error
+    }
+}
+
+/// Longest label of a host name.
+const MAX_SLUG: usize = 63;
+
+/// What the one who made it is told when another one removed it meanwhile.
+pub(crate) fn cut_short(reason: &Reason) -> ApiError {
+    ApiError::new(ErrorCode::InvalidState, format!("{} while it was being made", reason.message))
+        .hint("deploy it again, with a longer --ttl-seconds if that is what ran out")
+        .step("vm")
+}
+
+/// A client that goes away takes its half-made sandbox along.
+struct UndoOnDrop {
+    sandbox: Option<Arc<Sandbox>>,
+}
+
+impl Drop for UndoOnDrop {
+    fn drop(&mut self) {
+        if let Some(sandbox) = self.sandbox.take() {
+            sandbox.ask_removal(record::reason(ReasonCode::FailedStep, "the client went away"));
+        }
+    }
+}

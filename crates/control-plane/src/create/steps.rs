@@ -1,0 +1,157 @@
+//! The steps of a deploy, from the image to the first healthy answer. They may be cut off at any point.
+
+use std::sync::Arc;
+
+use heyvm_agent_protocol::v1::UnpackInput;
+use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest};
+use heyvm_vm::{Vm, VmSpec};
+
+use crate::{
+    ControlPlane, ProgressSink, Sandbox, archives, errors,
+    guest_command::{run, run_hook},
+    main_command::Main,
+    record::Record,
+    tell,
+};
+
+/// A sandbox that is ready but not yet told of.
+pub(super) struct Prepared {
+    pub vm: Arc<dyn Vm>,
+    pub main: Option<Main>,
+}
+
+impl ControlPlane {
+    /// Every step up to the moment at which it could be told to the world.
+    pub(super) async fn prepare(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        request: &CreateRequest,
+        progress: &ProgressSink,
+    ) -> Result<Prepared, ApiError> {
+        let spec = self.prepare_image(sandbox, progress).await.map_err(|error| error.step("image"))?;
+        tell(progress, "template", "preparing the template");
+        let record = sandbox.snapshot();
+        self.driver
+            .prepare(&spec, self.forward(progress, "template"))
+            .await
+            .map_err(|error| errors::vm(error).step("vm"))?;
+        tell(progress, "vm", "starting the VM");
+        let vm = self.driver.create(&record.id, &spec).await.map_err(|error| errors::vm(error).step("vm"))?;
+        sandbox.set_vm(Some(Arc::clone(&vm)));
+        check_type(&vm, request.sandbox_type.as_deref()).await.map_err(|error| error.step("image"))?;
+        if let Some(archive) = &record.archive_id {
+            tell(progress, "unpack", "unpacking the archive");
+            self.unpack(&vm, archive, &record.working_directory).await.map_err(|error| error.step("unpack"))?;
+        }
+        for hook in &record.setup_hooks {
+            tell(progress, "setup_hook", hook);
+            run_hook(&vm, hook).await.map_err(|error| error.step("setup_hook"))?;
+        }
+        let mut main = self.run_start_command(sandbox, &vm, progress).await?;
+        for port in &record.open_ports {
+            self.bind_port(&record.id, *port).await.map_err(|error| error.step("bind"))?;
+        }
+        self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
+        Ok(Prepared { vm, main })
+    }
+
+    /// Image and kernel, and from them what the VM is made from.
+    async fn prepare_image(&self, sandbox: &Sandbox, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
+        let asked = sandbox.record().image.clone();
+        let forward = self.forward(progress, "image");
+        let resolved = self.images.resolve(&asked, &self.config.default_image, forward).await.map_err(errors::image)?;
+        let record = self
+            .save(sandbox, |record| {
+                record.image_env.clone_from(&resolved.image.config.env);
+                if let Some(sentence) = &resolved.substituted {
+                    record.image.clone_from(&resolved.image.name);
+                    record.image_requested = Some(asked.clone());
+                    record.warnings.push(sentence.clone());
+                }
+            })
+            .await?;
+        let kernel = self.images.kernel().await.map_err(errors::image)?;
+        Ok(vm_spec(&record, kernel, resolved.image))
+    }
+
+    /// The VM that a sandbox of nothing but defaults would have.
+    pub(crate) async fn default_spec(&self, record: &Record, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
+        let forward = self.forward(progress, "image");
+        let resolved =
+            self.images.resolve(&record.image, &self.config.default_image, forward).await.map_err(errors::image)?;
+        let kernel = self.images.kernel().await.map_err(errors::image)?;
+        Ok(vm_spec(record, kernel, resolved.image))
+    }
+
+    /// The VM of an existing record: its image must still be here.
+    pub(crate) async fn spec_of(&self, record: &Record) -> Result<VmSpec, ApiError> {
+        let image = self.images.get(&record.image).ok_or_else(|| {
+            ApiError::new(ErrorCode::ImageNotFound, format!("the sandbox's image {} is gone", record.image))
+                .hint(format!("heyvm pull {} brings it back", record.image))
+        })?;
+        let kernel = self.images.kernel().await.map_err(errors::image)?;
+        Ok(vm_spec(record, kernel, image))
+    }
+
+    /// Progress of the parts below, as events of ours.
+    pub(crate) fn forward(&self, progress: &ProgressSink, step: &'static str) -> heyvm_vm::Progress {
+        let progress = progress.clone();
+        Arc::new(move |message, done, total| {
+            let event = heyvm_api::system::ProgressEvent { step: step.into(), message: message.into(), done, total };
+            let _ = progress.send(event);
+        })
+    }
+
+    async fn unpack(&self, vm: &Arc<dyn Vm>, archive: &str, directory: &str) -> Result<(), ApiError> {
+        let pieces = archives::read(&self.config.home, archive)?;
+        let first = UnpackInput {
+            path: directory.to_owned(),
+            max_bytes: archives::MAX_UNPACKED,
+            max_entries: archives::MAX_ENTRIES,
+            ..UnpackInput::default()
+        };
+        let (sender, receiver) = tokio::sync::mpsc::channel(4);
+        let feeding = tokio::task::spawn_blocking(move || {
+            let _ = sender.blocking_send(first);
+            archives::feed(pieces, |data| sender.blocking_send(UnpackInput { data, ..UnpackInput::default() }).is_ok())
+        });
+        let mut client = vm.agent().client().await.map_err(errors::vm)?;
+        let input = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let unpacked = client.unpack(input).await.map_err(|status| errors::agent(&status));
+        feeding
+            .await
+            .map_err(|error| errors::internal(&error))?
+            .map_err(|error| errors::io("reading the archive", &error))?;
+        unpacked.map(drop)
+    }
+}
+
+fn vm_spec(record: &Record, kernel: heyvm_images::Kernel, image: heyvm_images::Image) -> VmSpec {
+    let mut env = record.image_env.clone();
+    env.extend(record.env_vars.clone());
+    VmSpec {
+        kernel,
+        image,
+        memory_mib: record.size_class.memory_mib(),
+        cpu_millis: record.size_class.cpu_millis(),
+        disk_gib: record.disk_gib,
+        hostname: if record.slug.is_empty() { "sandbox".into() } else { record.slug.clone() },
+        env,
+        working_dir: record.working_directory.clone(),
+    }
+}
+
+/// The image must be able to run what the type promises.
+async fn check_type(vm: &Arc<dyn Vm>, kind: Option<&str>) -> Result<(), ApiError> {
+    let program = match kind {
+        Some("python") => "python3",
+        Some("node") => "node",
+        _ => return Ok(()),
+    };
+    let (exit, _) = run(vm, &format!("command -v {program}")).await?;
+    if exit.code == 0 {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::InvalidArgument, format!("the image has no {program}"))
+        .hint("use an image that has it, or leave the type out"))
+}

@@ -1,0 +1,78 @@
+//! Commands that the control plane runs in a guest: setup hooks and small questions. Only the end of their output counts.
+
+use std::sync::Arc;
+
+use heyvm_agent_protocol::v1::{ExecInput, ExecStart, Exit, exec_input, exec_output};
+use heyvm_api::{ApiError, ErrorCode};
+use heyvm_vm::Vm;
+
+use crate::errors;
+
+/// Lines of a command's output that are told.
+const TAIL_LINES: usize = 20;
+const TAIL_WIDTH: usize = 500;
+/// Bytes of a command's output that are kept for its last lines.
+const TAIL_BYTES: usize = 64 << 10;
+
+/// Runs a setup hook; its failure carries its last lines.
+pub(crate) async fn run_hook(vm: &Arc<dyn Vm>, hook: &str) -> Result<(), ApiError> {
+    let (exit, output) = run(vm, hook).await?;
+    if exit.code == 0 {
+        return Ok(());
+    }
+    let shown: String = hook.chars().take(80).collect();
+    Err(ApiError::new(ErrorCode::SetupHookFailed, format!("setup hook `{shown}` exited with {}", exit.code))
+        .hint("the last lines of its output say why; --keep-on-failure keeps the sandbox to look into")
+        .exit_code(exit.code)
+        .log_tail(tail(&output)))
+}
+
+/// Runs a script and keeps the end of its output.
+pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Vec<u8>), ApiError> {
+    let start = ExecStart { argv: vec![script.to_owned()], shell: true, ..ExecStart::default() };
+    // The stream of input stays open until the end: its end would be the host's leave.
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let _ = sender.send(ExecInput { kind: Some(exec_input::Kind::Start(start)) }).await;
+    let mut client = vm.agent().client().await.map_err(errors::vm)?;
+    let input = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut messages = client.exec(input).await.map_err(|status| errors::agent(&status))?.into_inner();
+    let mut output = Vec::new();
+    while let Some(message) = messages.message().await.map_err(|status| errors::agent(&status))? {
+        match message.kind {
+            Some(exec_output::Kind::Stdout(data) | exec_output::Kind::Stderr(data)) => {
+                output.extend(data);
+                if output.len() > 2 * TAIL_BYTES {
+                    output.drain(..output.len() - TAIL_BYTES);
+                }
+            }
+            Some(exec_output::Kind::Exit(exit)) => return Ok((exit, output)),
+            _ => {}
+        }
+    }
+    Err(ApiError::new(ErrorCode::SandboxUnreachable, "the sandbox's agent went away"))
+}
+
+/// The last lines of what a guest printed, fit to be shown.
+pub(crate) fn tail(output: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(output);
+    let mut lines: Vec<String> = text.lines().map(shown).collect();
+    lines.split_off(lines.len().saturating_sub(TAIL_LINES))
+}
+
+/// One line without control characters, cut to a width.
+pub(crate) fn shown(line: &str) -> String {
+    line.chars().filter(|c| !c.is_control() || *c == '\t').take(TAIL_WIDTH).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_is_short_and_clean() {
+        let output = format!("first\n{}\x1b[31mlast\n", "line\n".repeat(30));
+        let lines = tail(output.as_bytes());
+        assert_eq!(lines.len(), TAIL_LINES);
+        assert_eq!(lines.last().unwrap(), "[31mlast");
+    }
+}

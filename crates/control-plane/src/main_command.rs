@@ -1,0 +1,108 @@
+//! A start command in a running VM, followed to its end: what it prints goes into the log.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use heyvm_agent_protocol::v1::{EnvVar, ExecStart, Exit, MainEvent, StartMainRequest, WatchMainRequest, main_event};
+use heyvm_api::ApiError;
+use heyvm_vm::{AgentConnection, Vm};
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{ControlPlane, ProgressSink, Sandbox, errors, guest_command::tail, tell};
+
+/// Pause before an agent that did not answer is asked again.
+const RETRY: Duration = Duration::from_millis(500);
+/// What the agent has of the past comes within this time.
+const PAST: Duration = Duration::from_millis(300);
+
+/// A start command that is followed for as long as this is kept.
+pub(crate) struct Main {
+    exit: watch::Receiver<Option<Exit>>,
+    _following: AbortOnDropHandle<()>,
+}
+
+impl Main {
+    /// Resolves when the start command has ended and all it printed is in the log.
+    pub async fn ended(&mut self) -> Exit {
+        match self.exit.wait_for(Option::is_some).await.map(|exit| exit.clone()) {
+            Ok(Some(exit)) => exit,
+            // Nobody follows it any more: its end is never known.
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+impl ControlPlane {
+    /// Starts the start command, where there is one.
+    pub(crate) async fn run_start_command(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        vm: &Arc<dyn Vm>,
+        progress: &ProgressSink,
+    ) -> Result<Option<Main>, ApiError> {
+        let record = sandbox.snapshot();
+        let Some(command) = record.start_command.clone() else { return Ok(None) };
+        tell(progress, "start_command", &command);
+        let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
+        let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
+        let start = ExecStart { argv: vec![command], shell: true, env, ..ExecStart::default() };
+        let mut client = vm.agent().client().await.map_err(errors::vm)?;
+        self.begin_log(sandbox);
+        let request = StartMainRequest { start: Some(start) };
+        client.start_main(request).await.map_err(|status| errors::agent(&status).step("start_command"))?;
+        Ok(Some(self.follow(sandbox, vm)))
+    }
+
+    /// Follows the start command from where the log ends.
+    pub(crate) fn follow(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>) -> Main {
+        let (ended, exit) = watch::channel(None);
+        let (plane, sandbox, agent) = (Arc::clone(self), Arc::clone(sandbox), vm.agent());
+        let following = tokio::spawn(async move {
+            let exit = plane.follow_to_the_end(&sandbox, &agent).await;
+            ended.send_replace(Some(exit));
+        });
+        Main { exit, _following: AbortOnDropHandle::new(following) }
+    }
+
+    /// An agent that does not answer is asked again: the VM's own end is seen elsewhere.
+    async fn follow_to_the_end(&self, sandbox: &Sandbox, agent: &AgentConnection) -> Exit {
+        loop {
+            let offset = sandbox.log_offset.load(Ordering::Relaxed);
+            if let Ok(mut events) = watch_main(agent, offset).await {
+                while let Ok(Some(event)) = events.message().await {
+                    match event.kind {
+                        Some(main_event::Kind::Log(log)) => {
+                            self.append_log(sandbox, log.stderr, log.offset, &log.data);
+                        }
+                        Some(main_event::Kind::Exit(exit)) => return exit,
+                        None => {}
+                    }
+                }
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+async fn watch_main(agent: &AgentConnection, from_offset: u64) -> Result<tonic::Streaming<MainEvent>, ApiError> {
+    let mut client = agent.client().await.map_err(errors::vm)?;
+    let events = client.watch_main(WatchMainRequest { from_offset }).await.map_err(|status| errors::agent(&status))?;
+    Ok(events.into_inner())
+}
+
+/// The end of what this run of the start command has printed so far.
+pub(crate) async fn tail_of_this_run(agent: &AgentConnection) -> Vec<String> {
+    let mut output = Vec::new();
+    let Ok(mut events) = watch_main(agent, 0).await else { return Vec::new() };
+    // What is there comes at once; a running command's stream never ends.
+    while let Ok(Ok(Some(event))) = tokio::time::timeout(PAST, events.message()).await {
+        match event.kind {
+            Some(main_event::Kind::Log(log)) => output.extend(log.data),
+            _ => break,
+        }
+    }
+    tail(&output)
+}

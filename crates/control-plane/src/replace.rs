@@ -1,0 +1,69 @@
+//! A new version takes the place of the living sandbox of its name: name and URLs change hands in one step of the store.
+
+use std::{sync::Arc, time::Duration};
+
+use heyvm_api::{
+    ApiError,
+    sandbox::{ReasonCode, Status},
+};
+
+use crate::{ControlPlane, Sandbox, errors, record};
+
+/// Answers of the old one that are on their way get this long.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+impl ControlPlane {
+    pub(crate) fn living_named(&self, name: &str) -> Option<Arc<Sandbox>> {
+        self.all().into_iter().find(|sandbox| {
+            let record = sandbox.record();
+            record.name == name && record.holds_its_name()
+        })
+    }
+
+    /// Whether there was one to be replaced.
+    pub(crate) async fn take_the_place_of_its_namesake(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+    ) -> Result<bool, ApiError> {
+        let (name, waiting) = {
+            let record = sandbox.record();
+            (record.name.clone(), record.waiting_to_replace)
+        };
+        while let Some(old) = self.living_named(&name).filter(|_| waiting) {
+            let _no_transition_of_the_old = old.transition.lock().await;
+            // It may have ended while it was waited for.
+            if old.record().holds_its_name() {
+                self.take_the_place_of(&old, sandbox).await?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// In one step of the store the new one has the name and the old one's URLs; then the old one goes.
+    async fn take_the_place_of(self: &Arc<Self>, old: &Arc<Sandbox>, new: &Arc<Sandbox>) -> Result<(), ApiError> {
+        let (mut old_record, mut new_record) = (old.snapshot(), new.snapshot());
+        let reason = record::reason(ReasonCode::Replaced, format!("replaced by {}", new_record.id));
+        old_record.removing = true;
+        old_record.enter(Status::Stopping, Some(reason.clone()));
+        new_record.waiting_to_replace = false;
+        new_record.run();
+        let moved: Vec<_> =
+            self.rows_of(&old_record.id).into_iter().filter(|row| new_record.open_ports.contains(&row.port)).collect();
+        self.store.replace(&old_record.row(), &new_record.row(), &moved).await.map_err(errors::store)?;
+        *old.record() = old_record;
+        *new.record() = new_record;
+        self.reload_endpoints().await?;
+        old.changed.send_replace(());
+        new.changed.send_replace(());
+        let (plane, old) = (Arc::clone(self), Arc::clone(old));
+        tokio::spawn(async move {
+            tokio::time::sleep(LAST_ANSWERS).await;
+            let _one_transition = old.transition.lock().await;
+            if let Err(error) = plane.destroy(&old, reason).await {
+                tracing::error!(%error, "a replaced sandbox could not be removed");
+            }
+        });
+        Ok(())
+    }
+}
