@@ -127,7 +127,7 @@ def deploy(stage, options):
     cold, warm = [], []
     for _ in range(max(2, options.rounds // 5)):
         warm += series("", 2)
-        cold += series("[vm]\ntemplates = false\n", 2)
+        cold += series("templates = false\n", 2)
     stage.end_daemon()
     stage.configure("")
     return comparison("deploy until HTTP 200, warm", warm, "cold boot, no template", cold, 0.15)

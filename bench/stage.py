@@ -45,7 +45,7 @@ class Stage:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def configure(self, settings):
-        (self.home / "config.toml").write_text("[edge]\nport = 0\n" + settings)
+        (self.home / "config.toml").write_text(settings + "[edge]\nport = 0\n")
 
     # heyvm
 

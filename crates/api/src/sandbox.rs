@@ -111,7 +111,7 @@ pub enum ReasonCode {
     Replaced,
     /// Its time-to-live ran out.
     TtlExpired,
-    /// The kernel's out-of-memory killer ended its start command.
+    /// The out-of-memory killer ended its start command, or the host the whole VM at its memory limit.
     OutOfMemory,
     /// The guest's kernel panicked.
     GuestPanic,

@@ -27,6 +27,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, atomic::AtomicU64},
+    time::Duration,
 };
 
 use heyvm_api::{ApiError, ErrorCode, sandbox::*, system::*};
@@ -55,6 +56,9 @@ pub struct Config {
     /// Image of sandboxes that ask for none.
     pub default_image: String,
 }
+
+/// A VM's end is known this long after its agent's, at most.
+const LAST_WORD: Duration = Duration::from_secs(2);
 
 /// Takes progress events of a long call. Sending never blocks.
 pub type ProgressSink = tokio::sync::mpsc::UnboundedSender<ProgressEvent>;
@@ -162,11 +166,24 @@ impl ControlPlane {
         }
     }
 
+    /// `error`, or why the sandbox ended where that is what is behind it: its end is known a moment after its agent's.
+    pub async fn explain(&self, who: &str, error: ApiError) -> ApiError {
+        let Ok(sandbox) = self.find(who) else { return error };
+        let mut changes = sandbox.changed.subscribe();
+        let ended = changes.wait_for(|()| !sandbox.record().is_living());
+        if error.code != ErrorCode::SandboxUnreachable || tokio::time::timeout(LAST_WORD, ended).await.is_err() {
+            return error;
+        }
+        let why = not_running(&sandbox.snapshot());
+        let told = ApiError::new(error.code, format!("the sandbox ended meanwhile: {}", why.message));
+        ApiError { hint: why.hint, sandbox_id: why.sandbox_id, ..told }
+    }
+
     /// Ends every VM at once, for a home that is gone: nothing could find them again.
     pub async fn abandon(&self) {
         for sandbox in self.all() {
             if let Some(vm) = sandbox.vm()
-                && let Err(error) = vm.stop(std::time::Duration::ZERO).await
+                && let Err(error) = vm.stop(Duration::ZERO).await
             {
                 tracing::error!(%error, "a VM could not be ended");
             }

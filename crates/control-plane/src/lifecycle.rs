@@ -298,6 +298,9 @@ pub(crate) fn judge(exit: Exit, log_tail: Vec<String>) -> (Status, Reason) {
     let (status, code, message) = match exit.cause {
         ExitCause::GuestShutdown => (Status::Stopped, ReasonCode::GuestShutdown, "the guest powered itself off"),
         ExitCause::GuestPanic => (Status::Failed, ReasonCode::GuestPanic, "the guest's kernel panicked"),
+        ExitCause::OutOfMemory => {
+            (Status::Failed, ReasonCode::OutOfMemory, "out of memory: the host ended the VM at its memory limit")
+        }
         ExitCause::HostRestarted => (Status::Stopped, ReasonCode::HostRestarted, "the host was restarted"),
         ExitCause::Lost => (Status::Failed, ReasonCode::VmLost, "the VM's process ended, nobody knows why"),
     };

@@ -240,6 +240,38 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// What every command says of itself, as Markdown. Flags for every command stand at the top alone.
+    fn reference() -> String {
+        let mut text = String::from(
+            "# Command line\n\nMade from the help texts: `HEYVM_UPDATE_DOCS=1 cargo test -p heyvm` writes it anew.\n\n\
+             With `--format json` standard output carries exactly one JSON document; progress and errors go to standard\n\
+             error, an error as `{\"error\":{\"code\",\"message\",\"hint\"}}` (codes: [api.md](api.md#errors)). Exit status: 0, 1 for\n\
+             what failed, 2 for a command line that cannot be understood; `exec` passes on that of its command.\n",
+        );
+        describe(&Cli::command(), "heyvm", &mut text);
+        text
+    }
+
+    fn describe(command: &clap::Command, name: &str, text: &mut String) {
+        let mut shown = command.clone().term_width(110).bin_name(name);
+        let help = shown.render_long_help().to_string();
+        let help: Vec<_> = help.lines().map(str::trim_end).collect();
+        text.push_str(&format!("\n## {name}\n\n```\n{}\n```\n", help.join("\n").trim()));
+        for inner in command.get_subcommands().filter(|inner| inner.get_name() != "help" && !inner.is_hide_set()) {
+            describe(inner, &format!("{name} {}", inner.get_name()), text);
+        }
+    }
+
+    #[test]
+    fn the_reference_is_the_one_that_is_checked_in() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cli.md");
+        if std::env::var_os("HEYVM_UPDATE_DOCS").is_some() {
+            std::fs::write(&path, reference()).unwrap();
+        }
+        let kept = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(kept == reference(), "docs/cli.md is not up to date: HEYVM_UPDATE_DOCS=1 cargo test -p heyvm");
+    }
+
     #[test]
     fn every_command_has_an_example() {
         for command in Cli::command().get_subcommands() {

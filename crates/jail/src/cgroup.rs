@@ -95,6 +95,15 @@ impl Cgroups {
         Ok(dirs)
     }
 
+    /// Whether the kernel has ended a VM because it reached its memory limit; known until its cgroups are removed.
+    pub fn ran_out_of_memory(&self, name: &str) -> bool {
+        self.dirs(name).iter().any(|dir| {
+            // Version 2, then version 1.
+            let counts = ["memory.events", "memory.oom_control"].map(|file| fs::read_to_string(dir.join(file)));
+            counts.iter().flatten().any(|text| oom_kills(text) > 0)
+        })
+    }
+
     /// Removes the cgroups of a VM that has ended. Succeeds when there are none.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         for dir in self.dirs(name) {
@@ -122,6 +131,11 @@ impl Cgroups {
             })
             .collect()
     }
+}
+
+fn oom_kills(counts: &str) -> u64 {
+    let line = counts.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
 }
 
 fn settings(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String)> {
@@ -216,6 +230,13 @@ mod tests {
         let legacy = settings(&Hierarchy::Legacy("cpu", "/x".into()), limits);
         assert!(legacy.contains(&("cpu.cfs_quota_us", "25000".into())));
         assert!(legacy.contains(&("cpu.shares", "256".into())));
+    }
+
+    #[test]
+    fn kills_are_counted() {
+        assert_eq!(oom_kills("low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 0\n"), 1);
+        assert_eq!(oom_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"), 2);
+        assert_eq!(oom_kills("oom_kill_disable 1\nunder_oom 1\n"), 0);
     }
 
     #[test]

@@ -101,6 +101,13 @@ pub struct Exit {
     pub console_tail: Vec<String>,
 }
 
+impl Exit {
+    /// One of which nothing is known.
+    pub fn lost() -> Self {
+        Self { cause: ExitCause::Lost, console_tail: Vec::new() }
+    }
+}
+
 /// Cause of an [`Exit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitCause {
@@ -108,6 +115,8 @@ pub enum ExitCause {
     GuestShutdown,
     /// The guest's kernel panicked.
     GuestPanic,
+    /// The host ended the process at its memory limit.
+    OutOfMemory,
     /// The host ran since another boot.
     HostRestarted,
     /// The process was ended from outside, or crashed.

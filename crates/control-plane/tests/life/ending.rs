@@ -75,6 +75,7 @@ fn a_machine_that_ends_by_itself_is_judged() {
     let cases = [
         (ExitCause::GuestPanic, Status::Failed, ReasonCode::GuestPanic),
         (ExitCause::Lost, Status::Failed, ReasonCode::VmLost),
+        (ExitCause::OutOfMemory, Status::Failed, ReasonCode::OutOfMemory),
         (ExitCause::GuestShutdown, Status::Stopped, ReasonCode::GuestShutdown),
     ];
     for (cause, status, code) in cases {

@@ -41,7 +41,6 @@ fn wait_for_a_url_goes_through_the_proxy() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn bind_gives_a_url_and_unbind_takes_it() {
     let host = Host::new();
     let vm = host.deploy(&host.web_app(), &["--start-command", "PORT=3000 exec python3 web.py"]);

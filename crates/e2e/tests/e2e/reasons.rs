@@ -33,7 +33,6 @@ fn the_start_command_exited_with_a_status() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn out_of_memory() {
     let host = Host::new();
     let hog = "echo eating; sleep 2; exec python3 -c 'x = []\nwhile True: x.append(bytes([1]) * (1 << 20))'";
@@ -55,12 +54,14 @@ fn the_guest_kernel_panicked() {
 }
 
 #[test]
-#[ignore = "does not hold yet: see docs/unfinished.md"]
 fn the_guest_powered_itself_off() {
     let host = Host::new();
     let vm = host.create(&[]);
-    vm.exec(&["sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo o > /proc/sysrq-trigger; sleep 5"]);
-    assert_eq!(reason(&vm, "failed")["code"], "guest_shutdown");
+    let off = "echo 1 > /proc/sys/kernel/sysrq; echo o > /proc/sysrq-trigger; sleep 5";
+    let refusal = host.refused(&["exec", &vm.id, "--", "sh", "-c", off]);
+    assert_eq!(refusal.code, "sandbox_unreachable");
+    assert!(refusal.message.contains("powered itself off"), "whose command it was is told why: {refusal:?}");
+    assert_eq!(reason(&vm, "stopped")["code"], "guest_shutdown");
 }
 
 #[test]

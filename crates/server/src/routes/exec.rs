@@ -1,6 +1,6 @@
 //! Commands in a sandbox: one answer when they have ended, or both directions as they go.
 
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use axum::{
     extract::{
@@ -23,6 +23,7 @@ use heyvm_api::{
     exec::{ClientControl, ExecRequest, ExecResponse, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, PtySize, ServerControl},
     names,
 };
+use heyvm_control_plane::ControlPlane;
 use heyvm_vm::AgentConnection;
 use http::StatusCode;
 use tokio::sync::mpsc;
@@ -63,7 +64,15 @@ pub async fn execute(
         return Err(Problem::invalid("stdin and pty belong to the streaming form", hint));
     }
     let start = start(request)?;
-    let mut client = plane.agent(&who).await?.client().await?;
+    let agent = plane.agent(&who).await?;
+    match to_the_end(&api, agent, start).await {
+        Ok(response) => Ok(response),
+        Err(problem) => Err(plane.explain(&who, problem.into_error()).await.into()),
+    }
+}
+
+async fn to_the_end(api: &Api, agent: AgentConnection, start: ExecStart) -> Result<Response, Problem> {
+    let mut client = agent.client().await?;
     let input = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
     let mut outputs = client.exec(tokio_stream::once(input)).await?.into_inner();
     let [mut stdout, mut stderr, mut output] = [(); 3].map(|()| Spool::new(api.spool()));
@@ -136,10 +145,13 @@ pub async fn stream(
         Problem::invalid(format!("this is no WebSocket handshake: {}", rejection.body_text()), hint)
             .with_status(StatusCode::UPGRADE_REQUIRED)
     })?;
-    Ok(upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME).on_upgrade(|socket| run(socket, agent)))
+    Ok(upgrade
+        .max_message_size(MAX_FRAME)
+        .max_frame_size(MAX_FRAME)
+        .on_upgrade(|socket| run(socket, agent, plane, who)))
 }
 
-async fn run(socket: WebSocket, agent: AgentConnection) {
+async fn run(socket: WebSocket, agent: AgentConnection, plane: Arc<ControlPlane>, who: String) {
     let (mut outgoing, mut incoming) = socket.split();
     let end = match bridge(&mut outgoing, &mut incoming, agent).await {
         Ok(exit) => ServerControl::Exit {
@@ -147,7 +159,9 @@ async fn run(socket: WebSocket, agent: AgentConnection) {
             timed_out: exit.timed_out,
             message: Some(printable(&exit.error)).filter(|message| !message.is_empty()),
         },
-        Err(Interrupted::Failed(problem)) => ServerControl::Error { error: problem.into_error() },
+        Err(Interrupted::Failed(problem)) => {
+            ServerControl::Error { error: plane.explain(&who, problem.into_error()).await }
+        }
         Err(Interrupted::ClientGone) => return,
     };
     let text = serde_json::to_string(&end).unwrap_or_default();

@@ -208,4 +208,20 @@ mod tests {
             assert!(document["components"]["schemas"][name].is_object(), "{name} is referred to and not there");
         }
     }
+
+    #[test]
+    fn the_documentation_names_every_call_and_every_error() {
+        let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/api.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let document: serde_json::Value = serde_json::to_value(super::document()).unwrap();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for method in item.as_object().unwrap().keys() {
+                let call = format!("`{} {path}`", method.to_uppercase());
+                assert!(page.contains(&call), "docs/api.md lacks {call}");
+            }
+        }
+        for code in document["components"]["schemas"]["ErrorCode"]["enum"].as_array().unwrap() {
+            assert!(page.contains(&format!("| `{}` |", code.as_str().unwrap())), "docs/api.md lacks {code}");
+        }
+    }
 }

@@ -31,6 +31,9 @@ use crate::Error;
 const FIRST_UID: u32 = 0x7000_0000;
 /// How many user ids are used.
 const UIDS: u32 = 1 << 20;
+/// A page of a template that nobody has written to yet takes memory twice when a clone does: once in the template's
+/// memory, which is charged to the first who touches it, and once as the clone's own.
+const CHARGED_PER_GUEST_PAGE: u64 = 2;
 /// QEMU's own memory beside the guest's, in MiB: its heap and translated code.
 const OVERHEAD_MIB: u64 = 256;
 /// Threads of one QEMU beside its virtual processors.
@@ -98,7 +101,7 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     launch.descriptors.add(fd::AGENT, listen(&launch.dir.agent_socket())?);
     let machine = &launch.machine;
     let limits = Limits {
-        memory_bytes: (u64::from(machine.memory_mib) + OVERHEAD_MIB) << 20,
+        memory_bytes: (u64::from(machine.memory_mib) * CHARGED_PER_GUEST_PAGE + OVERHEAD_MIB) << 20,
         cpu_millis: launch.cpu_millis,
         tasks: THREADS + machine.processors,
     };

@@ -213,10 +213,10 @@ impl Driver for QemuDriver {
         let ended = match &qmp {
             Ok(qmp) if !qmp.has_ended().await? => None,
             Ok(qmp) => Some(console::judge(qmp).await),
-            Err(_) => Some(Exit { cause: ExitCause::Lost, console_tail: Vec::new() }),
+            Err(_) => Some(Exit::lost()),
         };
         let (Ok(qmp), None) = (qmp, &ended) else {
-            dir.write_exit(&ended.unwrap_or(Exit { cause: ExitCause::Lost, console_tail: Vec::new() }))?;
+            dir.write_exit(&ended.unwrap_or_else(Exit::lost))?;
             process.kill().map_err(Error::io("ending QEMU of", id))?;
             return Ok(None);
         };
@@ -237,8 +237,15 @@ impl Driver for QemuDriver {
         if let Some(exit) = dir.exit() {
             return exit;
         }
-        let rebooted = dir.record().is_some_and(|record| record.host_boot_id != host_boot_id());
-        Exit { cause: if rebooted { ExitCause::HostRestarted } else { ExitCause::Lost }, console_tail: Vec::new() }
+        let Some(record) = dir.record() else { return Exit::lost() };
+        let cause = if record.host_boot_id != host_boot_id() {
+            ExitCause::HostRestarted
+        } else if self.host().await.is_ok_and(|host| host.cgroups.ran_out_of_memory(&record.cgroup)) {
+            ExitCause::OutOfMemory
+        } else {
+            ExitCause::Lost
+        };
+        Exit { cause, ..Exit::lost() }
     }
 
     async fn destroy(&self, id: &VmId) -> Result<(), Error> {

@@ -63,8 +63,11 @@ impl Watched {
         let (say, exit) = watch::channel(None);
         let watched = Self { place: place.clone(), agent, process, exit };
         tokio::spawn(async move {
-            let exit = watch_to_the_end(qmp, process).await;
+            let mut exit = watch_to_the_end(qmp, process).await;
             let Belongings { host, slots, record } = belongings;
+            if exit.cause == ExitCause::Lost && host.cgroups.ran_out_of_memory(&record.cgroup) {
+                exit.cause = ExitCause::OutOfMemory;
+            }
             slots.give_back(record.slot);
             let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&record.cgroup)).await;
             // Gone with its directory where it was destroyed.
@@ -78,8 +81,8 @@ impl Watched {
     pub async fn exited(&self) -> Exit {
         let mut exit = self.exit.clone();
         match exit.wait_for(Option::is_some).await {
-            Ok(exit) => exit.clone().unwrap_or_else(lost),
-            Err(_) => lost(),
+            Ok(exit) => exit.clone().unwrap_or_else(Exit::lost),
+            Err(_) => Exit::lost(),
         }
     }
 
@@ -156,14 +159,10 @@ impl Vm for RunningVm {
     }
 }
 
-fn lost() -> Exit {
-    Exit { cause: ExitCause::Lost, console_tail: Vec::new() }
-}
-
 async fn watch_to_the_end(qmp: Qmp, process: ProcessId) -> Exit {
-    let Ok(Some(handle)) = process.open() else { return lost() };
+    let Ok(Some(handle)) = process.open() else { return Exit::lost() };
     // SAFETY: the AsyncFd owns the descriptor, which is open until both are dropped together.
-    let Ok(ended) = (unsafe { AsyncFd::register(handle.into_fd()) }) else { return lost() };
+    let Ok(ended) = (unsafe { AsyncFd::register(handle.into_fd()) }) else { return Exit::lost() };
     let process_ended = async {
         let _ = ended.readable().await;
     };
@@ -178,14 +177,14 @@ async fn watch_to_the_end(qmp: Qmp, process: ProcessId) -> Exit {
         Some(exit)
     };
     let exit = tokio::select! {
-        () = &mut process_ended => return lost(),
+        () = &mut process_ended => return Exit::lost(),
         exit = guest_ended => exit,
     };
     if exit.is_none() || tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
         let _ = process.kill();
         process_is_gone(process).await;
     }
-    exit.unwrap_or_else(lost)
+    exit.unwrap_or_else(Exit::lost)
 }
 
 async fn process_is_gone(process: ProcessId) {
