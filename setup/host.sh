@@ -30,6 +30,7 @@ mmdebstrap                          run    mmdebstrap          mmdebstrap       
 pasta                               run    passt               passt                 passt            passt               passt
 nft                                 run    nftables            nftables              nftables         nftables            nftables
 ip                                  run    iproute2            iproute               iproute2         iproute2            iproute2
+newuidmap                           run    uidmap              shadow-utils          shadow           shadow              shadow-uidmap
 modprobe                            run    kmod                kmod                  kmod             kmod                kmod
 curl                                run    curl                curl                  curl             curl                curl
 /etc/ssl/certs                      run    ca-certificates     ca-certificates       ca-certificates  ca-certificates     ca-certificates

@@ -27,6 +27,13 @@ pub struct Parts {
     pub digest: Option<String>,
 }
 
+impl Parts {
+    /// A root tar, which is its own only layer.
+    pub fn root(tar: PathBuf) -> Self {
+        Self { layers: vec![tar], config: ImageConfig::default(), name: None, tag: None, digest: None }
+    }
+}
+
 /// Finds the parts; a tar is unpacked to `work`, unless it is a root tar, which is its own only layer.
 pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Error> {
     if !path.exists() {
@@ -39,8 +46,7 @@ pub fn open(path: &Path, work: &Path, progress: &Progress) -> Result<Parts, Erro
         return Err(Error::invalid(format!("{} is neither a file nor a directory", path.display())));
     }
     if !is_bundle(path)? {
-        let config = ImageConfig::default();
-        return Ok(Parts { layers: vec![path.to_owned()], config, name: None, tag: None, digest: None });
+        return Ok(Parts::root(path.to_owned()));
     }
     progress("unpacking the archive", None, None);
     let dir = work.join("bundle");

@@ -47,12 +47,13 @@ impl Distribution {
     }
 }
 
-/// Builds the root of the default image in `dir`, which must be empty.
-pub fn build(distribution: &Distribution, dir: &Path, progress: &Progress) -> Result<(), Error> {
+/// Builds the root of the default image as a tar. A tar, because who is not root has no other way to keep what belongs to
+/// other users; mmdebstrap works below TMPDIR, in a user namespace where it must.
+pub fn build(distribution: &Distribution, tar: &Path, progress: &Progress) -> Result<(), Error> {
     let mut command = Command::new("mmdebstrap");
-    command.args(["--variant=minbase", "--format=directory", &format!("--include={PACKAGES}")]);
+    command.args(["--variant=minbase", "--format=tar", &format!("--include={PACKAGES}")]);
     let excludes = PRUNED.map(|pattern| format!("--dpkgopt=path-exclude={pattern}"));
-    command.args(excludes).arg(&distribution.codename).arg(dir);
+    command.args(excludes).arg(&distribution.codename).arg(tar);
     command.args(mirror());
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(|error| {
         match error.kind() {
@@ -61,7 +62,7 @@ pub fn build(distribution: &Distribution, dir: &Path, progress: &Progress) -> Re
                 hint: "install the package mmdebstrap, or: heyvm images import FILE, or name a registry mirror in config.toml"
                     .into(),
             },
-            _ => Error::io("starting mmdebstrap in", dir)(error),
+            _ => Error::io("starting mmdebstrap for", tar)(error),
         }
     })?;
     let mut last = Vec::new();
@@ -75,9 +76,18 @@ pub fn build(distribution: &Distribution, dir: &Path, progress: &Progress) -> Re
             last.remove(0);
         }
     }
-    let status = child.wait().map_err(Error::io("waiting for mmdebstrap in", dir))?;
+    let status = child.wait().map_err(Error::io("waiting for mmdebstrap for", tar))?;
     if status.success() {
         return Ok(());
+    }
+    if !nix::unistd::getuid().is_root() && last.iter().any(|line| line.contains("pick chroot mode")) {
+        return Err(Error::HostNotReady {
+            what: "mmdebstrap needs a user namespace to build the default image, and there is none for this user"
+                .into(),
+            hint: "install the package uidmap and give this user subordinate ids (usermod --add-subuids 100000-165535 \
+                   --add-subgids 100000-165535 USER), or: heyvm images import FILE"
+                .into(),
+        });
     }
     Err(Error::HostNotReady {
         what: format!("mmdebstrap could not build the default image: {}", last.join(" | ")),

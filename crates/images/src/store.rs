@@ -141,28 +141,23 @@ impl ImageStore {
 
     /// Builds the default image from the host's distribution.
     pub async fn build_default(&self, progress: Progress) -> Result<Image, Error> {
-        let store = self.clone();
-        blocking(move || store.build_default_now(&progress)).await
-    }
-
-    fn build_default_now(&self, progress: &Progress) -> Result<Image, Error> {
         let distribution = packages::Distribution::of_host()?;
         let name = distribution.image_name();
         // Two would do the same work twice; others may pull meanwhile.
-        let _building = self.lock("build.lock")?;
+        let store = self.clone();
+        let _building = blocking(move || store.lock("build.lock")).await?;
         if let Some(image) = self.get(&name) {
             return Ok(image);
         }
         let work = Work::new_in(&self.images)?;
-        let root = work.path().join("root");
         progress(&format!("building {name} from packages"), None, None);
-        packages::build(&distribution, &root, progress)?;
-        progress("compressing", None, None);
-        let half = work.path().join("image");
-        fs::create_dir(&half).map_err(Error::io("making", &half))?;
-        erofs::write(&root, &half.join("root.erofs"))?;
-        let _lock = self.lock(CHANGES)?;
-        self.keep(&half, name, ImageConfig::default(), "packages", None)
+        let told = Arc::clone(&progress);
+        let (work, tar) = blocking(move || {
+            let tar = work.path().join("root.tar");
+            packages::build(&distribution, &tar, &told).map(|()| (work, tar))
+        })
+        .await?;
+        self.assemble(Parts::root(tar), name, "packages", work, progress).await
     }
 
     fn keep(
