@@ -48,11 +48,12 @@ def comparison(what, ours, peer, theirs, limit):
     }
 
 
-def in_pairs(rounds, ours, theirs):
-    """Times both, in turns, one going first in even rounds and the other in odd ones."""
+def in_pairs(rounds, ours, theirs, before=lambda: None):
+    """Times both, in turns, one going first in even rounds and the other in odd ones; `before` each, untimed."""
     series = ([], [])
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
+            before()
             series[which].append((ours, theirs)[which]())
     return series
 
@@ -60,6 +61,21 @@ def in_pairs(rounds, ours, theirs):
 @measurement("create", needs_podman=True)
 def create(stage, options):
     """`create` of a warm image until the first `exec` has answered, against `podman run --rm IMAGE true`."""
+    # What a create leaves to be done afterwards must not fall into podman's turn.
+    return create_against_podman(stage, options, "create until first exec", stage.wait_for_reserve)
+
+
+@measurement("unreserved", needs_podman=True)
+def create_without_reserve(stage, options):
+    """The same without machines in reserve: each is a fresh clone of the template."""
+    stage.configure("reserve = 0\n")
+    try:
+        return create_against_podman(stage, options, "the same without a reserve", lambda: None, informative=True)
+    finally:
+        stage.configure("")
+
+
+def create_against_podman(stage, options, what, before, informative=False):
     stage.prepare_podman()
 
     def ours():
@@ -77,8 +93,9 @@ def create(stage, options):
         return seconds(stage.podman_run)
 
     ours(), theirs()  # what only the first one pays
-    own, other = in_pairs(options.rounds, ours, theirs)
-    return comparison("create until first exec", own, "podman run --rm true", other, 1.0)
+    own, other = in_pairs(options.rounds, ours, theirs, before)
+    row = comparison(what, own, "podman run --rm true", other, 1.0)
+    return {**row, "reach": "-", "reached": True} if informative else row
 
 
 @measurement("exec", needs_podman=True)
@@ -118,7 +135,6 @@ def deploy(stage, options):
         return took
 
     def series(settings, rounds):
-        stage.end_daemon()
         stage.configure(settings)
         once()  # starts the daemon and loads what only the first one pays
         return [once() for _ in range(rounds)]
@@ -128,7 +144,6 @@ def deploy(stage, options):
     for _ in range(max(2, options.rounds // 5)):
         warm += series("", 2)
         cold += series("templates = false\n", 2)
-    stage.end_daemon()
     stage.configure("")
     return comparison("deploy until HTTP 200, warm", warm, "cold boot, no template", cold, 0.15)
 
@@ -136,6 +151,7 @@ def deploy(stage, options):
 @measurement("memory")
 def memory(stage, _options):
     """Private memory of idle sandboxes, ten seconds after their creation."""
+    stage.configure("reserve = 0\n")
     sandboxes = [stage.create() for _ in range(4)]
     for sandbox in sandboxes:
         stage.run("exec", sandbox, "--", "true")
@@ -143,6 +159,7 @@ def memory(stage, _options):
     private = sorted(private_bytes(pid) / MIB for pid in stage.machines())
     for sandbox in sandboxes:
         stage.remove(sandbox)
+    stage.configure("")
     median = statistics.median(private)
     return {
         "what": "private memory of an idle sandbox",

@@ -45,6 +45,8 @@ class Stage:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def configure(self, settings):
+        """Takes effect when a daemon starts next."""
+        self.end_daemon()
         (self.home / "config.toml").write_text(settings + "[edge]\nport = 0\n")
 
     # heyvm
@@ -75,6 +77,15 @@ class Stage:
             directory = str(self.directory)
             if directory.encode() in command + environment or any(link.startswith(directory) for link in links):
                 yield int(entry.name), command.split(b"\0")
+
+    def wait_for_reserve(self, seconds=60):
+        """Until the daemon has the machines in reserve that it keeps, and a moment longer for what they do last."""
+        deadline = time.monotonic() + seconds
+        while len(list((self.home / "sandboxes").glob("reserve-*/agent.sock"))) < 2:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no machines in reserve")
+            time.sleep(0.05)
+        time.sleep(1)
 
     def machines(self):
         return [pid for pid, command in self.processes() if b"qemu" in command[0]]

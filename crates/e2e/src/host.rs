@@ -18,12 +18,17 @@ use crate::{Ran, Refusal, Vm, eventually, leaks};
 /// What hosts share: these take long to make and are only read.
 const SHARED: [&str; 4] = ["images", "kernels", "templates", "jail"];
 
+/// Nobody's user and group id.
+const ORDINARY_USER: &str = "65533";
+
 /// One heyvm home with whatever runs in it. Dropping it removes every sandbox, ends the daemon, and fails the test when
 /// a process, disk, socket, network device, mount or cgroup stays behind.
 pub struct Host {
     /// `HEYO_HOME`.
     pub home: PathBuf,
     root: tempfile::TempDir,
+    /// Where the programs are, for a user who may not look into the project's own directory.
+    programs: Option<PathBuf>,
 }
 
 impl Default for Host {
@@ -51,12 +56,29 @@ impl Host {
             let shared = test_home().join(name);
             fs::create_dir_all(&shared).expect("test home");
             if name == "images" {
-                Ran::of(Command::new("cp").args(["-a", "--reflink=auto"]).arg(&shared).arg(host.home.join(name)), b"")
-                    .succeeded();
+                copy(&shared, &host.home.join(name));
             } else {
                 symlink(&shared, host.home.join(name)).expect("link");
             }
         }
+        host
+    }
+
+    /// A home of a user without any privilege, who shares nothing with others. There is no network: what that takes
+    /// (/dev/net/tun, open to all) not every machine has.
+    pub fn of_an_ordinary_user() -> Self {
+        let mut host = Self::bare();
+        host.configure("[network]\nenabled = false\n");
+        for name in ["images", "kernels"] {
+            copy(&test_home().join(name), &host.home.join(name));
+        }
+        let programs = host.root.path().join("bin");
+        fs::create_dir(&programs).expect("directory");
+        copy(&program(), &programs.join("heyvm"));
+        copy(&agent(), &programs.join("heyvm-agent"));
+        let owner = format!("{ORDINARY_USER}:{ORDINARY_USER}");
+        Ran::of(Command::new("chown").args(["-R", &owner]).arg(host.root.path()), b"").succeeded();
+        host.programs = Some(programs);
         host
     }
 
@@ -67,7 +89,7 @@ impl Host {
         let home = root.path().join("h");
         fs::create_dir(&home).expect("home");
         fs::create_dir(root.path().join("user")).expect("user's home");
-        let host = Self { home, root };
+        let host = Self { home, root, programs: None };
         host.configure("");
         host
     }
@@ -96,7 +118,15 @@ impl Host {
 
     /// The program with this home, ready for arguments; nothing of the caller's own settings reaches it.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(program());
+        let mut command = match &self.programs {
+            None => Command::new(program()),
+            Some(programs) => {
+                let mut command = Command::new("setpriv");
+                let ids = ["--reuid", ORDINARY_USER, "--regid", ORDINARY_USER, "--clear-groups"];
+                command.args(ids).arg(programs.join("heyvm"));
+                command
+            }
+        };
         self.environment(&mut command);
         command
     }
@@ -109,10 +139,11 @@ impl Host {
                 command.env_remove(&name);
             }
         }
-        let bin = program().parent().expect("directory").to_owned();
+        let bin = self.programs.clone().unwrap_or_else(|| program().parent().expect("directory").to_owned());
+        let agent = self.programs.as_ref().map_or_else(agent, |programs| programs.join("heyvm-agent"));
         let path = std::env::var("PATH").unwrap_or_default();
         command
-            .env("HEYVM_AGENT", agent())
+            .env("HEYVM_AGENT", agent)
             .env("HEYO_HOME", &self.home)
             .env("HOME", self.root.path().join("user"))
             .env("PATH", format!("{}:{path}", bin.display()));
@@ -203,8 +234,10 @@ impl Host {
     }
 
     fn tear_down(&self) -> Vec<String> {
-        let control_groups = leaks::control_groups_of(self.root.path());
-        for sandbox in self.list(&["--all"]) {
+        let all = self.list(&["--all"]);
+        let ids: Vec<_> = all.iter().filter_map(|sandbox| sandbox["id"].as_str().map(str::to_owned)).collect();
+        let control_groups = leaks::control_groups_of(self.root.path(), &ids);
+        for sandbox in all {
             if sandbox["status"] != "removed" {
                 self.run(&["rm", "-y", sandbox["id"].as_str().expect("id")]).succeeded();
             }
@@ -236,6 +269,11 @@ impl Drop for Host {
         leaks::end_all(self.root.path());
         assert!(failed || left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     }
+}
+
+/// With what it holds and how it is.
+fn copy(from: &Path, to: &Path) {
+    Ran::of(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to), b"").succeeded();
 }
 
 /// The program under test: HEYVM_BIN, else what `cargo build --release -p heyvm` has made.

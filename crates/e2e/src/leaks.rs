@@ -78,10 +78,23 @@ pub fn sandboxes_of(home: &Path) -> Vec<PathBuf> {
     entries(&home.join("sandboxes")).filter(|path| !in_reserve(path)).collect()
 }
 
-/// Control groups of a home's virtual machines.
-pub fn control_groups_of(directory: &Path) -> Vec<PathBuf> {
+/// Control groups of a home's virtual machines, and those that bear the name of one of its sandboxes, gone or not.
+pub fn control_groups_of(directory: &Path, sandboxes: &[String]) -> Vec<PathBuf> {
     let machines = processes_of(directory).into_iter().filter(Process::is_qemu);
-    machines.flat_map(|machine| control_groups(machine.pid)).collect()
+    let mut found: Vec<_> = machines.flat_map(|machine| control_groups(machine.pid)).collect();
+    named_below(Path::new("/sys/fs/cgroup"), sandboxes, &mut found);
+    found
+}
+
+fn named_below(directory: &Path, names: &[String], found: &mut Vec<PathBuf>) {
+    for path in entries(directory).filter(|path| path.is_dir() && !path.is_symlink()) {
+        let name = path.file_name().unwrap_or_default();
+        if names.iter().any(|sandbox| name == sandbox.as_str()) {
+            found.push(path);
+        } else {
+            named_below(&path, names, found);
+        }
+    }
 }
 
 /// Machines in reserve have ids that no sandbox has.

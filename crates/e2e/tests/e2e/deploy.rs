@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use heyvm_e2e::{Host, apps::WEB_FLAGS, eventually, http, leaks};
+use heyvm_e2e::{Host, Ran, apps::WEB_FLAGS, eventually, http, leaks};
 
 #[test]
 fn answers_the_json_of_the_documentation() {
@@ -244,4 +244,15 @@ fn text_mode_tells_the_url_and_progress_stays_off_standard_output() {
     let told = host.run(&arguments).succeeded();
     assert!(told.out().contains("http://"), "{}", told.out());
     assert!(!told.out().contains('\u{1b}'), "no terminal codes on standard output");
+}
+
+#[test]
+fn what_takes_long_shows_on_a_terminal() {
+    let host = Host::new();
+    let app = host.web_app();
+    let mut command = host.command();
+    command.arg("deploy").arg(&app).args(["--size-class", "micro", "--setup-hook", "sleep 4"]);
+    let (code, shown) = Ran::on_terminal(&mut command, 100, false, b"");
+    assert_eq!(code, 0, "{shown}");
+    assert!(shown.contains("sleep 4"), "the hook that runs is told: {shown:?}");
 }

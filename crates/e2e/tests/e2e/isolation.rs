@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use heyvm_e2e::{Host, eventually, leaks};
+use heyvm_e2e::{Host, apps::WEB_FLAGS, eventually, leaks};
 
 #[test]
 fn size_classes_have_their_memory_and_their_share_of_the_processor() {
@@ -137,4 +137,16 @@ fn qemu_runs_jailed() {
     for outside in ["home", "root", "work", "var", "boot"] {
         assert!(!root.iter().any(|name| name == outside), "the jail's root has {outside}: {root:?}");
     }
+}
+
+#[test]
+fn a_user_without_privileges_runs_sandboxes_too() {
+    let host = Host::of_an_ordinary_user();
+    let vm = host.deploy(&host.web_app(), &WEB_FLAGS);
+    assert_eq!(vm.get("/health").status, 200);
+    let machine = leaks::machines_of(host.scratch()).pop().expect("a machine");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", machine.pid)).expect("status");
+    assert!(status.contains("CapEff:\t0000000000000000") && status.contains("Seccomp:\t2"), "{status}");
+    assert_eq!(vm.does("stop")["status"], "stopped");
+    assert_eq!(vm.does("start")["status"], "running");
 }

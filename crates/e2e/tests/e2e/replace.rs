@@ -51,8 +51,7 @@ fn no_request_fails_while_the_version_changes() {
     assert_ne!(new.id, old.id);
     assert_eq!(new.made["urls"], old.made["urls"]);
     assert_eq!(http::get(&url).text(), "two");
-    let gone = old.info();
-    assert_eq!((&gone["status"], &gone["reason"]["code"]), (&"removed".into(), &"replaced".into()));
+    assert_eq!(old.becomes("removed", 20)["code"], "replaced");
     assert_eq!(host.names(&[]), ["shop"]);
 }
 
