@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::pty::{Winsize, openpty};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    pty::{Winsize, openpty},
+};
 use serde_json::Value;
 
 /// No call may take longer: a hanging program fails its test instead of the whole run.
@@ -86,6 +89,9 @@ impl Ran {
         let what = format!("{command:?}");
         let size = Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let terminal = openpty(&size, None).expect("a terminal");
+        for side in [&terminal.master, &terminal.slave] {
+            fcntl(side, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("close on exec");
+        }
         let side = || Stdio::from(terminal.slave.try_clone().expect("a descriptor"));
         command.stderr(side()).stdin(if stdout_too { side() } else { Stdio::null() });
         command.stdout(if stdout_too { side() } else { Stdio::null() });

@@ -2,11 +2,17 @@
 
 use std::{
     fs, io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     str::FromStr,
 };
 
-use nix::libc;
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, poll},
+};
+
+/// Milliseconds: a killed process has to give its memory back first, and may wait for a disk.
+const KILL_DEADLINE: u16 = 30_000;
 
 /// A process, told apart from a later one with the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,10 +51,10 @@ impl ProcessId {
         Ok(self.is_alive().then_some(ProcessHandle { fd }))
     }
 
-    /// Ends the process at once, if it still runs.
+    /// Ends the process at once, if it still runs, and blocks until it is gone, with all it held.
     pub fn kill(self) -> io::Result<()> {
         match self.open()? {
-            Some(handle) => handle.kill(),
+            Some(handle) => handle.kill().and_then(|()| handle.gone()),
             None => Ok(()),
         }
     }
@@ -89,6 +95,15 @@ impl ProcessHandle {
         if result == 0 || error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) }
     }
 
+    /// Blocks until the process has ended.
+    fn gone(&self) -> io::Result<()> {
+        let mut ended = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ended, KILL_DEADLINE)? {
+            0 => Err(io::Error::new(io::ErrorKind::TimedOut, "it hangs in the kernel")),
+            _ => Ok(()),
+        }
+    }
+
     /// The descriptor, readable once the process has ended.
     pub fn into_fd(self) -> OwnedFd {
         self.fd
@@ -126,8 +141,8 @@ mod tests {
         other.kill().unwrap();
         assert!(id.is_alive(), "a process with another start time is not ours to kill");
         id.kill().unwrap();
+        assert!(!id.is_alive(), "it is gone when this returns");
         child.wait().unwrap();
-        assert!(!id.is_alive());
         assert!(id.open().unwrap().is_none());
     }
 

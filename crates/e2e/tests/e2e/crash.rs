@@ -2,12 +2,16 @@
 
 use std::{
     collections::HashSet,
+    process::Stdio,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use heyvm_e2e::{Host, Ran, apps::WEB_FLAGS, eventually, http, leaks};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 #[test]
 fn running_sandboxes_go_on_serving_under_a_new_daemon() {
@@ -122,5 +126,21 @@ fn an_idempotent_request_survives_the_daemon() {
     let first = host.deploy(&app, &flags).id;
     host.end_daemon(Signal::SIGKILL);
     assert_eq!(host.deploy(&app, &flags).id, first);
+    assert_eq!(host.list(&[]).len(), 1);
+}
+
+/// The first sandbox of all boots a template, which takes seconds; who asked for it may not wait for that.
+#[test]
+fn a_creation_that_is_broken_off_leaves_no_machine() {
+    let host = Host::of_an_ordinary_user();
+    let create = ["create", "--size-class", "micro"];
+    for patience in [1500, 3000] {
+        let mut asking = host.command().args(create).stderr(Stdio::null()).spawn().expect("create");
+        std::thread::sleep(Duration::from_millis(patience));
+        kill(Pid::from_raw(asking.id() as i32), Signal::SIGINT).expect("Ctrl-C");
+        asking.wait().expect("end");
+    }
+    assert_eq!(host.create(&[]).sh("echo whole").out(), "whole");
+    eventually("what was broken off is gone", 20, || (leaks::machines_of(host.scratch()).len() == 1).then_some(()));
     assert_eq!(host.list(&[]).len(), 1);
 }

@@ -74,6 +74,13 @@ fn a_fork_bomb_and_a_memory_hog_leave_the_others_responsive() {
     assert_eq!(leaks::machines_of(host.scratch()).len(), 2);
 }
 
+fn reserve_is_full(host: &Host) {
+    eventually("there are two machines in reserve", 60, || {
+        let all = leaks::processes_of(host.scratch());
+        (all.iter().filter(|process| process.is_qemu() && process.reserve).count() == 2).then_some(())
+    });
+}
+
 #[test]
 fn two_clones_of_one_template_share_no_secret_and_no_identity() {
     const CLONES: usize = 4;
@@ -81,10 +88,7 @@ fn two_clones_of_one_template_share_no_secret_and_no_identity() {
     // Some come straight from the template, some from the reserve, where a command has run already.
     host.keep_reserve();
     host.create(&[]).does("rm");
-    eventually("there is a machine in reserve", 60, || {
-        let all = leaks::processes_of(host.scratch());
-        (all.iter().filter(|process| process.is_qemu() && process.reserve).count() == 2).then_some(())
-    });
+    reserve_is_full(&host);
     let vms: Vec<_> = std::thread::scope(|scope| {
         let making: Vec<_> = (0..CLONES).map(|_| scope.spawn(|| host.create(&[]))).collect();
         making.into_iter().map(|made| made.join().expect("made")).collect()
@@ -104,6 +108,17 @@ fn two_clones_of_one_template_share_no_secret_and_no_identity() {
     let clock = vms[0].sh("date +%s").out().parse::<i64>().expect("seconds");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("clock").as_secs() as i64;
     assert!((clock - now).abs() <= 5, "the guest's clock is off by {} s", clock - now);
+}
+
+#[test]
+fn machines_in_reserve_have_nothing_of_the_sandbox_before() {
+    let host = Host::new();
+    host.keep_reserve();
+    host.create(&["--working-directory", "/srv/alice", "--env", "TOKEN=hunter2"]);
+    reserve_is_full(&host);
+    let next = host.create(&[]);
+    let left = next.sh("ls -d /srv/alice; env; hostname; cat /proc/[0-9]*/environ | tr '\\0' '\\n'; true").out();
+    assert!(!left.contains("alice") && !left.contains("hunter2"), "{left}");
 }
 
 #[test]

@@ -139,3 +139,15 @@ fn time_runs_out_while_the_daemon_is_down_too() {
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
+
+#[test]
+fn a_stopped_sandbox_gives_its_network_back_once() {
+    let host = Host::new();
+    let stopped = host.create(&[]);
+    stopped.does("stop");
+    let living = host.create(&[]);
+    stopped.does("rm");
+    let next = host.create(&[]);
+    let address = |vm: &heyvm_e2e::Vm<'_>| vm.sh("hostname -I").out();
+    assert_ne!(address(&living), address(&next));
+}

@@ -62,21 +62,24 @@ const POLL: Duration = Duration::from_millis(10);
 const SIGN_OF_LIFE: &str = "Linux version";
 const FIRST_DESCRIPTOR: i32 = 3;
 
-/// The verdict kept in `file`, or a new one.
+/// The verdict kept in `file`, or a new one. Whether we may open the device is looked at each time: that changes when
+/// somebody follows `doctor`'s advice. Only what a trial has shown is kept.
 pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel) -> Result<Verdict, Error> {
     let (boot_id, tried_with) = (host_boot_id(), format!("{} {}", kernel.digest, root.digest));
+    if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+        let why = format!("/dev/kvm cannot be opened: {error}");
+        return Ok(Verdict { acceleration: Acceleration::Tcg, why, boot_id, tried_with });
+    }
     let kept = std::fs::read(file).ok().and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok());
     if let Some(kept) = kept.filter(|v| v.boot_id == boot_id && v.tried_with == tried_with) {
         return Ok(kept);
     }
-    let (acceleration, why) = match File::options().read(true).write(true).open("/dev/kvm") {
-        Err(error) => (Acceleration::Tcg, format!("/dev/kvm cannot be opened: {error}")),
-        Ok(_) => match boots(Acceleration::Kvm, launcher, root, kernel, &file.with_extension("pid"), DEADLINE) {
-            Ok(Trial::Started) => (Acceleration::Kvm, "a test guest started on KVM".to_owned()),
-            Ok(Trial::Silent) => (Acceleration::Tcg, "/dev/kvm opens, but a test guest did not start on it".to_owned()),
-            Ok(Trial::Ended(why)) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU ended on it: {why}")),
-            Err(error) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU does not run on it: {error}")),
-        },
+    let trial = boots(Acceleration::Kvm, launcher, root, kernel, &file.with_extension("pid"), DEADLINE);
+    let (acceleration, why) = match trial {
+        Ok(Trial::Started) => (Acceleration::Kvm, "a test guest started on KVM".to_owned()),
+        Ok(Trial::Silent) => (Acceleration::Tcg, "/dev/kvm opens, but a test guest did not start on it".to_owned()),
+        Ok(Trial::Ended(why)) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU ended on it: {why}")),
+        Err(error) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU does not run on it: {error}")),
     };
     let verdict = Verdict { acceleration, why, boot_id, tried_with };
     record::write(file, &verdict)?;

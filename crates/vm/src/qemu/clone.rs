@@ -33,7 +33,7 @@ const MAX_RESERVE: usize = 6;
 const REFILL_DELAY: Duration = Duration::from_millis(400);
 
 impl QemuDriver {
-    async fn recipe(&self, spec: &VmSpec) -> Result<Recipe, Error> {
+    pub(super) async fn recipe(&self, spec: &VmSpec) -> Result<Recipe, Error> {
         let acceleration = self.acceleration(&spec.kernel).await?.acceleration;
         Ok(Recipe::new(spec, acceleration, self.egress().await?.is_some()))
     }
@@ -88,11 +88,11 @@ impl QemuDriver {
         let (host, egress) = (self.host().await?, self.egress().await?);
         let recipe = self.recipe(spec).await?;
         let template = match self.settings.templates {
-            true => Some(self.templates.get(&host, egress.as_ref(), &self.slots, &recipe, progress).await?),
+            true => Some(self.template(spec, Arc::clone(progress)).await?),
             false => None,
         };
         let boots = template.is_none();
-        let (slot, dir) = (self.slots.take(), self.dir(id));
+        let (slot, dir) = (self.slots.take(id), self.dir(id));
         let record = Record { slot, host_boot_id: host_boot_id(), cgroup: id.clone() };
         let start = {
             let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
@@ -111,7 +111,7 @@ impl QemuDriver {
                 launch(&host, Launch { name: &name, dir: &dir, record, machine, cpu_millis, descriptors })
             }
         };
-        let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot))?;
+        let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot, id))?;
         let resumed = async {
             let qmp = Qmp::connect(&dir.qmp_socket()).await?;
             match boots {
@@ -126,9 +126,10 @@ impl QemuDriver {
                 Ok(Watched::new(Place::new(dir), launched.process, qmp, belongings))
             }
             Err(error) => {
-                launched.process.kill().map_err(Error::io("ending QEMU of", id))?;
-                self.slots.give_back(slot);
                 let console_tail = launched.last_words();
+                let (process, path) = (launched.process, dir.path().to_owned());
+                blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
+                self.slots.give_back(slot, id);
                 Err(Error::Boot { what: format!("could not be resumed: {error}"), console_tail })
             }
         }
@@ -164,6 +165,7 @@ impl QemuDriver {
         if wanted == 0 || !self.settings.templates {
             return;
         }
+        let spec = nobodys(spec);
         tokio::spawn(async move {
             tokio::time::sleep(REFILL_DELAY).await;
             let _one_at_a_time = driver.reserve.making.lock().await;
@@ -190,7 +192,9 @@ impl QemuDriver {
             self.make_disk(&id, spec).await?;
             let vm = self.resume(&id, spec, &silent()).await?;
             self.make_own(&vm, spec, true).await?;
-            run_once(&vm).await?;
+            tokio::time::timeout(PERSONALIZE_DEADLINE, run_once(&vm))
+                .await
+                .unwrap_or_else(|_| Err(Error::Unreachable("it did not run a command in time".into())))?;
             Ok(vm)
         };
         let made = made.await;
@@ -199,6 +203,12 @@ impl QemuDriver {
         }
         made
     }
+}
+
+/// What a VM in reserve is made from: nothing of the sandbox that was asked for last, whose environment may hold secrets.
+fn nobodys(spec: VmSpec) -> VmSpec {
+    let env = spec.image.config.env.clone();
+    VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), ..spec }
 }
 
 /// Runs a command, so that what running one takes is translated.

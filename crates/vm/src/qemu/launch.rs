@@ -36,8 +36,9 @@ const UIDS: u32 = 1 << 20;
 const CHARGED_PER_GUEST_PAGE: u64 = 2;
 /// QEMU's own memory beside the guest's, in MiB: its heap and translated code.
 const OVERHEAD_MIB: u64 = 256;
-/// Threads of one QEMU beside its virtual processors.
-const THREADS: u32 = 64;
+/// Threads of one QEMU beside its virtual processors: its pool for disks alone may have 64, and a QEMU that cannot have
+/// a thread gives up.
+const THREADS: u32 = 128;
 
 /// What all VMs of a daemon share.
 pub struct Host {

@@ -30,7 +30,7 @@ pub mod fd {
 }
 
 /// Changes whenever the machine below does, so that old templates are not resumed on it.
-pub const MACHINE_VERSION: u32 = 3;
+pub const MACHINE_VERSION: u32 = 4;
 /// Bytes of console output that QEMU remembers.
 pub const CONSOLE_BYTES: u32 = 32 << 10;
 /// Code translated from guest code is kept in this many MiB; it is private memory of each VM.
@@ -148,7 +148,8 @@ impl Arguments {
             "-blockdev",
             format!("driver=raw,node-name={name},file.driver=file,file.filename=/dev/fdset/{set},file.locking=off,{properties}"),
         );
-        self.option("-device", format!("virtio-blk-device,drive={name}"));
+        // A full host is the guest's to see as an error; by default QEMU would halt the guest for good.
+        self.option("-device", format!("virtio-blk-device,drive={name},werror=report,rerror=report"));
     }
 }
 

@@ -4,7 +4,7 @@
 //! - [`template`]: booted once, cloned ever after.  [`memory`]: sealed guest memory.  [`disk`]: sparse ext4 disks.
 //! - [`clone`]: a VM from a template.  [`reserve`]: clones made ahead.
 //! - [`accel`]: KVM or translation.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
-//! - [`doctor`]: whether this host can do it.
+//! - [`turns`]: one thing at a time with each VM.  [`doctor`]: whether this host can do it.
 
 pub mod accel;
 mod clone;
@@ -20,6 +20,7 @@ mod record;
 mod reserve;
 mod running;
 mod template;
+mod turns;
 
 use std::{
     fs, io,
@@ -41,7 +42,8 @@ use self::{
     record::{Slots, VmDir},
     reserve::Reserve,
     running::{Belongings, RunningVm, Watched},
-    template::{Recipe, Templates},
+    template::{Template, Templates},
+    turns::Turns,
 };
 use crate::{Driver, Error, Exit, ExitCause, HostCheck, Progress, Vm, VmId, VmSpec};
 
@@ -83,6 +85,7 @@ pub struct QemuDriver {
     templates: Templates,
     slots: Arc<Slots>,
     reserve: Reserve,
+    turns: Turns,
     me: Weak<Self>,
 }
 
@@ -94,6 +97,7 @@ impl QemuDriver {
         let driver = Arc::new_cyclic(|me| Self {
             me: me.clone(),
             reserve: Reserve::default(),
+            turns: Turns::default(),
             templates: Templates::new(home.join("templates")),
             home: home.to_owned(),
             settings,
@@ -107,7 +111,7 @@ impl QemuDriver {
             if let (Some(record), Some(process)) = (dir.record(), dir.process())
                 && process.is_alive()
             {
-                driver.slots.mark(record.slot);
+                driver.slots.mark(record.slot, &record.cgroup);
             }
         }
         let cleaned = Arc::clone(&driver);
@@ -158,6 +162,79 @@ impl QemuDriver {
         self.egress.get_or_try_init(make).await.cloned()
     }
 
+    /// The template of such VMs, made when there is none, to the end even where its caller leaves meanwhile.
+    async fn template(&self, spec: &VmSpec, progress: Progress) -> Result<Template, Error> {
+        let driver = self.me.upgrade().ok_or_else(|| Error::Unreachable("the daemon is ending".into()))?;
+        let recipe = self.recipe(spec).await?;
+        let made = tokio::spawn(async move {
+            let (host, egress) = (driver.host().await?, driver.egress().await?);
+            driver.templates.get(&host, egress.as_ref(), &driver.slots, &recipe, &progress).await
+        });
+        made.await.map_err(Error::task)?
+    }
+
+    /// Does something with a VM in a task of its own and in its turn: it comes to its end although its caller may leave, and
+    /// a `destroy` that comes after it finds all of it.
+    async fn in_turn<T, F>(&self, id: &VmId, work: impl FnOnce(Arc<Self>, VmId) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        let driver = self.me.upgrade().ok_or_else(|| Error::Unreachable("the daemon is ending".into()))?;
+        let work = work(Arc::clone(&driver), id.clone());
+        let id = id.clone();
+        let done = tokio::spawn(async move {
+            let _turn = driver.turns.wait_for(&id).await;
+            work.await
+        });
+        done.await.map_err(Error::task)?
+    }
+
+    async fn create_now(&self, id: &VmId, spec: VmSpec) -> Result<Arc<dyn Vm>, Error> {
+        let kind = self.kind_of(&spec).await?;
+        let from_reserve = match self.reserve.take(&kind) {
+            Some(reserved) => self.take_over(reserved, id, &spec).await.ok(),
+            None => None,
+        };
+        let created = match from_reserve {
+            Some(vm) => Ok(vm),
+            None => self.create_anew(id, &spec).await,
+        };
+        self.refill(kind, spec);
+        match created {
+            Ok(vm) => Ok(vm),
+            Err(error) => {
+                self.destroy_now(id).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_now(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
+        if let Some(running) = self.adopt(id).await? {
+            return Ok(running);
+        }
+        let watched = self.resume(id, spec, &silent()).await?;
+        self.make_own(&watched, spec, false).await?;
+        Ok(RunningVm::new(id.clone(), watched))
+    }
+
+    async fn destroy_now(&self, id: &VmId) -> Result<(), Error> {
+        let (dir, host, id) = (self.dir(id), self.host().await?, id.clone());
+        let slots = Arc::clone(&self.slots);
+        blocking(move || {
+            if let Some(process) = dir.process() {
+                process.kill().map_err(Error::io("ending QEMU of", &id))?;
+            }
+            if let Some(record) = dir.record() {
+                host.cgroups.remove(&record.cgroup)?;
+                slots.give_back(record.slot, &record.cgroup);
+            }
+            remove_directory(dir.path())
+        })
+        .await
+    }
+
     fn dir(&self, id: &VmId) -> VmDir {
         VmDir::new(&self.home.join("sandboxes"), id)
     }
@@ -166,41 +243,20 @@ impl QemuDriver {
 #[async_trait]
 impl Driver for QemuDriver {
     async fn prepare(&self, spec: &VmSpec, progress: Progress) -> Result<(), Error> {
-        let (host, egress) = (self.host().await?, self.egress().await?);
         if !self.settings.templates {
             return Ok(());
         }
-        let recipe = Recipe::new(spec, self.acceleration(&spec.kernel).await?.acceleration, egress.is_some());
-        self.templates.get(&host, egress.as_ref(), &self.slots, &recipe, &progress).await.map(drop)
+        self.template(spec, progress).await.map(drop)
     }
 
     async fn create(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
-        let kind = self.kind_of(spec).await?;
-        let from_reserve = match self.reserve.take(&kind) {
-            Some(reserved) => self.take_over(reserved, id, spec).await.ok(),
-            None => None,
-        };
-        let created = match from_reserve {
-            Some(vm) => Ok(vm),
-            None => self.create_anew(id, spec).await,
-        };
-        self.refill(kind, spec.clone());
-        match created {
-            Ok(vm) => Ok(vm),
-            Err(error) => {
-                self.destroy(id).await?;
-                Err(error)
-            }
-        }
+        let spec = spec.clone();
+        self.in_turn(id, |driver, id| async move { driver.create_now(&id, spec).await }).await
     }
 
     async fn start(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
-        if let Some(running) = self.adopt(id).await? {
-            return Ok(running);
-        }
-        let watched = self.resume(id, spec, &silent()).await?;
-        self.make_own(&watched, spec, false).await?;
-        Ok(RunningVm::new(id.clone(), watched))
+        let spec = spec.clone();
+        self.in_turn(id, |driver, id| async move { driver.start_now(&id, &spec).await }).await
     }
 
     async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error> {
@@ -217,10 +273,11 @@ impl Driver for QemuDriver {
         };
         let (Ok(qmp), None) = (qmp, &ended) else {
             dir.write_exit(&ended.unwrap_or_else(Exit::lost))?;
-            process.kill().map_err(Error::io("ending QEMU of", id))?;
+            let id = id.clone();
+            blocking(move || process.kill().map_err(Error::io("ending QEMU of", id))).await?;
             return Ok(None);
         };
-        self.slots.mark(record.slot);
+        self.slots.mark(record.slot, &record.cgroup);
         // Existing taps keep their namespace alive; the daemon's own connection keeps its holder there.
         self.egress().await?;
         let belongings = Belongings { host: self.host().await?, slots: Arc::clone(&self.slots), record };
@@ -249,19 +306,7 @@ impl Driver for QemuDriver {
     }
 
     async fn destroy(&self, id: &VmId) -> Result<(), Error> {
-        let (dir, host, id) = (self.dir(id), self.host().await?, id.clone());
-        let slots = Arc::clone(&self.slots);
-        blocking(move || {
-            if let Some(process) = dir.process() {
-                process.kill().map_err(Error::io("ending QEMU of", &id))?;
-            }
-            if let Some(record) = dir.record() {
-                host.cgroups.remove(&record.cgroup)?;
-                slots.give_back(record.slot);
-            }
-            remove_directory(dir.path())
-        })
-        .await
+        self.in_turn(id, |driver, id| async move { driver.destroy_now(&id).await }).await
     }
 
     async fn list(&self) -> Result<Vec<VmId>, Error> {

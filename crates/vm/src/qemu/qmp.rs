@@ -1,7 +1,13 @@
 //! QEMU's control protocol: the few commands the driver needs, and the news that a guest has ended.
 //! Protocol: QEMU Machine Protocol, as the `qapi` crate speaks it.
 
-use std::{path::Path, time::Duration};
+use std::{
+    io,
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use futures::StreamExt;
 use qapi::{
@@ -10,7 +16,7 @@ use qapi::{
     qmp,
 };
 use tokio::{
-    io::{WriteHalf, split},
+    io::{AsyncRead, ReadBuf, WriteHalf, split},
     net::UnixStream,
     sync::watch,
 };
@@ -19,6 +25,8 @@ use crate::{Error, agent};
 
 /// A QEMU that does not answer a command for this long is stuck.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
+/// Longest line of QEMU's, in bytes; what is asked for here is some kilobytes, the console 32 of them.
+const MAX_LINE: usize = 1 << 20;
 /// Pause between two looks at a running migration.
 const MIGRATION_POLL: Duration = Duration::from_millis(1);
 
@@ -45,7 +53,7 @@ impl Qmp {
         let io = |source| Error::Io { doing: "connecting to QEMU's control socket", path: socket.to_owned(), source };
         let (read, write) = split(agent::connect(socket).await.map_err(io)?);
         let stream = deadline("qmp_capabilities", async {
-            QmpStreamTokio::open_split(read, write).await.map_err(io)?.negotiate().await.map_err(io)
+            QmpStreamTokio::open_split(Lines::new(read), write).await.map_err(io)?.negotiate().await.map_err(io)
         })
         .await?;
         let (service, mut events) = stream.into_parts();
@@ -144,8 +152,53 @@ impl Qmp {
     }
 }
 
+/// What QEMU says, which is lines, and read into memory line by line: a QEMU that a guest has taken over must not fill it.
+struct Lines<R> {
+    from: R,
+    since_last_line: usize,
+}
+
+impl<R> Lines<R> {
+    fn new(from: R) -> Self {
+        Self { from, since_last_line: 0 }
+    }
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Lines<R> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.from).poll_read(cx, buffer))?;
+        let new = &buffer.filled()[before..];
+        self.since_last_line = match new.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => new.len() - end - 1,
+            None => self.since_last_line + new.len(),
+        };
+        if self.since_last_line > MAX_LINE {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "QEMU says more than a line may hold")));
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
 async fn deadline<T>(command: &'static str, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     tokio::time::timeout(COMMAND_DEADLINE, work)
         .await
         .unwrap_or_else(|_| Err(Error::Qmp { command, message: "no answer in time".into() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_line_has_an_end() {
+        let mut good = Vec::new();
+        let lines = [b"x".repeat(MAX_LINE / 2), b"\n".to_vec()].concat().repeat(4);
+        Lines::new(&lines[..]).read_to_end(&mut good).await.unwrap();
+        assert_eq!(good.len(), lines.len());
+        let endless = b"x".repeat(MAX_LINE + 1);
+        assert!(Lines::new(&endless[..]).read_to_end(&mut Vec::new()).await.is_err());
+    }
 }

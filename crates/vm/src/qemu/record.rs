@@ -1,7 +1,7 @@
 //! What stands in a VM's directory, `sandboxes/<id>/`: enough for a later daemon to find, judge and remove it.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     fs,
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -138,32 +138,36 @@ pub(super) fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     written().map_err(Error::io("writing", path))
 }
 
-/// Hands out network slots; two living VMs of one daemon never share one.
+/// Hands out network slots; two living VMs of one daemon never share one. Who has a slot is known by its cgroups' name:
+/// a VM that has ended names its slot still, which may be another's by then.
 #[derive(Debug, Default)]
 pub struct Slots {
-    taken: Mutex<BTreeSet<u32>>,
+    taken: Mutex<BTreeMap<u32, String>>,
 }
 
 impl Slots {
     /// Takes the lowest free slot.
-    pub fn take(&self) -> u32 {
+    pub fn take(&self, owner: &str) -> u32 {
         let mut taken = self.lock();
-        let slot = (0..).find(|slot| !taken.contains(slot)).unwrap_or_default();
-        taken.insert(slot);
+        let slot = (0..).find(|slot| !taken.contains_key(slot)).unwrap_or_default();
+        taken.insert(slot, owner.to_owned());
         slot
     }
 
     /// Marks a slot that a running VM has.
-    pub fn mark(&self, slot: u32) {
-        self.lock().insert(slot);
+    pub fn mark(&self, slot: u32, owner: &str) {
+        self.lock().insert(slot, owner.to_owned());
     }
 
-    /// Gives a slot back.
-    pub fn give_back(&self, slot: u32) {
-        self.lock().remove(&slot);
+    /// Gives a slot back, if it is still the owner's.
+    pub fn give_back(&self, slot: u32, owner: &str) {
+        let mut taken = self.lock();
+        if taken.get(&slot).is_some_and(|now| now == owner) {
+            taken.remove(&slot);
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<u32>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, String>> {
         self.taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -176,10 +180,21 @@ mod tests {
     #[test]
     fn slots_are_used_again() {
         let slots = Slots::default();
-        slots.mark(1);
-        assert_eq!((slots.take(), slots.take()), (0, 2));
-        slots.give_back(1);
-        assert_eq!(slots.take(), 1);
+        slots.mark(1, "b");
+        assert_eq!((slots.take("a"), slots.take("c")), (0, 2));
+        slots.give_back(1, "b");
+        assert_eq!(slots.take("d"), 1);
+    }
+
+    #[test]
+    fn a_slot_that_has_become_anothers_is_not_given_back() {
+        let slots = Slots::default();
+        let slot = slots.take("stopped");
+        slots.give_back(slot, "stopped");
+        assert_eq!(slots.take("living"), slot);
+        // The stopped one is removed: its record still names the slot.
+        slots.give_back(slot, "stopped");
+        assert_ne!(slots.take("next"), slot);
     }
 
     #[test]

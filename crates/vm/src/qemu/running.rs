@@ -17,7 +17,7 @@ use heyvm_jail::process::ProcessId;
 use tokio::{io::unix::AsyncFd, sync::watch};
 
 use super::{
-    console,
+    blocking, console,
     launch::Host,
     qmp::{GuestState, Qmp},
     record::{Place, Record, Slots},
@@ -26,6 +26,9 @@ use crate::{AgentConnection, Error, Exit, ExitCause, Usage, Vm, VmId};
 
 /// What the agent needs beyond the grace it was given, to unmount and power off.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
+/// An agent answers within milliseconds; one that a guest's root has taken over may never.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+const ANSWER_TRIES: u32 = 2;
 /// QEMU ends at once when told to; one that does not is killed.
 const QUIT_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -68,7 +71,7 @@ impl Watched {
             if exit.cause == ExitCause::Lost && host.cgroups.ran_out_of_memory(&record.cgroup) {
                 exit.cause = ExitCause::OutOfMemory;
             }
-            slots.give_back(record.slot);
+            slots.give_back(record.slot, &record.cgroup);
             let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&record.cgroup)).await;
             // Gone with its directory where it was destroyed.
             let _ = place.dir().write_exit(&exit);
@@ -88,7 +91,8 @@ impl Watched {
 
     /// Ends it at once.
     pub async fn kill(&self) -> Result<(), Error> {
-        self.process.kill().map_err(Error::io("ending QEMU in", self.place.dir().path()))?;
+        let (process, path) = (self.process, self.place.dir().path().to_owned());
+        blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
         self.exited().await;
         Ok(())
     }
@@ -98,10 +102,15 @@ impl Watched {
         self.exit.borrow().is_none()
     }
 
-    /// Whether the agent answers at all.
+    /// Whether the agent answers at all; on a busy host it may take a second question.
     pub async fn answers(&self) -> bool {
-        let Ok(mut client) = self.agent.client().await else { return false };
-        client.metrics(MetricsRequest {}).await.is_ok()
+        for _ in 0..ANSWER_TRIES {
+            let Ok(mut client) = self.agent.client().await else { return false };
+            if tokio::time::timeout(ANSWER_DEADLINE, client.metrics(MetricsRequest {})).await.is_ok_and(|a| a.is_ok()) {
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -181,16 +190,9 @@ async fn watch_to_the_end(qmp: Qmp, process: ProcessId) -> Exit {
         exit = guest_ended => exit,
     };
     if exit.is_none() || tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
-        let _ = process.kill();
-        process_is_gone(process).await;
+        let _ = tokio::task::spawn_blocking(move || process.kill()).await;
     }
     exit.unwrap_or_else(Exit::lost)
-}
-
-async fn process_is_gone(process: ProcessId) {
-    while process.is_alive() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 /// Bytes, from `/proc/PID/smaps_rollup`. What counts is what no file stands behind: a template's memory and QEMU's

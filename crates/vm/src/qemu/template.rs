@@ -33,7 +33,7 @@ use tonic::Code;
 
 use super::{
     accel::Acceleration,
-    console,
+    blocking, console,
     launch::{Descriptors, Host, Launch, launch, listen, tap},
     machine::{MACHINE_VERSION, Machine, Start, fd},
     memory,
@@ -42,10 +42,14 @@ use super::{
 };
 use crate::{AgentConnection, Error, Progress, VmSpec, agent::unreachable_agent};
 
-/// Between a template's key and its maker's process id, in the name of one in the making.
+/// Between a template's key and its maker's process id and start time, in the name of one in the making.
 const MAKING: &str = ".making-";
 /// Booting takes some six seconds under translation on an idle machine.
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// Booting and warming up together; what of the image runs meanwhile takes a second or two.
+const TEMPLATE_DEADLINE: Duration = Duration::from_secs(300);
+/// A state is some hundred kilobytes, written to the disk.
+const SAVE_DEADLINE: Duration = Duration::from_secs(60);
 /// The agent has noticed the host's leave, and is waiting again, after this.
 const SETTLE: Duration = Duration::from_millis(300);
 /// Largest device state we take from a guest's QEMU, in bytes.
@@ -146,7 +150,8 @@ impl Templates {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Some((_, maker)) = name.split_once(MAKING) else { continue };
-            if maker.parse::<i32>().is_ok_and(|pid| ProcessId::of(pid).is_ok_and(ProcessId::is_alive)) {
+            // Another daemon may share this directory; its process id alone would not tell it from a later one.
+            if maker.replace('-', " ").parse::<ProcessId>().is_ok_and(ProcessId::is_alive) {
                 continue;
             }
             if let Some(process) = VmDir::new(&self.dir, &name).process() {
@@ -179,9 +184,9 @@ impl Templates {
         let home = self.dir.join(&key);
         if !home.join("state").exists() {
             progress("booting a template (once per image and size)", None, None);
-            let slot = slots.take();
+            let slot = slots.take(&key);
             let built = Build { host, egress, recipe, home: &home, slot }.run().await;
-            slots.give_back(slot);
+            slots.give_back(slot, &key);
             built?;
         }
         let template = tokio::task::spawn_blocking(move || load(&home)).await.map_err(Error::task)??;
@@ -234,16 +239,20 @@ struct Build<'a> {
 
 impl Build<'_> {
     async fn run(self) -> Result<(), Error> {
-        let half = PathBuf::from(format!("{}{MAKING}{}", self.home.display(), std::process::id()));
+        let me = ProcessId::of(std::process::id() as i32).map_err(Error::io("looking at", "this process"))?;
+        let half = PathBuf::from(format!("{}{MAKING}{}-{}", self.home.display(), me.pid, me.started));
         let _ = fs::remove_dir_all(&half);
         let name = half.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let dir = VmDir::new(half.parent().unwrap_or(Path::new("/")), &name);
         dir.make(false)?;
         let built = self.boot_and_keep(&dir, &name).await;
-        if let Some(process) = dir.process() {
-            let _ = process.kill();
-        }
-        let _ = self.host.cgroups.remove(&name);
+        let (process, host) = (dir.process(), Arc::clone(self.host));
+        blocking(move || {
+            let _ = process.map(ProcessId::kill);
+            let _ = host.cgroups.remove(&name);
+            Ok(())
+        })
+        .await?;
         if built.is_err() {
             let _ = fs::remove_dir_all(&half);
             return built;
@@ -279,11 +288,23 @@ impl Build<'_> {
             what: format!("could not be started: {error}"),
             console_tail: launched.last_words(),
         })?;
-        boot(dir, &qmp).await?;
+        // The image's own programs run meanwhile: what they do to the guest must not hold up others for good.
+        tokio::select! {
+            booted = tokio::time::timeout(TEMPLATE_DEADLINE, boot(dir, &qmp)) => {
+                booted.unwrap_or_else(|_| Err(Error::Unreachable("the template was not ready in time".into())))?;
+            }
+            state = qmp.guest_ended() => {
+                return Err(Error::Boot { what: ended(state).into(), console_tail: console::tail(&qmp).await });
+            }
+        }
         qmp.stop().await?;
-        save_state(&qmp, listener, &dir.path().join("half")).await?;
+        let half = dir.path().join("half");
+        let saved = save_state(&qmp, listener, &half);
+        tokio::time::timeout(SAVE_DEADLINE, saved)
+            .await
+            .unwrap_or_else(|_| Err(Error::Unreachable("the template's state was not saved in time".into())))?;
         save_memory(&guest_memory, &dir.path().join("memory"))?;
-        fs::rename(dir.path().join("half"), dir.path().join("state")).map_err(Error::io("keeping", dir.path()))?;
+        fs::rename(half, dir.path().join("state")).map_err(Error::io("keeping", dir.path()))?;
         qmp.quit().await
     }
 }
@@ -347,9 +368,7 @@ async fn save_state(qmp: &Qmp, listener: std::os::unix::net::UnixListener, path:
         file.sync_all()
     };
     let uri = format!("unix:{}/{}", heyvm_jail::launcher::DESCRIPTORS_DIR, fd::STATE);
-    let (received, migrated) = tokio::join!(receive, qmp.save(uri));
-    migrated?;
-    received.map_err(io)
+    tokio::try_join!(async { receive.await.map_err(io) }, qmp.save(uri)).map(drop)
 }
 
 fn save_memory(guest_memory: &File, path: &Path) -> Result<(), Error> {
