@@ -84,8 +84,14 @@ impl Ran {
     }
 
     /// Runs a command whose standard error is a terminal of this many columns, and with `stdout_too` its standard output
-    /// and input as well; gives its exit status and what the terminal showed.
-    pub fn on_terminal(command: &mut Command, columns: u16, stdout_too: bool, input: &[u8]) -> (i32, String) {
+    /// and input as well; gives its exit status and what the terminal showed. What `typed` says is typed once its first
+    /// part has been shown.
+    pub fn on_terminal(
+        command: &mut Command,
+        columns: u16,
+        stdout_too: bool,
+        typed: Option<(&str, &[u8])>,
+    ) -> (i32, String) {
         let what = format!("{command:?}");
         let size = Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let terminal = openpty(&size, None).expect("a terminal");
@@ -100,11 +106,16 @@ impl Ran {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         drop(terminal.slave);
         let mut master = std::fs::File::from(terminal.master);
-        master.write_all(input).expect("typing");
+        let mut keyboard = master.try_clone().expect("a descriptor");
+        let (mut shown, mut piece, mut typed) = (Vec::new(), [0; 4096], typed);
         // Reading fails once nobody has the other side open any more.
-        let shown = collect(master);
-        let code = wait(&mut child, &what);
-        (code, lossy(&shown.join().expect("reader")))
+        while let Ok(length @ 1..) = master.read(&mut piece) {
+            shown.extend_from_slice(&piece[..length]);
+            if let Some((_, keys)) = typed.take_if(|(sign, _)| lossy(&shown).contains(*sign)) {
+                keyboard.write_all(keys).expect("typing");
+            }
+        }
+        (wait(&mut child, &what), lossy(&shown))
     }
 
     /// Fails the test unless the exit status is 0.

@@ -229,7 +229,7 @@ fn a_terminal_is_joined_to_this_one() {
     let vm = host.create(&[]);
     let mut command = host.command();
     command.args(["exec", "--tty", &vm.id, "--", "sh", "-c", "tty; stty size; read line; echo \"got $line\"; exit 7"]);
-    let (code, shown) = Ran::on_terminal(&mut command, 91, true, b"typed\r");
+    let (code, shown) = Ran::on_terminal(&mut command, 91, true, Some(("24 91", b"typed\r")));
     assert_eq!(code, 7, "{shown}");
     for expected in ["/dev/pts/", "24 91", "got typed"] {
         assert!(shown.contains(expected), "no {expected:?} in {shown:?}");

@@ -27,8 +27,6 @@ use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
 const ENTROPY: usize = 64;
 /// Becoming one's own takes a tenth of a second; a guest that takes this long never will.
 const PERSONALIZE_DEADLINE: Duration = Duration::from_secs(60);
-/// VMs in reserve, of whatever kind.
-const MAX_RESERVE: usize = 6;
 /// The one who asked for the last sandbox wants the processor first.
 const REFILL_DELAY: Duration = Duration::from_millis(400);
 
@@ -169,7 +167,7 @@ impl QemuDriver {
         tokio::spawn(async move {
             tokio::time::sleep(REFILL_DELAY).await;
             let _one_at_a_time = driver.reserve.making.lock().await;
-            while driver.reserve.count(&kind) < wanted && driver.reserve.total() < MAX_RESERVE {
+            while driver.reserve.has_room(&kind, wanted) {
                 match driver.make_reserve(&spec).await {
                     Ok(vm) => driver.reserve.add(kind.clone(), vm),
                     Err(error) => {

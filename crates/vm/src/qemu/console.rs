@@ -12,29 +12,58 @@ const PANIC: &str = "Kernel panic";
 
 /// The last lines; empty where QEMU does not answer.
 pub async fn tail(qmp: &Qmp) -> Vec<String> {
-    qmp.console(CONSOLE_BYTES).await.map(|text| lines(&text)).unwrap_or_default()
+    lines(&whole(qmp).await)
+}
+
+async fn whole(qmp: &Qmp) -> String {
+    qmp.console(CONSOLE_BYTES).await.unwrap_or_else(|error| {
+        tracing::warn!(%error, "a guest's console could not be read");
+        String::new()
+    })
 }
 
 /// How a guest ended that QEMU says has ended.
 pub async fn judge(qmp: &Qmp) -> Exit {
-    let console_tail = tail(qmp).await;
-    let panicked = console_tail.iter().any(|line| line.contains(PANIC));
-    Exit { cause: if panicked { ExitCause::GuestPanic } else { ExitCause::GuestShutdown }, console_tail }
+    judged(&whole(qmp).await)
+}
+
+/// A panic is told from its first line on: registers and the like that follow would push it out of the last lines.
+fn judged(console: &str) -> Exit {
+    let Some(at) = console.rfind(PANIC) else {
+        return Exit { cause: ExitCause::GuestShutdown, console_tail: lines(console) };
+    };
+    let begin = console[..at].rfind('\n').map_or(0, |end| end + 1);
+    let mut console_tail = tamed(&console[begin..]);
+    console_tail.truncate(LINES);
+    Exit { cause: ExitCause::GuestPanic, console_tail }
+}
+
+/// The last lines.
+pub fn lines(text: &str) -> Vec<String> {
+    let mut lines = tamed(text);
+    lines.split_off(lines.len().saturating_sub(LINES))
 }
 
 /// The guest writes it: control characters go, lengths are bounded.
-pub fn lines(text: &str) -> Vec<String> {
-    let mut lines: Vec<String> = text
-        .lines()
+fn tamed(text: &str) -> Vec<String> {
+    text.lines()
         .map(|line| line.chars().filter(|c| !c.is_control()).take(LINE_LENGTH).collect::<String>())
         .filter(|line| !line.trim().is_empty())
-        .collect();
-    lines.split_off(lines.len().saturating_sub(LINES))
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_known_however_much_follows_it() {
+        let console = format!("booting\n[ 1.0] Kernel panic - not syncing: no\n{}", "R15: 0\n".repeat(100));
+        let exit = judged(&console);
+        assert_eq!((exit.cause, exit.console_tail.len()), (ExitCause::GuestPanic, LINES));
+        assert!(exit.console_tail[0].starts_with("[ 1.0] Kernel panic"));
+        assert_eq!(judged("reboot: Power down\n").cause, ExitCause::GuestShutdown);
+    }
 
     #[test]
     fn what_a_guest_prints_is_tamed() {

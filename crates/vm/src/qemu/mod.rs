@@ -316,6 +316,9 @@ impl Driver for QemuDriver {
     }
 
     async fn let_go_of_reserve(&self) {
+        // One that is being made is on the shelf afterwards.
+        self.reserve.close();
+        let _no_more = self.reserve.making.lock().await;
         for vm in self.reserve.older_than(Duration::ZERO) {
             self.discard(&vm).await;
         }

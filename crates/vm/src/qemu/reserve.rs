@@ -6,7 +6,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -14,6 +17,8 @@ use super::running::Watched;
 
 /// How the ids of VMs in reserve begin.
 pub const PREFIX: &str = "reserve-";
+/// VMs in reserve, of whatever kind.
+const MAX_RESERVE: usize = 6;
 /// A VM that nobody took for this long is let go.
 pub const SHELF_LIFE: Duration = Duration::from_secs(600);
 
@@ -26,11 +31,22 @@ type Shelves = HashMap<Kind, Vec<(Arc<Watched>, Instant)>>;
 #[derive(Default)]
 pub struct Reserve {
     shelves: Mutex<Shelves>,
+    closed: AtomicBool,
     /// Held while one is being made: one at a time, so that creates are not slowed down.
     pub making: tokio::sync::Mutex<()>,
 }
 
 impl Reserve {
+    /// From now on there is room for none: the daemon ends.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether there is room for one more of a kind.
+    pub fn has_room(&self, kind: &Kind, wanted: usize) -> bool {
+        !self.closed.load(Ordering::Relaxed) && self.count(kind) < wanted && self.total() < MAX_RESERVE
+    }
+
     /// A VM of this kind that still runs.
     pub fn take(&self, kind: &Kind) -> Option<Arc<Watched>> {
         let mut ready = self.lock();
@@ -48,13 +64,11 @@ impl Reserve {
         self.lock().entry(kind).or_default().push((vm, Instant::now()));
     }
 
-    /// How many there are of a kind.
-    pub fn count(&self, kind: &Kind) -> usize {
+    fn count(&self, kind: &Kind) -> usize {
         self.lock().get(kind).map_or(0, Vec::len)
     }
 
-    /// How many there are in all.
-    pub fn total(&self) -> usize {
+    fn total(&self) -> usize {
         self.lock().values().map(Vec::len).sum()
     }
 
