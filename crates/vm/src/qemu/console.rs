@@ -29,7 +29,7 @@ pub async fn judge(qmp: &Qmp) -> Exit {
 
 /// A panic is told from its first line on: registers and the like that follow would push it out of the last lines.
 fn judged(console: &str) -> Exit {
-    let Some(at) = console.rfind(PANIC) else {
+    let Some(at) = console.find(PANIC) else {
         return Exit { cause: ExitCause::GuestShutdown, console_tail: lines(console) };
     };
     let begin = console[..at].rfind('\n').map_or(0, |end| end + 1);
