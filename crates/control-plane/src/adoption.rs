@@ -14,7 +14,7 @@ use heyvm_api::{
 use heyvm_store::{SandboxRow, Store};
 use heyvm_vm::{Driver, Vm};
 
-use crate::{Config, ControlPlane, Sandbox, errors, lifecycle, record};
+use crate::{Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, record};
 
 /// Opening waits this long until every sandbox is settled. One that takes longer holds up nobody but those who want
 /// something of it.
@@ -55,11 +55,14 @@ impl ControlPlane {
             reloading: tokio::sync::Mutex::default(),
         });
         plane.reload_endpoints().await?;
-        plane.prepare_directories()?;
+        archives::prepare(&plane.config.home)
+            .and_then(|()| logs::prepare(&plane.config.home, &rows))
+            .map_err(|error| errors::io("preparing archives and logs", &error))?;
         plane.remove_strays(&rows).await?;
         plane.settle_all().await;
         plane.sweep().await;
         tokio::spawn(Arc::clone(&plane).sweep_forever());
+        tokio::spawn(Arc::clone(&plane).tidy_archives_forever());
         Ok(plane)
     }
 
@@ -164,14 +167,6 @@ impl ControlPlane {
             {
                 tracing::error!(%error, id, "a stray could not be removed: the next daemon tries again");
             }
-        }
-        Ok(())
-    }
-
-    fn prepare_directories(&self) -> Result<(), ApiError> {
-        for dir in ["archives", "logs"] {
-            std::fs::create_dir_all(self.config.home.join(dir))
-                .map_err(|error| errors::io("making a directory", &error))?;
         }
         Ok(())
     }

@@ -1,17 +1,21 @@
-//! Archives: tar.gz files by content hash, looked through before they are kept. Every byte is somebody else's.
+//! Archives: tar.gz files by content hash, looked through before they are kept, and kept as long as a sandbox names them
+//! or a day has not passed since they were used. Every byte is somebody else's.
 
 use std::{
     cell::Cell,
+    collections::HashSet,
     fs::{self, File},
     io::{self, Read, Write},
     path::{Component, Path, PathBuf},
     rc::Rc,
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
 use flate2::read::GzDecoder;
 use futures::{StreamExt, stream::BoxStream};
-use heyvm_api::{ApiError, ErrorCode, system::ArchiveInfo};
+use heyvm_api::{ApiError, ErrorCode, sandbox::Status, system::ArchiveInfo};
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 
@@ -27,14 +31,20 @@ pub const MAX_ENTRIES: u64 = 500_000;
 const PIECE: usize = 64 << 10;
 /// A header, with a long name or extended attributes in front of it, may be this large. It is held in memory.
 const MAX_HEADER: u64 = 1 << 20;
+/// An archive that no sandbox was made from is kept this long after it was last sent or used.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+/// How often such ones are looked for.
+const TIDYING: Duration = Duration::from_secs(3600);
+/// Beginning of the names of those that are not whole yet.
+const HALF: &str = ".half-";
 /// Hex digits of the hash that make an archive's id.
 const ID_DIGITS: usize = 32;
 
 impl ControlPlane {
     /// Takes a tar.gz: checks it (paths, kinds, unpacked size), stores it by content hash.
     pub async fn put_archive(&self, mut body: BoxStream<'static, io::Result<Bytes>>) -> Result<ArchiveInfo, ApiError> {
-        let dir = self.config.home.join("archives");
-        let half = Half(dir.join(format!(".half-{}", uuid::Uuid::new_v4())));
+        let dir = directory(&self.config.home);
+        let half = Half(dir.join(format!("{HALF}{}", uuid::Uuid::new_v4())));
         let mut file =
             File::options().create_new(true).write(true).open(&half.0).map_err(|e| errors::io("making a file", &e))?;
         let (mut hash, mut size) = (Sha256::new(), 0);
@@ -57,7 +67,9 @@ impl ControlPlane {
         let target = dir.join(&archive_id);
         let (from, to) = (half.0.clone(), target.clone());
         tokio::task::spawn_blocking(move || {
-            if !to.exists() {
+            if to.exists() {
+                touch(&to);
+            } else {
                 look_through(
                     File::open(&from).map_err(|error| errors::io("reading the archive", &error))?,
                     MAX_UNPACKED,
@@ -69,6 +81,53 @@ impl ControlPlane {
         .await
         .map_err(|error| errors::internal(&error))??;
         Ok(ArchiveInfo { archive_id, size_bytes: size })
+    }
+
+    /// Removes archives that nobody needs any more, for as long as the daemon runs.
+    pub(crate) async fn tidy_archives_forever(self: Arc<Self>) {
+        loop {
+            let records = self.all().into_iter().map(|sandbox| sandbox.snapshot());
+            let living = records.filter(|record| record.status != Status::Removed);
+            let named: HashSet<_> = living.filter_map(|record| record.archive_id).collect();
+            let dir = directory(&self.config.home);
+            let _ = tokio::task::spawn_blocking(move || remove_unused(&dir, &named)).await;
+            tokio::time::sleep(TIDYING).await;
+        }
+    }
+}
+
+fn directory(home: &Path) -> PathBuf {
+    home.join("archives")
+}
+
+/// Makes the directory, and removes from it what a daemon that was killed was still taking.
+pub fn prepare(home: &Path) -> io::Result<()> {
+    fs::create_dir_all(directory(home))?;
+    for entry in fs::read_dir(directory(home))?.flatten() {
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(HALF)) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_unused(dir: &Path, named: &HashSet<String>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|time| time.elapsed().ok());
+        let free = entry.file_name().to_str().is_some_and(|name| name.starts_with("ar-") && !named.contains(name));
+        if free
+            && age.is_some_and(|age| age > KEPT)
+            && let Err(error) = fs::remove_file(entry.path())
+        {
+            tracing::warn!(%error, path = %entry.path().display(), "an archive that nobody needs cannot be removed");
+        }
+    }
+}
+
+/// It is used now.
+fn touch(archive: &Path) {
+    if let Err(error) = File::open(archive).and_then(|file| file.set_modified(SystemTime::now())) {
+        tracing::warn!(%error, path = %archive.display(), "that an archive is used cannot be written down");
     }
 }
 
@@ -84,13 +143,16 @@ impl Drop for Half {
 fn path_of(home: &Path, id: &str) -> Option<PathBuf> {
     let digits = id.strip_prefix("ar-")?;
     let good = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-    good.then(|| home.join("archives").join(id))
+    good.then(|| directory(home).join(id))
 }
 
-/// Whether there is an archive of this id.
+/// Whether there is an archive of this id. Whoever asks is about to use it.
 pub fn check(home: &Path, id: &str) -> Result<(), ApiError> {
     match path_of(home, id).filter(|path| path.exists()) {
-        Some(_) => Ok(()),
+        Some(path) => {
+            touch(&path);
+            Ok(())
+        }
         None => Err(ApiError::new(ErrorCode::ArchiveNotFound, format!("there is no archive {id:?}"))
             .hint("upload it again with PUT /archives, or deploy the directory")),
     }

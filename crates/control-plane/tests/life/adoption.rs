@@ -1,6 +1,9 @@
 //! A daemon dies at any point; the next one makes everything true again.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs::{self, File},
+    time::{Duration, Instant, SystemTime},
+};
 
 use heyvm_api::sandbox::*;
 use heyvm_store::Store;
@@ -201,4 +204,39 @@ fn one_that_never_answers_does_not_keep_the_daemon_from_opening() {
     daemon.revive();
     assert!(began.elapsed() < Duration::from_secs(10));
     daemon.create(daemon.request("other")).unwrap();
+}
+
+/// So many hours ago.
+fn write_in_the_past(path: std::path::PathBuf, hours: u64) {
+    fs::write(&path, "").unwrap();
+    let time = SystemTime::now() - Duration::from_secs(hours * 3600);
+    File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
+}
+
+#[test]
+fn archives_and_logs_that_nobody_needs_go() {
+    let mut daemon = Daemon::new();
+    let (archives, logs) = (daemon.home().join("archives"), daemon.home().join("logs"));
+    let logged = CreateRequest { start_command: Some("exec sleep 600".into()), ..daemon.request("web") };
+    let web = daemon.create(logged).unwrap();
+    write_in_the_past(archives.join("ar-01"), 25);
+    let made =
+        CreateRequest { archive_id: Some("ar-01".into()), setup_hooks: vec!["exit 1".into()], ..daemon.request("x") };
+    daemon.create(made).unwrap_err();
+    assert!(fs::metadata(archives.join("ar-01")).unwrap().modified().unwrap().elapsed().unwrap().as_secs() < 60);
+    daemon.die();
+    write_in_the_past(archives.join("ar-02"), 25);
+    write_in_the_past(archives.join("ar-03"), 23);
+    write_in_the_past(archives.join("ar-04"), 25);
+    fs::write(archives.join(".half-1"), "").unwrap();
+    fs::write(logs.join("nobody"), "").unwrap();
+    fs::write(logs.join("nobody.old"), "").unwrap();
+    rewrite(&daemon, &web.id, |data| data.replace("\"archive_id\":null", "\"archive_id\":\"ar-04\""));
+    daemon.revive();
+    eventually("what is too old goes", || if archives.join("ar-02").exists() { Err(String::new()) } else { Ok(()) });
+    assert_eq!(
+        ["ar-01", "ar-03", "ar-04", ".half-1"].map(|name| archives.join(name).exists()),
+        [true, true, true, false]
+    );
+    assert_eq!(fs::read_dir(logs).unwrap().count(), 1);
 }
