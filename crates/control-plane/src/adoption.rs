@@ -1,18 +1,31 @@
 //! What a new daemon finds: VMs that still run are adopted, half-made ones removed, ended ones judged, strays destroyed.
+//! What cannot be found out now is not guessed: it is looked at again. What cannot be read is left as it is.
 
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, RwLock},
+    time::Duration,
 };
 
 use heyvm_api::{
     ApiError,
     sandbox::{Reason, ReasonCode, Status},
 };
-use heyvm_store::Store;
-use heyvm_vm::Driver;
+use heyvm_store::{SandboxRow, Store};
+use heyvm_vm::{Driver, Vm};
 
-use crate::{Config, ControlPlane, Sandbox, errors, lifecycle, record};
+use crate::{Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, record};
+
+/// Opening waits this long until every sandbox is settled. One that takes longer holds up nobody but those who want
+/// something of it.
+const OPENING: Duration = Duration::from_secs(3);
+/// A VM that is not found within this time is looked for again.
+const FINDING: Duration = Duration::from_secs(30);
+/// First and longest pause before what could not be settled is looked at again.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// What processes get to end in order.
+const GRACE: Duration = Duration::from_secs(5);
 
 impl ControlPlane {
     /// Opens the state: adopts running VMs, cleans up half-made ones, removes what has expired, starts the timers.
@@ -23,7 +36,13 @@ impl ControlPlane {
         images: Arc<heyvm_images::ImageStore>,
     ) -> Result<Arc<Self>, ApiError> {
         let rows = store.sandboxes().await.map_err(errors::store)?;
-        let records = rows.iter().filter_map(record::Record::from_row);
+        let records = rows.iter().filter_map(|row| match record::Record::from_row(row) {
+            Ok(record) => Some(record),
+            Err(error) => {
+                tracing::error!(%error, id = row.id, "a sandbox that another version has written down is left alone");
+                None
+            }
+        });
         let sandboxes: HashMap<_, _> = records.map(|record| (record.id.clone(), Sandbox::new(record))).collect();
         let plane = Arc::new(Self {
             config,
@@ -36,128 +55,118 @@ impl ControlPlane {
             reloading: tokio::sync::Mutex::default(),
         });
         plane.reload_endpoints().await?;
-        plane.prepare_directories()?;
-        plane.remove_strays().await?;
-        let found: Vec<_> = plane
-            .all()
-            .into_iter()
-            .map(|sandbox| {
-                let plane = Arc::clone(&plane);
-                tokio::spawn(async move { plane.settle(&sandbox).await })
-            })
-            .collect();
-        for each in found {
-            each.await.map_err(|error| errors::internal(&error))?;
-        }
+        archives::prepare(&plane.config.home)
+            .and_then(|()| logs::prepare(&plane.config.home, &rows))
+            .map_err(|error| errors::io("preparing archives and logs", &error))?;
+        plane.remove_strays(&rows).await?;
+        plane.settle_all().await;
         plane.sweep().await;
         tokio::spawn(Arc::clone(&plane).sweep_forever());
+        tokio::spawn(Arc::clone(&plane).tidy_archives_forever());
         Ok(plane)
     }
 
+    async fn settle_all(self: &Arc<Self>) {
+        let settling = self.all().into_iter().map(|sandbox| tokio::spawn(Arc::clone(self).settle(sandbox)));
+        let all = futures::future::join_all(settling.collect::<Vec<_>>());
+        if tokio::time::timeout(OPENING, all).await.is_err() {
+            tracing::warn!("some sandboxes of another daemon are not settled yet");
+        }
+    }
+
     /// Brings one sandbox from whatever the last daemon left to a state that is true.
-    async fn settle(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+    async fn settle(self: Arc<Self>, sandbox: Arc<Sandbox>) {
+        let mut pause = FIRST_PAUSE;
+        while let Err(error) = self.try_to_settle(&sandbox).await {
+            tracing::error!(%error, id = sandbox.record().id, "what another daemon has left is looked at again later");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn try_to_settle(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<(), ApiError> {
         let _one_transition = sandbox.transition.lock().await;
         let record = sandbox.snapshot();
         match record.status {
-            Status::Provisioning if record.started_before() => self.give_up_start(sandbox).await,
+            // Another one came first.
+            _ if sandbox.vm().is_some() => Ok(()),
+            Status::Provisioning if record.started_before() => {
+                let why = "the daemon ended while the sandbox was being started";
+                self.end_found(sandbox, Status::Stopped, Some(record::reason(ReasonCode::DaemonRestarted, why))).await
+            }
             Status::Provisioning => {
-                let reason =
-                    record::reason(ReasonCode::DaemonRestarted, "the daemon ended while the sandbox was being made");
-                self.put_away(sandbox, reason).await;
+                let why = "the daemon ended while the sandbox was being made";
+                self.destroy(sandbox, record::reason(ReasonCode::DaemonRestarted, why)).await
             }
             Status::Running => self.adopt(sandbox).await,
             Status::Stopping if record.removing => {
                 let unknown = || record::reason(ReasonCode::Removed, "removed");
-                self.put_away(sandbox, record.reason.unwrap_or_else(unknown)).await;
+                self.destroy(sandbox, record.reason.unwrap_or_else(unknown)).await
             }
             Status::Stopping => self.finish_stopping(sandbox).await,
             Status::Failed => self.adopt_failed(sandbox).await,
-            Status::Stopped | Status::Removed => {}
+            Status::Stopped | Status::Removed => Ok(()),
         }
     }
 
-    async fn adopt(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+    /// The VM that an earlier daemon started; `None` when it no longer runs, an error when that is not known.
+    pub(crate) async fn find_vm(&self, id: &str) -> Result<Option<Arc<dyn Vm>>, ApiError> {
+        let id = id.to_owned();
+        let late = |_| heyvm_vm::Error::Unreachable("no answer in time".into());
+        let found = tokio::time::timeout(FINDING, self.driver.adopt(&id)).await.map_err(late).flatten();
+        found.map_err(errors::vm)
+    }
+
+    /// Its end is written down only when it is known to have ended. The transition lock is held.
+    pub(crate) async fn adopt(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<(), ApiError> {
         let id = sandbox.record().id.clone();
-        match self.driver.adopt(&id).await {
-            Ok(Some(vm)) => {
-                sandbox.set_vm(Some(Arc::clone(&vm)));
-                self.resume_log(sandbox);
-                let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
-                self.watch(sandbox, vm, main);
-            }
-            other => {
-                if let Err(error) = other {
-                    tracing::error!(%error, id, "a running sandbox could not be adopted");
-                }
-                let (status, reason) = lifecycle::judge(self.driver.post_mortem(&id).await, self.log_tail(&id));
-                if let Err(error) = self.save(sandbox, |record| record.enter(status, Some(reason))).await {
-                    tracing::error!(%error, id, "the end of a sandbox could not be written down");
-                }
-            }
+        if let Some(vm) = self.find_vm(&id).await? {
+            sandbox.set_vm(Some(Arc::clone(&vm)));
+            self.resume_log(sandbox);
+            let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
+            self.watch(sandbox, vm, main);
+            return Ok(());
         }
+        let (status, reason) = lifecycle::judge(self.driver.post_mortem(&id).await, self.log_tail(&id));
+        self.save(sandbox, |record| record.enter(status, Some(reason))).await.map(drop)
     }
 
     /// One that failed and was kept running to be looked into.
-    async fn adopt_failed(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+    async fn adopt_failed(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<(), ApiError> {
         let id = sandbox.record().id.clone();
-        if let Ok(Some(vm)) = self.driver.adopt(&id).await {
+        if let Some(vm) = self.find_vm(&id).await? {
             sandbox.set_vm(Some(Arc::clone(&vm)));
             self.watch(sandbox, vm, None);
-        }
-    }
-
-    /// What cannot be removed now stays on its way out, for the next daemon or the next `rm`.
-    async fn put_away(&self, sandbox: &Arc<Sandbox>, reason: Reason) {
-        if let Err(error) = self.destroy(sandbox, reason).await {
-            tracing::error!(%error, "what another daemon has left could not be removed");
-        }
-    }
-
-    async fn finish_stopping(&self, sandbox: &Arc<Sandbox>) {
-        let record = sandbox.snapshot();
-        if let Ok(Some(vm)) = self.driver.adopt(&record.id).await {
-            let _ = vm.stop(std::time::Duration::from_secs(5)).await;
-        }
-        let failed = record.reason.as_ref().is_some_and(|reason| {
-            !matches!(reason.code, ReasonCode::Stopped | ReasonCode::GuestShutdown) && reason.exit_code != Some(0)
-        });
-        let status = if failed { Status::Failed } else { Status::Stopped };
-        let reason = record.reason.clone();
-        let _ = self.save(sandbox, |record| record.enter(status, reason)).await;
-    }
-
-    /// The daemon ended while a stopped one was being started again: its disk is kept.
-    async fn give_up_start(&self, sandbox: &Arc<Sandbox>) {
-        let id = sandbox.record().id.clone();
-        if let Ok(Some(vm)) = self.driver.adopt(&id).await {
-            let _ = vm.stop(std::time::Duration::from_secs(5)).await;
-        }
-        let reason =
-            record::reason(ReasonCode::DaemonRestarted, "the daemon ended while the sandbox was being started");
-        let _ = self.save(sandbox, |record| record.enter(Status::Stopped, Some(reason))).await;
-    }
-
-    /// What the driver has and no record claims.
-    async fn remove_strays(&self) -> Result<(), ApiError> {
-        let known: HashSet<String> = self
-            .all()
-            .iter()
-            .map(|sandbox| sandbox.snapshot())
-            .filter(|record| record.status != Status::Removed)
-            .map(|record| record.id)
-            .collect();
-        for id in self.driver.list().await.map_err(errors::vm)? {
-            if !known.contains(&id) {
-                self.driver.destroy(&id).await.map_err(errors::vm)?;
-            }
         }
         Ok(())
     }
 
-    fn prepare_directories(&self) -> Result<(), ApiError> {
-        for dir in ["archives", "logs"] {
-            std::fs::create_dir_all(self.config.home.join(dir))
-                .map_err(|error| errors::io("making a directory", &error))?;
+    async fn finish_stopping(&self, sandbox: &Arc<Sandbox>) -> Result<(), ApiError> {
+        let reason = sandbox.record().reason.clone();
+        let failed = reason.as_ref().is_some_and(|reason| {
+            !matches!(reason.code, ReasonCode::Stopped | ReasonCode::GuestShutdown) && reason.exit_code != Some(0)
+        });
+        self.end_found(sandbox, if failed { Status::Failed } else { Status::Stopped }, reason).await
+    }
+
+    /// Its disk is kept.
+    async fn end_found(&self, sandbox: &Sandbox, status: Status, reason: Option<Reason>) -> Result<(), ApiError> {
+        let id = sandbox.record().id.clone();
+        if let Some(vm) = self.find_vm(&id).await? {
+            vm.stop(GRACE).await.map_err(errors::vm)?;
+        }
+        self.save(sandbox, |record| record.enter(status, reason)).await.map(drop)
+    }
+
+    /// What the driver has and no row claims, also none that cannot be read.
+    async fn remove_strays(&self, rows: &[SandboxRow]) -> Result<(), ApiError> {
+        let known: HashSet<&str> = rows.iter().filter(|row| !row.removed).map(|row| row.id.as_str()).collect();
+        for id in self.driver.list().await.map_err(errors::vm)? {
+            if !known.contains(id.as_str())
+                && let Err(error) = self.driver.destroy(&id).await
+            {
+                tracing::error!(%error, id, "a stray could not be removed: the next daemon tries again");
+            }
         }
         Ok(())
     }

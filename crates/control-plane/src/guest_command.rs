@@ -24,11 +24,11 @@ pub(crate) async fn run_hook(vm: &Arc<dyn Vm>, hook: &str) -> Result<(), ApiErro
     Err(ApiError::new(ErrorCode::SetupHookFailed, format!("setup hook `{shown}` exited with {}", exit.code))
         .hint("the last lines of its output say why; --keep-on-failure keeps the sandbox to look into")
         .exit_code(exit.code)
-        .log_tail(tail(&output)))
+        .log_tail(output.lines()))
 }
 
 /// Runs a script and keeps the end of its output.
-pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Vec<u8>), ApiError> {
+pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Tail), ApiError> {
     let start = ExecStart { argv: vec![script.to_owned()], shell: true, ..ExecStart::default() };
     // The stream of input stays open until the end: its end would be the host's leave.
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
@@ -36,20 +36,33 @@ pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Vec<u8>
     let mut client = vm.agent().client().await.map_err(errors::vm)?;
     let input = tokio_stream::wrappers::ReceiverStream::new(receiver);
     let mut messages = client.exec(input).await.map_err(|status| errors::agent(&status))?.into_inner();
-    let mut output = Vec::new();
+    let mut output = Tail::default();
     while let Some(message) = messages.message().await.map_err(|status| errors::agent(&status))? {
         match message.kind {
-            Some(exec_output::Kind::Stdout(data) | exec_output::Kind::Stderr(data)) => {
-                output.extend(data);
-                if output.len() > 2 * TAIL_BYTES {
-                    output.drain(..output.len() - TAIL_BYTES);
-                }
-            }
+            Some(exec_output::Kind::Stdout(data) | exec_output::Kind::Stderr(data)) => output.add(&data),
             Some(exec_output::Kind::Exit(exit)) => return Ok((exit, output)),
             _ => {}
         }
     }
     Err(ApiError::new(ErrorCode::SandboxUnreachable, "the sandbox's agent went away"))
+}
+
+/// The end of an output, however long that is.
+#[derive(Debug, Default)]
+pub(crate) struct Tail(Vec<u8>);
+
+impl Tail {
+    pub fn add(&mut self, data: &[u8]) {
+        self.0.extend(data);
+        if self.0.len() > 2 * TAIL_BYTES {
+            self.0.drain(..self.0.len() - TAIL_BYTES);
+        }
+    }
+
+    /// Its last lines, fit to be shown.
+    pub fn lines(&self) -> Vec<String> {
+        tail(&self.0)
+    }
 }
 
 /// The last lines of what a guest printed, fit to be shown.
@@ -74,5 +87,15 @@ mod tests {
         let lines = tail(output.as_bytes());
         assert_eq!(lines.len(), TAIL_LINES);
         assert_eq!(lines.last().unwrap(), "[31mlast");
+    }
+
+    #[test]
+    fn an_output_without_end_takes_no_memory_without_end() {
+        let mut output = Tail::default();
+        for number in 0..100_000 {
+            output.add(format!("line {number}\n").as_bytes());
+        }
+        assert!(output.0.len() <= 2 * TAIL_BYTES);
+        assert_eq!(output.lines().last().unwrap(), "line 99999");
     }
 }

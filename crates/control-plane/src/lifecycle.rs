@@ -40,7 +40,11 @@ impl ControlPlane {
     }
 
     /// The transition lock is held.
-    async fn stop_now(&self, sandbox: &Sandbox) -> Result<SandboxInfo, ApiError> {
+    async fn stop_now(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<SandboxInfo, ApiError> {
+        // One that was running before this daemon may not have been found yet.
+        if sandbox.record().status == Status::Running && sandbox.vm().is_none() {
+            self.adopt(sandbox).await?;
+        }
         let record = sandbox.snapshot();
         match (record.status, record.reason.clone()) {
             _ if record.removing => return Err(not_running(&record)),

@@ -2,16 +2,19 @@
 //! Kept apart from the sandbox's own directory, since it outlives the sandbox by a day.
 
 use std::{
+    collections::HashSet,
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::atomic::Ordering,
 };
 
 use bytes::{Buf, Bytes};
 use futures::stream::BoxStream;
 use heyvm_api::ApiError;
+use heyvm_store::SandboxRow;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -32,6 +35,19 @@ const MAX_LOG: u64 = 8 << 20;
 const TAIL_BYTES: usize = 64 << 10;
 /// Length of a record's head: kind, length, offset in what one run of the start command has printed.
 const HEAD: usize = 13;
+
+/// Makes the directory, and removes from it logs that belong to no row.
+pub(crate) fn prepare(home: &Path, rows: &[SandboxRow]) -> io::Result<()> {
+    let dir = home.join("logs");
+    fs::create_dir_all(&dir)?;
+    let known: HashSet<&OsStr> = rows.iter().map(|row| OsStr::new(&row.id)).collect();
+    for entry in fs::read_dir(&dir)?.flatten() {
+        if entry.path().file_stem().is_some_and(|id| !known.contains(id)) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
 
 impl ControlPlane {
     fn log_path(&self, id: &str) -> PathBuf {

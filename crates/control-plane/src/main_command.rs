@@ -11,12 +11,13 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::{ControlPlane, ProgressSink, Sandbox, errors, guest_command::tail, tell};
+use crate::{ControlPlane, ProgressSink, Sandbox, errors, guest_command::Tail, tell};
 
 /// Pause before an agent that did not answer is asked again.
 const RETRY: Duration = Duration::from_millis(500);
-/// What the agent has of the past comes within this time.
-const PAST: Duration = Duration::from_millis(300);
+/// What the agent has of the past comes within this time; the pauses in it are shorter than the other.
+const PAST: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(300);
 
 /// A start command that is followed for as long as this is kept.
 pub(crate) struct Main {
@@ -93,16 +94,20 @@ async fn watch_main(agent: &AgentConnection, from_offset: u64) -> Result<tonic::
     Ok(events.into_inner())
 }
 
-/// The end of what this run of the start command has printed so far.
+/// The end of what this run of the start command has printed so far. A guest that prints without end, or does not answer
+/// any more, costs neither time nor memory.
 pub(crate) async fn tail_of_this_run(agent: &AgentConnection) -> Vec<String> {
-    let mut output = Vec::new();
-    let Ok(mut events) = watch_main(agent, 0).await else { return Vec::new() };
-    // What is there comes at once; a running command's stream never ends.
-    while let Ok(Ok(Some(event))) = tokio::time::timeout(PAST, events.message()).await {
-        match event.kind {
-            Some(main_event::Kind::Log(log)) => output.extend(log.data),
-            _ => break,
+    let mut output = Tail::default();
+    let reading = async {
+        let Ok(mut events) = watch_main(agent, 0).await else { return };
+        // What is there comes at once; a running command's stream never ends.
+        while let Ok(Ok(Some(event))) = tokio::time::timeout(PAUSE, events.message()).await {
+            match event.kind {
+                Some(main_event::Kind::Log(log)) => output.add(&log.data),
+                _ => break,
+            }
         }
-    }
-    tail(&output)
+    };
+    let _ = tokio::time::timeout(PAST, reading).await;
+    output.lines()
 }

@@ -22,7 +22,7 @@ use heyvm_api::sandbox::{CreateRequest, Endpoint, Reason, ReasonCode, SandboxInf
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 
-/// One sandbox.
+/// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// A UUID.
@@ -34,8 +34,10 @@ pub struct Record {
     /// Where it is in its life.
     pub status: Status,
     /// Built to take another one's place, and does not hold its name yet.
+    #[serde(default)]
     pub waiting_to_replace: bool,
     /// On its way out: what it has is being given back, and its name is free again.
+    #[serde(default)]
     pub removing: bool,
     /// The image it runs, once that is known.
     pub image: String,
@@ -78,6 +80,7 @@ pub struct Record {
     /// What was done otherwise than asked for.
     pub warnings: Vec<String>,
     /// Whether it has been running before: then its disk is kept when a start fails.
+    #[serde(default)]
     pub has_run: bool,
 }
 
@@ -135,9 +138,9 @@ impl Record {
         }
     }
 
-    /// From the store; `None` for a row that an other version has written.
-    pub fn from_row(row: &SandboxRow) -> Option<Self> {
-        serde_json::from_str(&row.data).ok()
+    /// From the store; another version may have written what this one cannot read.
+    pub fn from_row(row: &SandboxRow) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(&row.data)
     }
 
     /// As the API tells of it.

@@ -54,7 +54,10 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     // Answers from here on: those who come early wait for the control plane.
     let (opened, plane) = watch::channel(None);
     let api = serve_api(api_listener, Api::new(home.path().join("run"), plane), ending.clone());
-    let outcome = open(home.path(), &config, edge_address.port()).await;
+    let outcome = tokio::select! {
+        outcome = open(home.path(), &config, edge_address.port()) => outcome,
+        () = ending.cancelled() => Err(ApiError::new(ErrorCode::DaemonUnavailable, "the daemon is ending").hint("try again")),
+    };
     opened.send_replace(Some(outcome.clone()));
     let ended = match outcome {
         Ok(plane) => {
@@ -65,6 +68,7 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
             plane.shutdown().await;
             Ok(())
         }
+        Err(_) if ending.is_cancelled() => Ok(()),
         Err(error) => {
             tracing::error!(%error, "the daemon could not open");
             let _ = tokio::time::timeout(LAST_WORDS, ending.cancelled()).await;

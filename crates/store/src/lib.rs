@@ -118,14 +118,25 @@ impl Store {
     pub async fn insert(&self, row: &SandboxRow) -> Result<(), Error> {
         let sql = "INSERT INTO sandboxes (id, name, slug, living, removed, created_at, changed_at, expires_at, data) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)";
-        bind(sqlx::query(sql), row).execute(&self.pool).await?;
-        Ok(())
+        let done = bind(sqlx::query(sql), row).execute(&self.pool).await;
+        self.told_apart(done.map(drop), row).await
     }
 
     /// Writes a sandbox anew.
     pub async fn update(&self, row: &SandboxRow) -> Result<(), Error> {
-        update(row).execute(&self.pool).await?;
-        Ok(())
+        let done = update(row).execute(&self.pool).await;
+        self.told_apart(done.map(drop), row).await
+    }
+
+    /// Where both are taken, the name counts: SQLite tells of either.
+    async fn told_apart(&self, done: Result<(), sqlx::Error>, row: &SandboxRow) -> Result<(), Error> {
+        match done.map_err(Error::from) {
+            Err(Error::SlugTaken) => {}
+            other => return other,
+        }
+        let sql = "SELECT 1 FROM sandboxes WHERE living AND name = $1 AND id <> $2";
+        let same_name = sqlx::query(sql).bind(&row.name).bind(&row.id).fetch_optional(&self.pool).await?;
+        Err(if same_name.is_some() { Error::NameTaken } else { Error::SlugTaken })
     }
 
     /// In one step: `old` gives its name up, `new` takes it, and `moved` subdomains lead to the new one.

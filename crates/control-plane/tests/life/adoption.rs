@@ -1,9 +1,18 @@
 //! A daemon dies at any point; the next one makes everything true again.
 
+use std::{
+    fs::{self, File},
+    time::{Duration, Instant, SystemTime},
+};
+
 use heyvm_api::sandbox::*;
+use heyvm_store::Store;
 use heyvm_vm::ExitCause;
 
-use crate::daemon::{Daemon, eventually, sink};
+use crate::{
+    daemon::{Daemon, eventually, sink},
+    machines::Finding,
+};
 
 fn ticking(daemon: &Daemon, name: &str) -> CreateRequest {
     let command = "i=0; while sleep 0.05; do i=$((i + 1)); echo tick $i; done".into();
@@ -130,4 +139,104 @@ fn one_that_was_being_started_keeps_its_disk() {
     assert!(matches!(info.status, Status::Stopped | Status::Failed | Status::Running), "{info:?}");
     assert_eq!(daemon.machines.disks(), [made.id]);
     assert_eq!(daemon.run(daemon.plane().start("web", sink())).unwrap().status, Status::Running);
+}
+
+/// While no daemon runs, the data of a row is changed.
+fn rewrite(daemon: &Daemon, id: &str, change: impl Fn(&str) -> String) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let store = Store::open(&daemon.home().join("heyvm.db")).await.unwrap();
+        let mut row = store.sandboxes().await.unwrap().into_iter().find(|row| row.id == id).unwrap();
+        row.data = change(&row.data);
+        store.update(&row).await.unwrap();
+        store.close().await;
+    });
+}
+
+#[test]
+fn what_another_version_has_written_is_read_or_left_alone() {
+    let mut daemon = Daemon::new();
+    let older = daemon.create(daemon.request("older")).unwrap();
+    let newer = daemon.create(daemon.request("newer")).unwrap();
+    daemon.die();
+    rewrite(&daemon, &older.id, |data| {
+        let mut record: serde_json::Value = serde_json::from_str(data).unwrap();
+        for later in ["removing", "has_run", "waiting_to_replace"] {
+            record.as_object_mut().unwrap().remove(later).unwrap();
+        }
+        record.to_string()
+    });
+    rewrite(&daemon, &newer.id, |data| data.replace("\"running\"", "\"hibernating\""));
+    daemon.revive();
+    assert_eq!(daemon.get("older").status, Status::Running);
+    assert!(daemon.run(daemon.plane().get("newer")).is_err());
+    assert!(daemon.machines.running().contains(&newer.id), "nobody ends what he cannot read");
+    assert!(daemon.machines.disks().contains(&newer.id));
+    daemon.die();
+    rewrite(&daemon, &newer.id, |data| data.replace("\"hibernating\"", "\"running\""));
+    daemon.revive();
+    assert_eq!(daemon.get("newer").status, Status::Running);
+}
+
+#[test]
+fn one_that_cannot_be_found_now_is_not_dead() {
+    let mut daemon = Daemon::new();
+    let made = daemon.create(daemon.request("web")).unwrap();
+    daemon.die();
+    *daemon.machines.finding.lock().unwrap() = Finding::Fails;
+    daemon.revive();
+    assert_eq!(daemon.get("web").status, Status::Running);
+    assert!(daemon.run(daemon.plane().stop("web")).is_err(), "it would run on");
+    assert_eq!((daemon.get("web").status, daemon.machines.running()), (Status::Running, vec![made.id]));
+    *daemon.machines.finding.lock().unwrap() = Finding::Works;
+    eventually("it is found", || daemon.run(daemon.plane().agent("web")).map(drop).map_err(|error| error.to_string()));
+    assert_eq!(daemon.run(daemon.plane().stop("web")).unwrap().status, Status::Stopped);
+    assert!(daemon.machines.running().is_empty());
+}
+
+#[test]
+fn one_that_never_answers_does_not_keep_the_daemon_from_opening() {
+    let mut daemon = Daemon::new();
+    daemon.create(daemon.request("web")).unwrap();
+    daemon.die();
+    *daemon.machines.finding.lock().unwrap() = Finding::NeverAnswers;
+    let began = Instant::now();
+    daemon.revive();
+    assert!(began.elapsed() < Duration::from_secs(10));
+    daemon.create(daemon.request("other")).unwrap();
+}
+
+/// So many hours ago.
+fn write_in_the_past(path: std::path::PathBuf, hours: u64) {
+    fs::write(&path, "").unwrap();
+    let time = SystemTime::now() - Duration::from_secs(hours * 3600);
+    File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
+}
+
+#[test]
+fn archives_and_logs_that_nobody_needs_go() {
+    let mut daemon = Daemon::new();
+    let (archives, logs) = (daemon.home().join("archives"), daemon.home().join("logs"));
+    let logged = CreateRequest { start_command: Some("exec sleep 600".into()), ..daemon.request("web") };
+    let web = daemon.create(logged).unwrap();
+    write_in_the_past(archives.join("ar-01"), 25);
+    let made =
+        CreateRequest { archive_id: Some("ar-01".into()), setup_hooks: vec!["exit 1".into()], ..daemon.request("x") };
+    daemon.create(made).unwrap_err();
+    assert!(fs::metadata(archives.join("ar-01")).unwrap().modified().unwrap().elapsed().unwrap().as_secs() < 60);
+    daemon.die();
+    write_in_the_past(archives.join("ar-02"), 25);
+    write_in_the_past(archives.join("ar-03"), 23);
+    write_in_the_past(archives.join("ar-04"), 25);
+    fs::write(archives.join(".half-1"), "").unwrap();
+    fs::write(logs.join("nobody"), "").unwrap();
+    fs::write(logs.join("nobody.old"), "").unwrap();
+    rewrite(&daemon, &web.id, |data| data.replace("\"archive_id\":null", "\"archive_id\":\"ar-04\""));
+    daemon.revive();
+    eventually("what is too old goes", || if archives.join("ar-02").exists() { Err(String::new()) } else { Ok(()) });
+    assert_eq!(
+        ["ar-01", "ar-03", "ar-04", ".half-1"].map(|name| archives.join(name).exists()),
+        [true, true, true, false]
+    );
+    assert_eq!(fs::read_dir(logs).unwrap().count(), 1);
 }

@@ -108,6 +108,21 @@ fn what_is_never_healthy_is_given_up_with_the_last_finding() {
 }
 
 #[test]
+fn output_without_end_does_not_hold_up_the_failure() {
+    let daemon = Daemon::new();
+    let request = CreateRequest {
+        start_command: Some("exec yes".into()),
+        open_ports: vec![i64::from(free_port())],
+        health_timeout_seconds: Some(0.5),
+        ..daemon.request("web")
+    };
+    let began = std::time::Instant::now();
+    let error = daemon.create(request).unwrap_err();
+    assert_eq!((error.code, error.log_tail.last().map(String::as_str)), (ErrorCode::HealthTimeout, Some("y")));
+    assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
+}
+
+#[test]
 fn the_hosts_own_failure_is_told_as_it_is() {
     let daemon = Daemon::new();
     daemon.machines.full.store(true, Ordering::Relaxed);

@@ -34,6 +34,17 @@ pub struct Machines {
     pub full: AtomicBool,
     /// How long `create` takes.
     pub slowness: Mutex<Duration>,
+    /// What becomes of `adopt`.
+    pub finding: Mutex<Finding>,
+}
+
+/// How finding a machine again goes.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub enum Finding {
+    #[default]
+    Works,
+    Fails,
+    NeverAnswers,
 }
 
 impl Machines {
@@ -47,6 +58,7 @@ impl Machines {
             ended: Mutex::default(),
             full: AtomicBool::new(false),
             slowness: Mutex::default(),
+            finding: Mutex::default(),
         })
     }
 
@@ -124,6 +136,12 @@ impl Driver for Machines {
     }
 
     async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error> {
+        let finding = *self.finding.lock().unwrap();
+        match finding {
+            Finding::Works => {}
+            Finding::Fails => return Err(Error::HostNotReady { what: "no egress".into(), hint: String::new() }),
+            Finding::NeverAnswers => std::future::pending().await,
+        }
         let running = self.running.lock().unwrap();
         Ok(running.get(id).filter(|machine| machine.exit.borrow().is_none()).map(|m| Arc::clone(m) as Arc<dyn Vm>))
     }

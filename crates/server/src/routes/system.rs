@@ -33,7 +33,9 @@ pub async fn doctor(Plane(plane): Plane) -> Result<Json<DoctorReport>, Problem> 
     Ok(Json(plane.doctor().await?))
 }
 
-/// Takes a tar.gz of any size, for `archive_id` of a create.
+/// Takes a tar.gz of up to 1 GiB, for `archive_id` of a create.
+///
+/// It is kept while a sandbox names it, and for a day after it was last sent or used.
 #[utoipa::path(put, path = "/archives", operation_id = "put_archive", tag = "system",
     request_body(content = Vec<u8>, content_type = "application/gzip", description = "A tar.gz"),
     responses((status = 201, description = "Kept", body = ArchiveInfo)))]
