@@ -11,10 +11,14 @@ use heyvm_api::{
     ApiError,
     sandbox::{Reason, ReasonCode, Status},
 };
+use heyvm_images::ImageStore;
 use heyvm_store::{SandboxRow, Store};
 use heyvm_vm::{Driver, Vm};
 
-use crate::{Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, record};
+use crate::{
+    Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs,
+    record::{self, Record},
+};
 
 /// Opening waits this long until every sandbox is settled. One that takes longer holds up nobody but those who want
 /// something of it.
@@ -33,18 +37,16 @@ impl ControlPlane {
         config: Config,
         store: Store,
         driver: Arc<dyn Driver>,
-        images: Arc<heyvm_images::ImageStore>,
+        images: Arc<ImageStore>,
     ) -> Result<Arc<Self>, ApiError> {
         let rows = store.sandboxes().await.map_err(errors::store)?;
-        let records = rows.iter().filter_map(|row| match record::Record::from_row(row) {
-            Ok(record) => Some(record),
-            Err(error) => {
-                tracing::error!(%error, id = row.id, "a sandbox that another version has written down is left alone");
-                None
-            }
-        });
-        let sandboxes: HashMap<_, _> = records.map(|record| (record.id.clone(), Sandbox::new(record))).collect();
+        let sandboxes: HashMap<_, _> = rows
+            .iter()
+            .filter_map(|row| read(row, &images))
+            .map(|record| (record.id.clone(), Sandbox::new(record)))
+            .collect();
         let plane = Arc::new(Self {
+            unread: sandboxes.len() < rows.len(),
             config,
             store,
             driver,
@@ -53,6 +55,7 @@ impl ControlPlane {
             endpoints: RwLock::default(),
             keys: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
+            image_use: tokio::sync::Mutex::default(),
         });
         plane.reload_endpoints().await?;
         archives::prepare(&plane.config.home)
@@ -61,11 +64,13 @@ impl ControlPlane {
         plane.remove_strays(&rows).await?;
         plane.settle_all().await;
         plane.sweep().await;
+        plane.prune_images().await;
         tokio::spawn(Arc::clone(&plane).sweep_forever());
         tokio::spawn(Arc::clone(&plane).tidy_archives_forever());
         Ok(plane)
     }
 
+    /// Side by side.
     async fn settle_all(self: &Arc<Self>) {
         let settling = self.all().into_iter().map(|sandbox| tokio::spawn(Arc::clone(self).settle(sandbox)));
         let all = futures::future::join_all(settling.collect::<Vec<_>>());
@@ -169,5 +174,22 @@ impl ControlPlane {
             }
         }
         Ok(())
+    }
+}
+
+/// The record in a row; none where another version has written what this one cannot read.
+fn read(row: &SandboxRow, images: &ImageStore) -> Option<Record> {
+    match Record::from_row(row) {
+        Ok(mut record) => {
+            // Earlier versions wrote the image's name alone.
+            if record.image_digest.is_none() {
+                record.image_digest = images.get(&record.image).map(|image| image.digest);
+            }
+            Some(record)
+        }
+        Err(error) => {
+            tracing::error!(%error, id = row.id, "a sandbox that another version has written down is left alone");
+            None
+        }
     }
 }

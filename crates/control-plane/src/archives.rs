@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use flate2::read::GzDecoder;
+use flate2::read::MultiGzDecoder;
 use futures::{StreamExt, stream::BoxStream};
 use heyvm_api::{ApiError, ErrorCode, sandbox::Status, system::ArchiveInfo};
 use sha2::{Digest, Sha256};
@@ -162,7 +162,7 @@ pub fn check(home: &Path, id: &str) -> Result<(), ApiError> {
 pub fn read(home: &Path, id: &str) -> Result<impl Read + Send + use<>, ApiError> {
     check(home, id)?;
     let path = path_of(home, id).unwrap_or_default();
-    Ok(GzDecoder::new(File::open(path).map_err(|error| errors::io("opening the archive", &error))?))
+    Ok(MultiGzDecoder::new(File::open(path).map_err(|error| errors::io("opening the archive", &error))?))
 }
 
 /// Passes a stream on in pieces until it ends or `take` wants no more.
@@ -180,7 +180,7 @@ pub fn feed(mut from: impl Read, mut take: impl FnMut(Vec<u8>) -> bool) -> io::R
 fn look_through(file: File, max_bytes: u64) -> Result<(), ApiError> {
     let broken = |error: io::Error| refused(format!("it is no whole tar.gz: {error}"));
     let left = Rc::new(Cell::new(0));
-    let mut archive = tar::Archive::new(Metered { from: GzDecoder::new(file), left: Rc::clone(&left) });
+    let mut archive = tar::Archive::new(Metered { from: MultiGzDecoder::new(file), left: Rc::clone(&left) });
     let mut entries = archive.entries().map_err(broken)?;
     let (mut count, mut bytes) = (0, 0_u64);
     loop {

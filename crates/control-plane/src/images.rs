@@ -1,5 +1,7 @@
 //! Images and the host's fitness, as the API tells of them.
 
+use std::sync::Arc;
+
 use chrono::{TimeZone, Utc};
 use heyvm_api::{
     ApiError, ErrorCode,
@@ -7,9 +9,9 @@ use heyvm_api::{
     sandbox::{CreateRequest, Status},
     system::{Check, CheckStatus, DoctorReport},
 };
-use heyvm_images::Image;
+use heyvm_images::{Image, Resolved};
 
-use crate::{ControlPlane, ProgressSink, errors, tell, validate};
+use crate::{ControlPlane, ProgressSink, Sandbox, errors, record::Record, tell, validate};
 
 /// Less than this under the home makes sandboxes fail before long.
 const LOW_DISK: u64 = 2 << 30;
@@ -36,6 +38,7 @@ impl ControlPlane {
     pub async fn pull_image(&self, request: PullRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
         tell(&progress, "image", "pulling");
         let image = self.images.pull(&request.image, self.forward(&progress, "image")).await.map_err(errors::image)?;
+        self.prune_images().await;
         Ok(self.image_info(&image))
     }
 
@@ -45,28 +48,70 @@ impl ControlPlane {
         let path = std::path::PathBuf::from(&request.path);
         let forward = self.forward(&progress, "image");
         let image = self.images.import(&path, request.name.as_deref(), forward).await.map_err(errors::image)?;
+        self.prune_images().await;
         Ok(self.image_info(&image))
     }
 
     /// Removes an image that no sandbox runs.
     pub async fn remove_image(&self, name: &str) -> Result<(), ApiError> {
-        let users = self.all().into_iter().map(|sandbox| sandbox.snapshot());
-        if let Some(user) = users.into_iter().find(|record| record.image == name && record.status != Status::Removed) {
+        let _no_other = self.image_use.lock().await;
+        let digest = self.images.get(name).map(|image| image.digest);
+        if let Some(user) = self.living().find(|record| digest.is_some() && record.image_digest == digest) {
             return Err(ApiError::new(ErrorCode::InvalidState, format!("sandbox {} runs image {name}", user.name))
                 .hint(format!("heyvm rm {} first", user.name)));
         }
-        self.images.remove(name).map_err(errors::image)
+        self.images.remove(name).await.map_err(errors::image)
+    }
+
+    /// The image a new sandbox runs. From here on it is not removed.
+    pub(crate) async fn claim_image(
+        &self,
+        sandbox: &Sandbox,
+        asked: &str,
+        progress: &ProgressSink,
+    ) -> Result<Resolved, ApiError> {
+        loop {
+            let forward = self.forward(progress, "image");
+            let resolved =
+                self.images.resolve(asked, &self.config.default_image, forward).await.map_err(errors::image)?;
+            let _no_other = self.image_use.lock().await;
+            // It may have been removed just now.
+            if self.images.with_digest(&resolved.image.digest).is_some() {
+                let digest = resolved.image.digest.clone();
+                self.save(sandbox, |record| record.image_digest = Some(digest)).await?;
+                return Ok(resolved);
+            }
+        }
+    }
+
+    /// Removes images that neither a name nor a sandbox means any more.
+    pub(crate) async fn prune_images(&self) {
+        let _no_other = self.image_use.lock().await;
+        if self.unread {
+            return;
+        }
+        let used = self.living().filter_map(|record| record.image_digest).collect();
+        if let Err(error) = self.images.prune(used).await {
+            tracing::error!(%error, "an image that nobody runs could not be removed");
+        }
+    }
+
+    fn living(&self) -> impl Iterator<Item = Record> {
+        let records = self.all().into_iter().map(|sandbox| sandbox.snapshot());
+        records.filter(|record| record.status != Status::Removed)
     }
 
     /// Takes a guest kernel from an unpacked package.
     pub async fn import_kernel(&self, tree: &std::path::Path) -> Result<String, ApiError> {
-        self.images.import_kernel(tree).map_err(errors::image)
+        let (images, tree) = (Arc::clone(&self.images), tree.to_owned());
+        let imported = tokio::task::spawn_blocking(move || images.import_kernel(&tree)).await;
+        imported.map_err(|error| errors::internal(&error))?.map_err(errors::image)
     }
 
     /// Makes sure that kernel, default image and the small template are there.
     pub async fn prepare_default(&self, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
         let record = validate::record(&CreateRequest::default(), &self.config)?;
-        let sandbox = crate::Sandbox::new(record);
+        let sandbox = Sandbox::new(record);
         let spec = self.default_spec(&sandbox.snapshot(), &progress).await?;
         self.driver.prepare(&spec, self.forward(&progress, "template")).await.map_err(errors::vm)?;
         Ok(self.image_info(&spec.image))

@@ -73,6 +73,10 @@ pub struct ControlPlane {
     endpoints: RwLock<HashMap<String, EndpointRow>>,
     keys: tokio::sync::Mutex<()>,
     reloading: tokio::sync::Mutex<()>,
+    /// Held while an image begins to be used, or goes because it is not.
+    image_use: tokio::sync::Mutex<()>,
+    /// Whether there are rows that cannot be read: what they need is not known.
+    unread: bool,
 }
 
 /// One sandbox: its record, its VM while it has one, and the lock that makes its transitions one at a time.

@@ -198,6 +198,7 @@ impl ControlPlane {
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
         self.save(sandbox, |record| record.enter(Status::Removed, record.reason.clone())).await?;
+        self.prune_images().await;
         self.store.remove_keys(&record.id).await.map_err(errors::store)
     }
 

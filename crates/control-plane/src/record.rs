@@ -41,6 +41,8 @@ pub struct Record {
     pub removing: bool,
     /// The image it runs, once that is known.
     pub image: String,
+    /// Digest of that image: its name may come to mean another one, but the disk lies over this one.
+    pub image_digest: Option<String>,
     /// The image that was asked for, where it is another.
     pub image_requested: Option<String>,
     /// Its region.

@@ -62,6 +62,7 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
         waiting_to_replace: false,
         removing: false,
         image: request.image.clone().unwrap_or_else(|| config.default_image.clone()),
+        image_digest: None,
         image_requested: None,
         region: region(request, config)?,
         size_class,

@@ -44,6 +44,10 @@ pub struct Image {
     pub name: String,
     /// `sha256:…` of the manifest, or of the root for one built or imported from a tar.
     pub digest: String,
+    /// `sha256:…` of `rootfs` itself: the same manifest can give other bytes on another day. Unknown for those that an
+    /// earlier version has kept.
+    #[serde(default)]
+    pub root_digest: Option<String>,
     /// EROFS file, read-only, shared by all sandboxes of the image.
     pub rootfs: PathBuf,
     /// Bytes of `rootfs`.

@@ -1,7 +1,8 @@
 //! What is here: `images/index.json` (name → digest) and `images/<digest>/{root.erofs,image.json}`; `kernels/<version>/`.
+//! An image whose name has moved on to another stays until [`ImageStore::prune`]: whoever calls it knows who runs what.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs::{self, File},
     io::{self, Write},
     os::unix::fs::PermissionsExt,
@@ -22,6 +23,8 @@ use crate::{
     work::Work,
 };
 
+/// What is known of an image, in its directory.
+const TOLD: &str = "image.json";
 /// Held by whoever changes the index, and what it names.
 const CHANGES: &str = "lock";
 
@@ -56,8 +59,40 @@ impl ImageStore {
         self.read(name, digest)
     }
 
+    /// The image of this digest, also when no name means it any more.
+    pub fn with_digest(&self, digest: &str) -> Option<Image> {
+        let image = self.read("", digest)?;
+        let index = self.index();
+        let name = index.iter().find(|(_, named)| *named == digest).map(|(name, _)| name.clone());
+        Some(Image { name: name.unwrap_or_else(|| digest.to_owned()), ..image })
+    }
+
     /// Forgets a name, written as it is listed, and removes the image when it has no other.
-    pub fn remove(&self, reference: &str) -> Result<(), Error> {
+    pub async fn remove(&self, reference: &str) -> Result<(), Error> {
+        let (store, reference) = (self.clone(), reference.to_owned());
+        blocking(move || store.remove_now(&reference)).await
+    }
+
+    /// Removes images that no name means any more, but those of these digests.
+    pub async fn prune(&self, used: HashSet<String>) -> Result<(), Error> {
+        let store = self.clone();
+        blocking(move || store.prune_now(&used)).await
+    }
+
+    fn prune_now(&self, used: &HashSet<String>) -> Result<(), Error> {
+        let _lock = self.lock(CHANGES)?;
+        let index = self.index();
+        let wanted: HashSet<String> = index.values().chain(used).map(|digest| dir_name(digest)).collect();
+        for entry in fs::read_dir(&self.images).map_err(Error::io("reading", &self.images))?.flatten() {
+            let free = entry.file_name().to_str().is_some_and(|name| !wanted.contains(name));
+            if free && entry.path().join(TOLD).exists() {
+                fs::remove_dir_all(entry.path()).map_err(Error::io("removing", entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_now(&self, reference: &str) -> Result<(), Error> {
         let _lock = self.lock(CHANGES)?;
         let image = self.exactly(reference).ok_or_else(|| Error::NotFound(reference.into()))?;
         let mut index = self.index();
@@ -91,14 +126,25 @@ impl ImageStore {
 
     /// Fetches an image from its registry; one that is here already is fetched again.
     pub async fn pull(&self, reference: &str, progress: Progress) -> Result<Image, Error> {
-        let work = Work::new_in(&self.images)?;
-        let parts = registry::fetch(reference, &self.registries, work.path(), &progress).await?;
+        let work = self.work().await?;
+        let parts = match registry::fetch(reference, &self.registries, work.path(), &progress).await {
+            Ok(parts) => parts,
+            Err(error) => {
+                // It may be large.
+                blocking(move || {
+                    drop(work);
+                    Ok(())
+                })
+                .await?;
+                return Err(error);
+            }
+        };
         self.assemble(parts, reference.to_owned(), "registry", work, progress).await
     }
 
     /// Takes an image from a `docker save` tar, an OCI layout or a root tar.
     pub async fn import(&self, path: &Path, name: Option<&str>, progress: Progress) -> Result<Image, Error> {
-        let work = Work::new_in(&self.images)?;
+        let work = self.work().await?;
         let (from, told) = (path.to_owned(), Arc::clone(&progress));
         // The directory goes with what writes into it: a caller who no longer waits must not remove it meanwhile.
         let (work, parts) =
@@ -108,6 +154,11 @@ impl ImageStore {
             None => import_name(path, &parts).ok_or_else(|| Error::invalid("the image needs a name"))?,
         };
         self.assemble(parts, name, "import", work, progress).await
+    }
+
+    async fn work(&self) -> Result<Work, Error> {
+        let images = self.images.clone();
+        blocking(move || Work::new_in(&images)).await
     }
 
     /// Layers over layers, then one file.
@@ -132,9 +183,7 @@ impl ImageStore {
                 layers::apply(layer, &root, &mut budget)?;
             }
             progress("compressing", None, None);
-            erofs::write(&root, &half.join("root.erofs"))?;
-            let _lock = store.lock(CHANGES)?;
-            store.keep(&half, name, parts.config, source, parts.digest)
+            store.keep(&root, &half, name, parts.config, source, parts.digest)
         })
         .await
     }
@@ -160,8 +209,10 @@ impl ImageStore {
         self.assemble(Parts::root(tar), name, "packages", work, progress).await
     }
 
+    /// Makes an image of `root` in the directory `half`, and puts it in its place.
     fn keep(
         &self,
+        root: &Path,
         half: &Path,
         name: String,
         config: ImageConfig,
@@ -169,10 +220,11 @@ impl ImageStore {
         manifest: Option<String>,
     ) -> Result<Image, Error> {
         let rootfs = half.join("root.erofs");
-        let mut hash = Sha256::new();
-        let mut file = File::open(&rootfs).map_err(Error::io("reading", &rootfs))?;
-        let size_bytes = io::copy(&mut file, &mut hash).map_err(Error::io("reading", &rootfs))?;
-        let digest = manifest.unwrap_or_else(|| format!("sha256:{}", hex::encode(hash.finalize())));
+        erofs::write(root, &rootfs)?;
+        let (size_bytes, root_digest) = measured(&rootfs)?;
+        let digest = manifest.unwrap_or_else(|| root_digest.clone());
+        // What takes long is done.
+        let _lock = self.lock(CHANGES)?;
         let created_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
         let target = self.images.join(dir_name(&digest));
         let mut index = self.index();
@@ -187,6 +239,7 @@ impl ImageStore {
         let image = Image {
             name,
             digest,
+            root_digest: Some(root_digest),
             rootfs: target.join("root.erofs"),
             size_bytes,
             config,
@@ -194,7 +247,7 @@ impl ImageStore {
             source: source.into(),
         };
         let told = serde_json::to_vec(&image).map_err(|error| Error::io("writing", half)(error.into()))?;
-        fs::write(half.join("image.json"), told).map_err(Error::io("writing", half))?;
+        fs::write(half.join(TOLD), told).map_err(Error::io("writing", half))?;
         match fs::remove_dir_all(&target) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("removing", target)(error)),
             _ => {}
@@ -217,7 +270,7 @@ impl ImageStore {
 
     fn read(&self, name: &str, digest: &str) -> Option<Image> {
         let dir = self.images.join(dir_name(digest));
-        let mut image: Image = serde_json::from_slice(&fs::read(dir.join("image.json")).ok()?).ok()?;
+        let mut image: Image = serde_json::from_slice(&fs::read(dir.join(TOLD)).ok()?).ok()?;
         image.name = name.to_owned();
         image.rootfs = dir.join("root.erofs");
         image.rootfs.exists().then_some(image)
@@ -247,6 +300,14 @@ impl ImageStore {
         let file = File::create(&path).map_err(Error::io("making", &path))?;
         Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::io("locking", path)(errno.into()))
     }
+}
+
+/// Bytes and digest of a file.
+fn measured(path: &Path) -> Result<(u64, String), Error> {
+    let mut hash = Sha256::new();
+    let mut file = File::open(path).map_err(Error::io("reading", path))?;
+    let size = io::copy(&mut file, &mut hash).map_err(Error::io("reading", path))?;
+    Ok((size, format!("sha256:{}", hex::encode(hash.finalize()))))
 }
 
 /// What the archive calls its image, else what it is called itself; what is no name is none.

@@ -58,8 +58,7 @@ impl ControlPlane {
     /// Image and kernel, and from them what the VM is made from.
     async fn prepare_image(&self, sandbox: &Sandbox, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
         let asked = sandbox.record().image.clone();
-        let forward = self.forward(progress, "image");
-        let resolved = self.images.resolve(&asked, &self.config.default_image, forward).await.map_err(errors::image)?;
+        let resolved = self.claim_image(sandbox, &asked, progress).await?;
         let record = self
             .save(sandbox, |record| {
                 record.image_env.clone_from(&resolved.image.config.env);
@@ -83,11 +82,12 @@ impl ControlPlane {
         Ok(vm_spec(record, kernel, resolved.image))
     }
 
-    /// The VM of an existing record: its image must still be here.
+    /// The VM of an existing record: the very image its disk lies over must still be here.
     pub(crate) async fn spec_of(&self, record: &Record) -> Result<VmSpec, ApiError> {
-        let image = self.images.get(&record.image).ok_or_else(|| {
-            ApiError::new(ErrorCode::ImageNotFound, format!("the sandbox's image {} is gone", record.image))
-                .hint(format!("heyvm pull {} brings it back", record.image))
+        let digest = record.image_digest.as_deref().unwrap_or("unknown");
+        let image = self.images.with_digest(digest).ok_or_else(|| {
+            ApiError::new(ErrorCode::ImageNotFound, format!("the sandbox's image {} ({digest}) is gone", record.image))
+                .hint("heyvm pull NAME@DIGEST brings the same one back; another one does not fit the sandbox's disk")
         })?;
         let kernel = self.images.kernel().await.map_err(errors::image)?;
         Ok(vm_spec(record, kernel, image))

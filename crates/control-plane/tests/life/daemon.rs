@@ -178,12 +178,7 @@ http.server.HTTPServer((\"127.0.0.1\", {port}), Answer).serve_forever()'"
 
 /// Names and digests of an image and a kernel; nobody boots them.
 fn prepare_images(home: &Path) {
-    let image = home.join("images/sha256-00");
-    fs::create_dir_all(&image).unwrap();
-    fs::write(image.join("root.erofs"), "").unwrap();
-    let told = r#"{"name":"test:1","digest":"sha256:00","rootfs":"","size_bytes":0,"config":{"env":[],"working_dir":null},"created_at":0,"source":"import"}"#;
-    fs::write(image.join("image.json"), told).unwrap();
-    fs::write(home.join("images/index.json"), r#"{"test:1":"sha256:00"}"#).unwrap();
+    have_image(home, "test:1", "00");
     let kernel = home.join("kernels/1.0");
     fs::create_dir_all(&kernel).unwrap();
     fs::write(kernel.join("vmlinuz"), "").unwrap();
@@ -193,4 +188,17 @@ fn prepare_images(home: &Path) {
     if let Ok(mut file) = fs::File::create_new(agent) {
         file.write_all(b"not run").unwrap();
     }
+}
+
+/// From now on the name means the image of this digest.
+pub fn have_image(home: &Path, name: &str, digest: &str) {
+    let image = home.join(format!("images/sha256-{digest}"));
+    fs::create_dir_all(&image).unwrap();
+    fs::write(image.join("root.erofs"), "").unwrap();
+    let told = format!(
+        r#"{{"name":"{name}","digest":"sha256:{digest}","rootfs":"","size_bytes":0,"config":{{"env":[],"working_dir":null}},"created_at":0,"source":"import"}}"#
+    );
+    fs::write(image.join("image.json"), told).unwrap();
+    let index = format!(r#"{{"{name}":"sha256:{digest}"}}"#);
+    fs::write(home.join("images/index.json"), index).unwrap();
 }

@@ -34,6 +34,8 @@ pub struct Machines {
     pub full: AtomicBool,
     /// How long `create` takes.
     pub slowness: Mutex<Duration>,
+    /// Digest of the image that the last one was booted from.
+    pub booted: Mutex<String>,
     /// What becomes of `adopt`.
     pub finding: Mutex<Finding>,
 }
@@ -58,6 +60,7 @@ impl Machines {
             ended: Mutex::default(),
             full: AtomicBool::new(false),
             slowness: Mutex::default(),
+            booted: Mutex::default(),
             finding: Mutex::default(),
         })
     }
@@ -87,6 +90,7 @@ impl Machines {
     }
 
     fn boot(&self, id: &VmId, spec: &VmSpec) -> Arc<dyn Vm> {
+        self.booted.lock().unwrap().clone_from(&spec.image.digest);
         let socket = self.dir.join(id).join("agent.sock");
         let _ = fs::remove_file(&socket);
         let mut env = spec.env.clone();

@@ -7,6 +7,7 @@ mod machines;
 mod adoption;
 mod creating;
 mod ending;
+mod images;
 mod names;
 mod ports;
 mod replacing;

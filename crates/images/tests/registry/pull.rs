@@ -39,9 +39,9 @@ async fn an_image_is_pulled_by_tag_and_by_digest() {
         let resolved = place.store.resolve(reference, "ubuntu:24.04", silent()).await.unwrap();
         assert_eq!((resolved.image.name, resolved.substituted), (reference.clone(), None));
     }
-    place.store.remove(&by_digest).unwrap();
+    place.store.remove(&by_digest).await.unwrap();
     assert!(place.store.get(&name).is_some());
-    place.store.remove(&name).unwrap();
+    place.store.remove(&name).await.unwrap();
     assert!(place.store.list().is_empty() && place.kept().is_empty());
 }
 
@@ -58,7 +58,7 @@ async fn a_name_without_tag_or_registry_means_what_it_means_to_docker() {
     for other in ["thing:1", "thing2", name.as_str(), ""] {
         assert_eq!(place.store.get(other), None, "{other}");
     }
-    assert!(place.store.remove("thing:latest").is_err(), "who removes means the name that is listed");
+    assert!(place.store.remove("thing:latest").await.is_err(), "who removes means the name that is listed");
 }
 
 #[tokio::test]
@@ -156,4 +156,23 @@ async fn an_index_gives_the_image_of_this_architecture() {
         matches!(&error, heyvm_images::Error::Invalid(_)) && error.to_string().contains("linux/amd64"),
         "{error:?}"
     );
+}
+
+#[tokio::test]
+async fn an_image_whose_name_has_moved_on_stays_as_long_as_it_is_used() {
+    let server = Server::start();
+    let version = |text: &str| Layout::new(&[layer(vec![file("version", text)])], json!({}));
+    let name = server.push(version("one").path(), "test/app:1");
+    let place = Place::using(&server);
+    let old = place.store.pull(&name, silent()).await.unwrap();
+    server.push(version("two").path(), "test/app:1");
+    let new = place.store.pull(&name, silent()).await.unwrap();
+    assert_ne!((&old.digest, &old.root_digest), (&new.digest, &new.root_digest));
+    assert_eq!(place.store.get(&name), Some(new.clone()));
+    place.store.prune([old.digest.clone()].into()).await.unwrap();
+    let kept = place.store.with_digest(&old.digest).unwrap();
+    assert_eq!((&kept.name, &kept.rootfs, Root::of(&kept).text("version")), (&old.digest, &old.rootfs, "one".into()));
+    place.store.prune([].into()).await.unwrap();
+    assert_eq!(place.store.with_digest(&old.digest), None);
+    assert_eq!(place.kept(), [new.digest.replace(':', "-")]);
 }
