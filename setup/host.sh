@@ -241,7 +241,8 @@ kernel_from_apt() {
     local meta image packages version
     apt_lists
     for meta in linux-image-cloud-amd64 linux-image-virtual linux-image-amd64; do
-        image=$(apt-cache depends "$meta" 2>/dev/null | awk '/Depends: linux-image-[0-9]/ {print $2; exit}')
+        # apt-cache fails for a name that it does not know, as others' are.
+        image=$({ apt-cache depends "$meta" 2>/dev/null || true; } | awk '/Depends: linux-image-[0-9]/ {print $2; exit}')
         [ -z "$image" ] || break
     done
     [ -n "$image" ] || fail "apt knows no kernel package (linux-image-cloud-amd64, linux-image-virtual)" \

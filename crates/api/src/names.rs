@@ -6,6 +6,8 @@ use crate::{ApiError, ErrorCode, sandbox::SizeClass};
 
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 63;
+/// Longest time that can be waited for.
+const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Disk sizes that can be asked for, in GB.
 pub const DISK_GB: std::ops::RangeInclusive<i64> = 1..=250;
 
@@ -82,8 +84,9 @@ pub fn parse_size_class(text: &str) -> Result<SizeClass, ApiError> {
 /// `30s`, `2m`, `500ms`; a plain number is seconds.
 pub fn parse_duration(what: &str, text: &str) -> Result<Duration, ApiError> {
     let plain = text.parse::<f64>().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    plain.or_else(|| humantime::parse_duration(text).ok()).ok_or_else(|| {
-        ApiError::new(ErrorCode::InvalidArgument, format!("{what} {text:?} is not a duration"))
+    let duration = plain.or_else(|| humantime::parse_duration(text).ok());
+    duration.filter(|duration| *duration <= LONGEST).ok_or_else(|| {
+        ApiError::new(ErrorCode::InvalidArgument, format!("{what} {text:?} is not a duration of at most 30 days"))
             .hint("write 30s, 2m or 500ms")
     })
 }
@@ -116,7 +119,7 @@ mod tests {
         assert_eq!(check_port(65535).unwrap(), 65535);
         assert_eq!(parse_duration("--timeout", "30").unwrap(), Duration::from_secs(30));
         assert_eq!(parse_duration("--timeout", "2m").unwrap(), Duration::from_secs(120));
-        for bad in ["", "-1", "soon", "1e99"] {
+        for bad in ["", "-1", "soon", "1e99", "1e19", "31days"] {
             assert!(parse_duration("--timeout", bad).is_err(), "{bad:?}");
         }
     }

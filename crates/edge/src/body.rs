@@ -18,6 +18,9 @@ use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::pool::Lease;
 
+/// A visitor may be slow, but one who sends nothing of a body for this long holds a place that others want.
+const VISITOR_LIMIT: Duration = Duration::from_secs(300);
+
 /// A visitor's body on its way to the sandbox, or none.
 pub struct RequestBody {
     inner: Option<Incoming>,
@@ -46,15 +49,16 @@ impl RequestBody {
 }
 
 impl Progress {
-    /// Resolves when the sandbox has done nothing for `limit`. The time a visitor takes does not count.
+    /// Resolves when the sandbox has done nothing for `limit`, or the visitor has sent nothing for [`VISITOR_LIMIT`].
     pub async fn stalled(&self, limit: Duration) {
         loop {
-            let now = Instant::now();
-            let since = if self.waiting_for_visitor.load(Ordering::Relaxed) { now } else { *self.lock() };
-            if since + limit <= now {
+            let waiting_for_visitor = self.waiting_for_visitor.load(Ordering::Relaxed);
+            let end = *self.lock() + if waiting_for_visitor { limit.max(VISITOR_LIMIT) } else { limit };
+            if end <= Instant::now() {
                 return;
             }
-            tokio::time::sleep_until(since + limit).await;
+            // Who is waited for may change meanwhile.
+            tokio::time::sleep_until(end.min(Instant::now() + limit)).await;
         }
     }
 

@@ -22,6 +22,8 @@ use serde::Deserialize;
 /// A daemon that is not there after this will not come.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
+/// Where distributions keep what administrators need.
+const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin";
 /// Lines of its log that are shown when it does not come.
 const LOG_LINES: usize = 10;
 
@@ -62,20 +64,22 @@ pub async fn running(home: &Path) -> Option<(Client, Option<String>)> {
 
 /// A client of the daemon, which is started when there is none.
 pub async fn ensure(home: &Path, debug: bool) -> Result<Client, ApiError> {
-    match running(home).await {
-        Some((client, version)) if version.as_deref().is_none_or(|v| v == env!("CARGO_PKG_VERSION")) => {
+    match fitting(home).await {
+        Ok(client) => {
             say(debug, || format!("the daemon runs at {}", socket(home).display()));
-            return Ok(client);
+            Ok(client)
         }
-        Some((_, version)) => {
-            let version = version.unwrap_or_default();
-            say(debug, || format!("ending the daemon of version {version} for that of {}", env!("CARGO_PKG_VERSION")));
-            stop(home)?;
-        }
-        None => {}
+        Err(_) => start(home, debug).await,
     }
-    say(debug, || format!("starting the daemon; its log is {}", home.join("daemon.log").display()));
-    start(home, debug).await
+}
+
+/// A client of the running daemon of our own version; else the version of the one that runs, if one does.
+async fn fitting(home: &Path) -> Result<Client, Option<String>> {
+    match running(home).await {
+        Some((client, version)) if version.as_deref().is_none_or(|v| v == env!("CARGO_PKG_VERSION")) => Ok(client),
+        Some((_, version)) => Err(version),
+        None => Err(None),
+    }
 }
 
 /// What is being done, where `--debug` asks for it.
@@ -94,9 +98,15 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
         .await
         .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
         .map_err(|(_, errno)| unusable(&run, &errno.into()))?;
-    if let Some((client, _)) = running(home).await {
-        return Ok(client);
+    match fitting(home).await {
+        Ok(client) => return Ok(client),
+        Err(Some(version)) => {
+            say(debug, || format!("ending the daemon of version {version} for that of {}", env!("CARGO_PKG_VERSION")));
+            stop(home)?;
+        }
+        Err(None) => {}
     }
+    say(debug, || format!("starting the daemon; its log is {}", home.join("daemon.log").display()));
     let log_path = home.join("daemon.log");
     let log = File::options()
         .create(true)
@@ -131,6 +141,9 @@ fn spawn(home: &Path, log: File, debug: bool) -> io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["daemon", "run"]).env("HEYO_HOME", home).current_dir("/").process_group(0);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    // mkfs.ext4, nft and modprobe lie where an ordinary user's PATH does not lead.
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:{SYSTEM_PATH}"));
     if debug && std::env::var_os("HEYVM_LOG").is_none() {
         command.env("HEYVM_LOG", "debug");
     }

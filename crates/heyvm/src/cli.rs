@@ -147,8 +147,8 @@ Examples:
   heyvm exec my-app -- uname -a
   heyvm --api --port 3000";
 const DEPLOY_EXAMPLES: &str = "\
-Left behind: what .gitignore and .heyvmignore name, and .git, node_modules, target, __pycache__, .venv and the like
-(a line `!target/` in .heyvmignore takes one along, --no-ignore takes everything).
+Left behind: what .gitignore and .heyvmignore name, and .git, node_modules, target, __pycache__, .venv and such;
+a line `!target/` in .heyvmignore takes one along, --no-ignore takes everything.
 
 Examples:
   heyvm deploy ./my-app --name web --port 8080 --start-command \"python3 server.py\" --health-path /health

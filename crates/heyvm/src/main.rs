@@ -19,6 +19,7 @@ fn main() {
     match std::env::args_os().nth(1).as_deref().and_then(std::ffi::OsStr::to_str) {
         Some("jail") => heyvm_jail::main_jail(),
         Some("egress") => heyvm_jail::main_egress(),
+        Some("daemon") => heyvm_jail::process::close_inherited(),
         _ => {}
     }
     let status = match arguments::parse(std::env::args_os().collect()) {

@@ -119,6 +119,13 @@ fn is_zombie(stat: &str) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| matches!(rest.split_ascii_whitespace().next(), Some("Z" | "X")))
 }
 
+/// Closes what this program has inherited beside its standard streams: what outlives its caller must not hold the caller's
+/// locks and pipes open. To be called before anything else is opened.
+pub fn close_inherited() {
+    // SAFETY: close_range takes integers, and nothing of this program is open yet beyond the standard streams.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+}
+
 /// An id that is new at every boot of this host.
 pub fn host_boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()

@@ -8,6 +8,7 @@ use std::{
         unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use tokio::net::UnixListener;
@@ -17,6 +18,9 @@ use crate::Error;
 /// A log beyond this is turned over.
 const MAX_LOG: u64 = 16 << 20;
 const SOCKET: &str = "daemon.sock";
+/// A daemon that was told to end has ended by then.
+const PATIENCE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(20);
 
 /// A home that this process alone is the daemon of. Dropping it gives the lock back.
 #[derive(Debug)]
@@ -26,8 +30,13 @@ pub struct Home {
 }
 
 impl Home {
-    /// Makes the directories, takes the lock and writes our process id into it.
+    /// Makes the directories, takes the lock and writes our process id into it. A daemon that still holds the lock but
+    /// does not listen any more is ending: it is waited for.
     pub fn open(path: PathBuf) -> Result<Self, Error> {
+        Self::open_within(path, PATIENCE)
+    }
+
+    fn open_within(path: PathBuf, patience: Duration) -> Result<Self, Error> {
         for dir in [path.clone(), path.join("run")] {
             private_directory(&dir).map_err(Error::io(format!("making {}", dir.display())))?;
         }
@@ -41,14 +50,20 @@ impl Home {
             .mode(0o600)
             .open(&file)
             .map_err(Error::io(doing()))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                let _ = lock.read_to_string(&mut holder);
-                return Err(Error::AlreadyRunning(holder.trim().to_owned()));
+        let give_up = Instant::now() + patience;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if Instant::now() < give_up && !somebody_listens(&path) => {
+                    std::thread::sleep(POLL);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let mut holder = String::new();
+                    let _ = lock.read_to_string(&mut holder);
+                    return Err(Error::AlreadyRunning(holder.trim().to_owned()));
+                }
+                Err(TryLockError::Error(error)) => return Err(Error::io(doing())(error)),
             }
-            Err(TryLockError::Error(error)) => return Err(Error::io(doing())(error)),
         }
         let write_id = |lock: &mut File| {
             lock.set_len(0)?;
@@ -108,6 +123,14 @@ pub async fn connect(home: &Path) -> io::Result<tokio::net::UnixStream> {
     tokio::net::UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd())).await
 }
 
+fn somebody_listens(home: &Path) -> bool {
+    let dialled = || {
+        let dir = File::open(home.join("run"))?;
+        std::os::unix::net::UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))
+    };
+    dialled().is_ok()
+}
+
 fn private_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)?;
     let meta = fs::metadata(path)?;
@@ -126,7 +149,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("h");
         let home = Home::open(path.clone()).unwrap();
-        let refused = Home::open(path.clone()).unwrap_err().to_string();
+        let refused = Home::open_within(path.clone(), Duration::ZERO).unwrap_err().to_string();
         assert!(refused.contains(&std::process::id().to_string()), "{refused}");
         assert!(home.is_ours());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
@@ -134,6 +157,21 @@ mod tests {
         assert!(!home.is_ours());
         let successor = Home::open(path).unwrap();
         assert!(!home.is_ours() && successor.is_ours());
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_ends_is_waited_for_and_one_that_listens_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("h");
+        let first = Home::open(path.clone()).unwrap();
+        let listener = first.listen().unwrap();
+        assert!(Home::open(path.clone()).is_err());
+        drop(listener);
+        let second = tokio::task::spawn_blocking(move || Home::open(path));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!second.is_finished());
+        drop(first);
+        second.await.unwrap().unwrap();
     }
 
     #[tokio::test]

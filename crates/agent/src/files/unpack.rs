@@ -152,8 +152,13 @@ impl Unpacking {
             }
             file.write_all(&self.buffer[..length]).map_err(failed)?;
         }
+        fchmod(&file, mode).map_err(|errno| failed(errno.into()))?;
+        // An archive without times is of now: caches and zip files make nothing good of 1970.
+        if mtime == 0 {
+            return Ok(());
+        }
         let time = TimeSpec::new(i64::try_from(mtime).unwrap_or(i64::MAX), 0);
-        fchmod(&file, mode).and_then(|()| futimens(&file, &time, &time)).map_err(|errno| failed(errno.into()))
+        futimens(&file, &time, &time).map_err(|errno| failed(errno.into()))
     }
 
     fn create(&mut self, path: &Path) -> Result<OwnedFd, Problem> {

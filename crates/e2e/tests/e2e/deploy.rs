@@ -256,3 +256,10 @@ fn what_takes_long_shows_on_a_terminal() {
     assert_eq!(code, 0, "{shown}");
     assert!(shown.contains("sleep 4"), "the hook that runs is told: {shown:?}");
 }
+
+#[test]
+fn deployed_files_are_of_today() {
+    let host = Host::new();
+    let vm = host.deploy(&host.web_app(), &[]);
+    assert_eq!(vm.sh("find /workspace -name web.py -newermt '-1 hour' | wc -l").out(), "1");
+}

@@ -235,3 +235,22 @@ fn a_terminal_is_joined_to_this_one() {
         assert!(shown.contains(expected), "no {expected:?} in {shown:?}");
     }
 }
+
+#[test]
+fn ctrl_c_ends_a_command_that_does_not_read_its_input() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    let input = host.scratch().join("input");
+    fs::write(&input, vec![7; 20 << 20]).expect("input");
+    let stdin = fs::File::open(&input).expect("input");
+    let script = "echo ready; exec sleep 1000";
+    let mut command = host.command();
+    command.args(["exec", &vm.id, "--", "sh", "-c", script]).stdin(stdin).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("heyvm");
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("line");
+    std::thread::sleep(Duration::from_millis(500));
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("signal");
+    assert_eq!(child.wait().expect("wait").code(), Some(130));
+    eventually("the command is gone", 10, || (vm.exec(&["pgrep", "-f", "sleep 1000"]).code == 1).then_some(()));
+}

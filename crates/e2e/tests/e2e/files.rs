@@ -66,3 +66,25 @@ fn links_that_lead_out_of_a_copy_stay_behind() {
         assert!(ran.err().contains(link), "what is left out is told: {}", ran.err());
     }
 }
+
+#[test]
+fn a_copy_goes_through_a_link_and_keeps_its_time() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    vm.sh("echo new > /srv/config && touch -d @1000000000 /srv/config");
+    let (real, link) = (host.scratch().join("real"), host.scratch().join("link"));
+    fs::write(&real, "old and longer").expect("file");
+    std::os::unix::fs::symlink("real", &link).expect("link");
+    let remote = format!("{}:/srv/config", vm.id);
+    host.run(&["cp", &remote, link.to_str().expect("path")]).succeeded();
+    assert_eq!(fs::read_to_string(&real).expect("file"), "new\n");
+    assert!(fs::symlink_metadata(&link).expect("link").is_symlink());
+
+    let modified = |path: &std::path::Path| fs::metadata(path).expect("file").modified().expect("time");
+    let copy = host.scratch().join("copy");
+    host.run(&["cp", &remote, copy.to_str().expect("path")]).succeeded();
+    let then = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    assert_eq!(modified(&copy), then);
+    host.run(&["cp", copy.to_str().expect("path"), &format!("{}:/srv/back", vm.id)]).succeeded();
+    assert_eq!(vm.sh("stat -c %Y /srv/back").out(), "1000000000");
+}

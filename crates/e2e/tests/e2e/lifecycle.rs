@@ -151,3 +151,32 @@ fn a_stopped_sandbox_gives_its_network_back_once() {
     let address = |vm: &heyvm_e2e::Vm<'_>| vm.sh("hostname -I").out();
     assert_ne!(address(&living), address(&next));
 }
+
+#[test]
+fn a_daemon_holds_nothing_of_the_command_that_started_it() {
+    let host = Host::new();
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    let held = nix::unistd::dup(&writer).expect("a descriptor that is inherited");
+    host.list(&[]);
+    assert!(host.daemon().is_some());
+    drop((writer, held));
+    // The end of the pipe comes only when nobody else has it.
+    let read = std::thread::spawn(move || std::io::Read::read_to_end(&mut { reader }, &mut Vec::new()));
+    eventually("the pipe ends", 5, || read.is_finished().then_some(()));
+}
+
+#[test]
+fn commands_are_served_while_a_daemon_ends() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    for _ in 0..3 {
+        let daemon = host.daemon().expect("a daemon");
+        nix::sys::signal::kill(daemon, nix::sys::signal::Signal::SIGTERM).expect("signal");
+        std::thread::scope(|scope| {
+            let asking: Vec<_> = (0..4).map(|_| scope.spawn(|| vm.status())).collect();
+            for asked in asking {
+                assert_eq!(asked.join().expect("answered"), "running");
+            }
+        });
+    }
+}

@@ -4,20 +4,20 @@ use std::{
     fmt,
     fs::{self, File},
     io::{self, Read, Write},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Component, Path, PathBuf},
 };
 
 use nix::libc::{O_NOCTTY, O_NOFOLLOW, O_NONBLOCK};
 use tar::{Builder, EntryType, Header};
 
-/// Which symbolic links may go along. None may lead out of its tar.
+/// What a tar is made for. In none may a link lead out of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Links {
-    /// Those whose target is there.
-    LeadingToFiles,
-    /// Those whose target is missing, too.
-    LeadingNowhere,
+pub enum Purpose {
+    /// To be deployed: links lead to what is there, and the same files are the same archive, whenever they were written.
+    Deploy,
+    /// To be a copy: links may lead to nothing, and files keep their times.
+    Copy,
 }
 
 /// Why something cannot be packed.
@@ -68,21 +68,21 @@ impl fmt::Display for Problem {
 }
 
 /// Adds what is at `path` under `name`; a directory without what it holds.
-pub fn append(builder: &mut Builder<impl Write>, path: &Path, name: &Path, links: Links) -> Result<(), Problem> {
+pub fn append(builder: &mut Builder<impl Write>, path: &Path, name: &Path, purpose: Purpose) -> Result<(), Problem> {
     let meta = fs::symlink_metadata(path).map_err(|error| Problem::io(path, error))?;
     let kind = meta.file_type();
-    let mode = meta.permissions().mode();
     if kind.is_dir() {
-        let mut header = header(EntryType::Directory, mode, 0);
+        let mut header = header(EntryType::Directory, &meta, purpose);
         return builder.append_data(&mut header, name, io::empty()).map_err(Problem::Output);
     }
     if kind.is_symlink() {
         let target = fs::read_link(path).map_err(|error| Problem::io(path, error))?;
-        check_link(path, name, &target, links)?;
-        return builder.append_link(&mut header(EntryType::Symlink, mode, 0), name, target).map_err(Problem::Output);
+        check_link(path, name, &target, purpose)?;
+        let mut header = header(EntryType::Symlink, &meta, purpose);
+        return builder.append_link(&mut header, name, target).map_err(Problem::Output);
     }
     if kind.is_file() {
-        return append_file(builder, path, name);
+        return append_file(builder, path, name, purpose);
     }
     let what = match kind {
         kind if kind.is_socket() => "a socket",
@@ -93,7 +93,12 @@ pub fn append(builder: &mut Builder<impl Write>, path: &Path, name: &Path, links
 }
 
 /// Adds the file at `path`.
-pub fn append_file(builder: &mut Builder<impl Write>, path: &Path, name: &Path) -> Result<(), Problem> {
+pub fn append_file(
+    builder: &mut Builder<impl Write>,
+    path: &Path,
+    name: &Path,
+    purpose: Purpose,
+) -> Result<(), Problem> {
     // What has become a link or a pipe since it was looked at is neither followed nor waited for.
     let opened = File::options().read(true).custom_flags(O_NOFOLLOW | O_NONBLOCK | O_NOCTTY).open(path);
     let file = opened.map_err(|error| Problem::io(path, error))?;
@@ -101,7 +106,7 @@ pub fn append_file(builder: &mut Builder<impl Write>, path: &Path, name: &Path) 
     if !meta.is_file() {
         return Err(Problem::Changed { path: path.to_owned() });
     }
-    append_content(builder, path, name, header(EntryType::Regular, meta.permissions().mode(), meta.len()), file)
+    append_content(builder, path, name, header(EntryType::Regular, &meta, purpose), file)
 }
 
 /// Adds exactly as many bytes as the header says: a file that grows meanwhile is cut off there, one that shrinks is
@@ -141,24 +146,25 @@ impl<R: Read> Read for Watched<R> {
     }
 }
 
-/// Owners and times stay here: the same files are the same archive.
-fn header(kind: EntryType, mode: u32, size: u64) -> Header {
+/// Owners stay here.
+fn header(kind: EntryType, meta: &fs::Metadata, purpose: Purpose) -> Header {
     let mut header = Header::new_gnu();
     header.set_entry_type(kind);
-    header.set_mode(mode & 0o777);
+    header.set_mode(meta.permissions().mode() & 0o777);
     header.set_uid(0);
     header.set_gid(0);
-    header.set_mtime(0);
-    header.set_size(size);
+    // Who unpacks an archive of no time gives it the time of unpacking.
+    header.set_mtime(if purpose == Purpose::Copy { u64::try_from(meta.mtime()).unwrap_or(0) } else { 0 });
+    header.set_size(if kind == EntryType::Regular { meta.len() } else { 0 });
     header
 }
 
-fn check_link(path: &Path, name: &Path, target: &Path, links: Links) -> Result<(), Problem> {
+fn check_link(path: &Path, name: &Path, target: &Path, purpose: Purpose) -> Result<(), Problem> {
     let (shown, target) = (path.to_owned(), target.to_owned());
     if !stays_inside(&name.parent().unwrap_or(Path::new("")).join(&target)) {
         return Err(Problem::LeadsOut { path: shown, target });
     }
-    if links == Links::LeadingToFiles && fs::metadata(path).is_err() {
+    if purpose == Purpose::Deploy && fs::metadata(path).is_err() {
         return Err(Problem::LeadsNowhere { path: shown, target });
     }
     Ok(())
@@ -184,7 +190,8 @@ mod tests {
 
     fn packed(size: u64, content: impl Read) -> Result<Vec<u8>, Problem> {
         let mut builder = Builder::new(Vec::new());
-        let header = header(EntryType::Regular, 0o644, size);
+        let mut header = Header::new_gnu();
+        header.set_size(size);
         append_content(&mut builder, Path::new("/app/log"), Path::new("log"), header, content)?;
         Ok(builder.into_inner().unwrap())
     }

@@ -40,6 +40,9 @@ pub fn paths(root: &Path, no_ignore: bool) -> Result<Vec<PathBuf>, ApiError> {
         if let Some(error) = walk.add_ignore(left_out.path()) {
             return Err(cannot_list(&error));
         }
+        // What the repository above leaves out stays out, too: its root's .gitignore may name what is secret here.
+        let in_repository = root.canonicalize().is_ok_and(|root| root.ancestors().any(|dir| dir.join(".git").exists()));
+        walk.parents(in_repository).git_exclude(in_repository);
         walk.git_ignore(true).require_git(false).add_custom_ignore_filename(IGNORE_FILE);
     }
     let mut paths = Vec::new();

@@ -15,7 +15,7 @@ use flate2::{Compression, GzBuilder, write::GzEncoder};
 use heyvm_api::{ApiError, ErrorCode};
 use tar::Builder;
 
-use entry::{Links, Problem};
+use entry::{Problem, Purpose};
 
 /// Packs `directory` into an unlinked file, rewound.
 pub fn pack(directory: &Path, no_ignore: bool) -> Result<File, ApiError> {
@@ -50,7 +50,7 @@ fn write(root: &Path, paths: &[PathBuf]) -> Result<File, ApiError> {
     let mut builder = Builder::new(GzBuilder::new().mtime(0).write(io::BufWriter::new(&archive), Compression::fast()));
     for path in paths {
         let name = path.strip_prefix(root).unwrap_or(path);
-        match entry::append(&mut builder, path, name, Links::LeadingToFiles) {
+        match entry::append(&mut builder, path, name, Purpose::Deploy) {
             // What was removed meanwhile might as well have been removed before.
             Ok(()) | Err(Problem::Gone) => {}
             Err(problem) => return Err(refuse(&problem)),

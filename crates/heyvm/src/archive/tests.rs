@@ -190,6 +190,17 @@ fn what_becomes_a_pipe_while_it_is_packed_does_not_block() {
     fs::remove_file(&log).unwrap();
     nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let mut builder = Builder::new(Vec::new());
-    let problem = entry::append_file(&mut builder, &log, Path::new("log")).unwrap_err();
+    let problem = entry::append_file(&mut builder, &log, Path::new("log"), Purpose::Deploy).unwrap_err();
     assert!(matches!(problem, Problem::Changed { .. }), "{problem}");
+}
+
+#[test]
+fn what_the_repository_above_leaves_out_stays_out() {
+    let dir = app(&["services/api/app.py", "services/api/.env", "services/api/local.log", "dist/built.js"]);
+    fs::create_dir_all(dir.path().join(".git/info")).unwrap();
+    fs::write(dir.path().join(".gitignore"), ".env\ndist/\n").unwrap();
+    fs::write(dir.path().join(".git/info/exclude"), "*.log\n").unwrap();
+    assert_eq!(names(&dir.path().join("services/api"), false), ["app.py"]);
+    assert_eq!(names(&dir.path().join("services/api"), true), [".env", "app.py", "local.log"]);
+    assert_eq!(names(&dir.path().join("dist"), false), ["built.js"], "what is named on the command line goes along");
 }

@@ -15,7 +15,7 @@ use tar::Builder;
 use tokio::sync::mpsc;
 
 use super::{Copied, Remote, invalid};
-use crate::archive::entry::{self, Links, Problem};
+use crate::archive::entry::{self, Problem, Purpose};
 
 const PIECE: usize = 256 << 10;
 /// Pieces made ahead of the sandbox.
@@ -25,13 +25,15 @@ const AHEAD: usize = 2;
 pub async fn into(client: &Client, source: &Path, target: Remote<'_>) -> Result<Copied, ApiError> {
     let missing =
         |error| invalid(format!("{}: {error}", source.display())).hint("name a file or directory that is there");
+    // A link's copy is called as the link is; `.` and the like have no name of their own.
+    let typed = source.file_name().map(|_| source.to_owned());
     let source = source.canonicalize().map_err(missing)?;
     let meta = fs::metadata(&source).map_err(missing)?;
     if !meta.is_dir() && !meta.is_file() {
         return Err(refuse(&Problem::Special { path: source, what: "neither a file nor a directory" }));
     }
     let is_directory = target.is_directory(client).await?;
-    let place = place(&source, meta.is_dir(), &target.absolute(), is_directory)?;
+    let place = place(typed.as_ref().unwrap_or(&source), meta.is_dir(), &target.absolute(), is_directory)?;
     let url = target.tar(&place.directory);
     let (pieces, receiver) = mpsc::channel(AHEAD);
     let packing = tokio::task::spawn_blocking(move || pack(&source, Path::new(&place.name), pieces));
@@ -40,9 +42,9 @@ pub async fn into(client: &Client, source: &Path, target: Remote<'_>) -> Result<
     let packed = packing.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     match (packed, sent) {
         // The sandbox has said why it takes no more.
-        (Err(Problem::Output(_)) | Ok(()), Err(error)) => Err(error),
+        (Err(Problem::Output(_)) | Ok(_), Err(error)) => Err(error),
         (Err(problem), _) => Err(refuse(&problem)),
-        (Ok(()), Ok(done)) => Ok(Copied { bytes: done.bytes, entries: done.entries, left_out: Vec::new() }),
+        (Ok(left_out), Ok(done)) => Ok(Copied { bytes: done.bytes, entries: done.entries, left_out }),
     }
 }
 
@@ -75,7 +77,7 @@ fn place(source: &Path, source_is_directory: bool, target: &str, target_is_direc
     Ok(Place { directory: format!("{}/{name}", target.trim_end_matches('/')), name: OsString::new() })
 }
 
-fn pack(source: &Path, name: &Path, pieces: mpsc::Sender<io::Result<Bytes>>) -> Result<(), Problem> {
+fn pack(source: &Path, name: &Path, pieces: mpsc::Sender<io::Result<Bytes>>) -> Result<Vec<String>, Problem> {
     let outgoing = Outgoing { pieces: pieces.clone(), data: Vec::with_capacity(PIECE) };
     let packed = write(source, name, outgoing);
     if packed.is_err() {
@@ -85,30 +87,34 @@ fn pack(source: &Path, name: &Path, pieces: mpsc::Sender<io::Result<Bytes>>) -> 
     packed
 }
 
-/// A file under its name, or what a directory holds.
-fn write(source: &Path, name: &Path, out: impl Write) -> Result<(), Problem> {
+/// A file under its name, or what a directory holds; tells the links that lead out of it, which are left out.
+fn write(source: &Path, name: &Path, out: impl Write) -> Result<Vec<String>, Problem> {
     let mut builder = Builder::new(out);
-    if source.is_file() {
-        entry::append_file(&mut builder, source, name)?;
+    let left_out = if source.is_file() {
+        entry::append_file(&mut builder, source, name, Purpose::Copy)?;
+        Vec::new()
     } else {
-        directory(&mut builder, source)?;
-    }
-    builder.into_inner().and_then(|mut out| out.flush()).map_err(Problem::Output)
+        directory(&mut builder, source)?
+    };
+    builder.into_inner().and_then(|mut out| out.flush()).map_err(Problem::Output)?;
+    Ok(left_out)
 }
 
-fn directory(builder: &mut Builder<impl Write>, source: &Path) -> Result<(), Problem> {
+fn directory(builder: &mut Builder<impl Write>, source: &Path) -> Result<Vec<String>, Problem> {
+    let mut left_out = Vec::new();
     for found in WalkBuilder::new(source).standard_filters(false).sort_by_file_name(|a, b| a.cmp(b)).build() {
         let found = found.map_err(|error| Problem::Io { path: source.to_owned(), error: io::Error::other(error) })?;
         if found.depth() == 0 {
             continue;
         }
         let name = found.path().strip_prefix(source).unwrap_or(found.path());
-        match entry::append(builder, found.path(), name, Links::LeadingNowhere) {
+        match entry::append(builder, found.path(), name, Purpose::Copy) {
             Ok(()) | Err(Problem::Gone) => {}
+            Err(Problem::LeadsOut { .. }) => left_out.push(name.display().to_string()),
             Err(problem) => return Err(problem),
         }
     }
-    Ok(())
+    Ok(left_out)
 }
 
 fn refuse(problem: &Problem) -> ApiError {
@@ -193,12 +199,12 @@ mod tests {
     }
 
     #[test]
-    fn links_that_lead_out_are_refused_by_name() {
+    fn links_that_lead_out_are_left_out_and_told_of() {
         for target in ["/etc/passwd", "../x"] {
             let dir = tempfile::tempdir().unwrap();
             symlink(target, dir.path().join("link")).unwrap();
-            let error = refuse(&names(dir.path(), "").unwrap_err());
-            assert!(error.message.contains("/link") && error.hint.is_some(), "{error:?}");
+            assert_eq!(write(dir.path(), Path::new(""), io::sink()).unwrap(), ["link"]);
+            assert!(names(dir.path(), "").unwrap().is_empty());
         }
     }
 
@@ -206,9 +212,9 @@ mod tests {
     fn a_copy_that_is_given_up_is_cut_off() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a"), "x").unwrap();
-        symlink("/etc/passwd", dir.path().join("b")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("b")).unwrap();
         let (sender, mut receiver) = mpsc::channel(8);
-        assert!(matches!(pack(dir.path(), Path::new(""), sender), Err(Problem::LeadsOut { .. })));
+        assert!(matches!(pack(dir.path(), Path::new(""), sender), Err(Problem::Special { .. })));
         let mut last = None;
         while let Some(piece) = receiver.blocking_recv() {
             last = Some(piece);

@@ -27,7 +27,7 @@ struct Copied {
     bytes: u64,
     /// Files, directories and links.
     entries: u64,
-    /// Links that were not made here, since they lead out of the copy.
+    /// Links that stayed behind, since they lead out of the copy.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     left_out: Vec<String>,
 }

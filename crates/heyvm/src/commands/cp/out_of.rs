@@ -5,6 +5,7 @@ use std::{
     io::{self, Read},
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Component, Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use heyvm_api::{ApiError, ErrorCode, client::Client};
@@ -44,12 +45,13 @@ fn single(reader: impl Read, target: &Path) -> Result<Copied, ApiError> {
     }
     let local = |error: io::Error| failed(target, &error);
     let size = entry.size();
-    let is_special = fs::metadata(target).is_ok_and(|meta| {
+    // What stands for something else stays what it is: a device, a pipe, a link, be it /dev/stdout.
+    let stands_for_another = fs::symlink_metadata(target).is_ok_and(|meta| {
         let kind = meta.file_type();
-        kind.is_char_device() || kind.is_block_device() || kind.is_fifo()
+        kind.is_symlink() || kind.is_char_device() || kind.is_block_device() || kind.is_fifo()
     });
-    if is_special {
-        let mut file = File::options().write(true).open(target).map_err(local)?;
+    if stands_for_another {
+        let mut file = File::options().write(true).create(true).truncate(true).open(target).map_err(local)?;
         copy(&mut entry, &mut file, target, size)?;
     } else {
         let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -57,6 +59,7 @@ fn single(reader: impl Read, target: &Path) -> Result<Copied, ApiError> {
         copy(&mut entry, file.as_file_mut(), target, size)?;
         let mode = entry.header().mode().unwrap_or(0o644) & 0o777;
         file.as_file().set_permissions(Permissions::from_mode(mode)).map_err(local)?;
+        date(file.as_file(), &entry).map_err(local)?;
         file.persist(target).map_err(|error| local(error.error))?;
     }
     Ok(Copied { bytes: size, entries: 1, left_out: Vec::new() })
@@ -137,6 +140,7 @@ impl Copying<'_> {
                 let mut file = File::create_new(&path).map_err(local)?;
                 copy(entry, &mut file, &path, entry.size())?;
                 file.set_permissions(Permissions::from_mode(mode)).map_err(local)?;
+                date(&file, entry).map_err(local)?;
                 self.copied.bytes += entry.size();
             }
             EntryType::Symlink => {
@@ -165,6 +169,13 @@ impl Copying<'_> {
         }
         Ok(())
     }
+}
+
+/// Gives a copy its original's time.
+fn date(file: &File, entry: &Entry<'_, impl Read>) -> io::Result<()> {
+    let seconds = entry.header().mtime().unwrap_or(0);
+    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).filter(|_| seconds > 0);
+    time.map_or(Ok(()), |time| file.set_modified(time))
 }
 
 fn is_real_directory(path: &Path) -> bool {

@@ -27,6 +27,8 @@ use super::{stdin, terminal};
 
 /// A second interrupt within this gives up waiting.
 const IMPATIENCE: Duration = Duration::from_secs(1);
+/// A signal that has not left by then waits behind input that the command does not read.
+const DELIVERY: Duration = Duration::from_secs(1);
 /// A command that does not live to see its signal keeps no more than these waiting.
 const SIGNALS_WAITING: usize = 16;
 
@@ -39,6 +41,13 @@ pub struct End {
     pub timed_out: bool,
     /// Why it could not be started.
     pub message: Option<String>,
+}
+
+impl End {
+    /// We have given up on it, and it ends with our connection.
+    fn by_us(exit_code: i32) -> Self {
+        Self { exit_code, timed_out: false, message: None }
+    }
 }
 
 /// Where its output goes.
@@ -88,13 +97,32 @@ where
     // Output that nobody takes holds up what comes in, but not the signals.
     let listening = listen(&mut incoming, output);
     tokio::pin!(listening);
+    let mut delivery: Option<(i32, tokio::time::Instant)> = None;
     let end = loop {
+        let overdue = async {
+            match delivery {
+                Some((_, by)) => tokio::time::sleep_until(by).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             end = &mut listening => break end,
             heard = signals.next() => match heard {
-                Heard::Control(control) => drop(controls.try_send(control)),
-                Heard::GiveUp(exit_code) => break Ok(End { exit_code, timed_out: false, message: None }),
+                Heard::Control(control) => {
+                    if let ClientControl::Signal { signal } = control {
+                        delivery.get_or_insert((signal, tokio::time::Instant::now() + DELIVERY));
+                    }
+                    drop(controls.try_send(control));
+                }
+                Heard::GiveUp(exit_code) => break Ok(End::by_us(exit_code)),
             },
+            () = overdue => {
+                // Behind input that nobody reads no signal gets through; the end of the connection does.
+                let undelivered = controls.capacity() < SIGNALS_WAITING;
+                if let Some((signal, _)) = delivery.take().filter(|_| undelivered) {
+                    break Ok(End::by_us(128 + signal));
+                }
+            }
         }
     };
     sending.abort();
