@@ -6,7 +6,11 @@ use std::{
     process::Command,
 };
 
-use heyvm_e2e::{Host, Ran, Vm};
+use heyvm_e2e::{Host, Ran, Vm, leaks};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 /// Whether a TCP connection from the guest comes about.
 fn reaches(vm: &Vm<'_>, address: &str, port: u16) -> bool {
@@ -110,4 +114,21 @@ fn a_package_index_is_within_reach_where_the_host_reaches_it() {
     command.push(&index);
     let ran = vm.exec(&command).succeeded();
     assert_eq!(ran.out(), "200", "{index}: {}", ran.err());
+}
+
+#[test]
+fn a_network_that_has_died_comes_back_for_the_next_sandbox() {
+    let host = Host::new();
+    host.create(&[]).does("rm");
+    let holders: Vec<_> = leaks::processes_of(host.scratch())
+        .into_iter()
+        .filter(|process| process.arguments.iter().skip(1).take(1).eq(["egress"]))
+        .collect();
+    assert!(!holders.is_empty());
+    for holder in holders {
+        let _ = kill(Pid::from_raw(holder.pid), Signal::SIGKILL);
+    }
+    let vm = host.create(&[]);
+    assert!(vm.sh("ip route").out().contains("default"));
+    assert_eq!(host.json(&["doctor"])["ok"], true);
 }

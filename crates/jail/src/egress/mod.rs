@@ -14,6 +14,7 @@ mod ruleset;
 mod supervisor;
 
 use std::{
+    hash::{DefaultHasher, Hash, Hasher},
     io,
     net::Ipv4Addr,
     os::{
@@ -25,7 +26,10 @@ use std::{
     sync::Mutex,
 };
 
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket},
+};
 use serde::{Deserialize, Serialize};
 
 pub use supervisor::main_egress;
@@ -40,8 +44,6 @@ pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 53);
 const RANGE: u32 = u32::from_be_bytes([100, 96, 0, 0]);
 /// Number of slots in the range 100.96.0.0/13.
 pub const SLOTS: u32 = 1 << 17;
-/// Name of the socket in the daemon's `run` directory.
-const SOCKET: &str = "egress.sock";
 
 /// What the user may decide.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,16 +94,25 @@ pub struct Egress {
 }
 
 impl Egress {
-    /// Connects to the holder of `run_dir`, starting it when there is none. Blocks for some milliseconds.
+    /// Connects to the holder of `run_dir` for these settings, starting it when there is none. One with other settings
+    /// stays for as long as a VM has a device there. Blocks for some milliseconds.
     pub fn ensure(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<Self, Error> {
-        let at = run_dir.join(SOCKET);
         ruleset::check(settings).map_err(Error::Refused)?;
-        if let Ok(socket) = dial(run_dir) {
+        let name = socket_name(settings);
+        if let Ok(socket) = dial(run_dir, &name) {
             return Ok(Self { socket: Mutex::new(socket) });
         }
         start(run_dir, launcher, settings)?;
-        let socket = dial(run_dir).map_err(Error::io("connecting to the egress holder", &at))?;
+        let at = run_dir.join(&name);
+        let socket = dial(run_dir, &name).map_err(Error::io("connecting to the egress holder", at))?;
         Ok(Self { socket: Mutex::new(socket) })
+    }
+
+    /// Whether the holder is still there. It says nothing unasked: what can be read between two requests is the end.
+    pub fn is_alive(&self) -> bool {
+        let socket = self.socket.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut news = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        poll(&mut news, PollTimeout::ZERO) == Ok(0)
     }
 
     /// Makes the network device of a slot; its descriptor goes to QEMU.
@@ -109,7 +120,7 @@ impl Egress {
         let socket = self.socket.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let answer = channel::send(&*socket, &Request::Tap { slot }, &[])
             .and_then(|()| channel::receive::<Reply>(&*socket))
-            .map_err(Error::io("asking the egress holder for a device", SOCKET))?;
+            .map_err(Error::io("asking the egress holder for a device", "egress"))?;
         match answer {
             Some((Reply::Tap, mut descriptors)) if descriptors.len() == 1 => Ok(descriptors.remove(0)),
             Some((Reply::Failed(why), _)) => Err(Error::Refused(why)),
@@ -119,7 +130,8 @@ impl Egress {
 }
 
 fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(), Error> {
-    let listener = bind_socket(run_dir).map_err(Error::io("making the egress socket in", run_dir))?;
+    let listener =
+        bind_socket(run_dir, &socket_name(settings)).map_err(Error::io("making the egress socket in", run_dir))?;
     let log_path = run_dir.join("egress.log");
     let log = std::fs::File::options()
         .create(true)
@@ -149,24 +161,31 @@ fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(
     }
 }
 
+/// In the daemon's `run` directory; another one for other settings, since a holder's rules are those of its start.
+fn socket_name(settings: &EgressSettings) -> String {
+    let mut hash = DefaultHasher::new();
+    settings.allow.hash(&mut hash);
+    format!("egress-{:016x}.sock", hash.finish())
+}
+
 /// Socket paths are limited to 107 bytes; a directory's descriptor makes every path short.
-fn short_address(run_dir: &Path) -> io::Result<(std::fs::File, UnixAddr)> {
+fn short_address(run_dir: &Path, name: &str) -> io::Result<(std::fs::File, UnixAddr)> {
     let dir = std::fs::File::open(run_dir)?;
-    let address = UnixAddr::new(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()).as_str())?;
+    let address = UnixAddr::new(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()).as_str())?;
     Ok((dir, address))
 }
 
-fn bind_socket(run_dir: &Path) -> io::Result<OwnedFd> {
-    let _ = std::fs::remove_file(run_dir.join(SOCKET));
-    let (_dir, address) = short_address(run_dir)?;
+fn bind_socket(run_dir: &Path, name: &str) -> io::Result<OwnedFd> {
+    let _ = std::fs::remove_file(run_dir.join(name));
+    let (_dir, address) = short_address(run_dir, name)?;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     bind(listener.as_raw_fd(), &address)?;
     listen(&listener, Backlog::new(16)?)?;
     Ok(listener)
 }
 
-fn dial(run_dir: &Path) -> io::Result<OwnedFd> {
-    let (_dir, address) = short_address(run_dir)?;
+fn dial(run_dir: &Path, name: &str) -> io::Result<OwnedFd> {
+    let (_dir, address) = short_address(run_dir, name)?;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     connect(socket.as_raw_fd(), &address)?;
     Ok(socket)

@@ -31,6 +31,8 @@ use nix::{
 use super::{RESOLVER, Start, holder, interface};
 use crate::channel;
 
+/// What network devices of programs are made from; open to all on most systems, but not where no udev runs.
+const TUN: &str = "/dev/net/tun";
 /// pasta's device in the namespace.
 pub(super) const UPLINK: &str = "up0";
 /// A pasta that ended is started again after this.
@@ -63,6 +65,8 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
         channel::receive::<Start>(socket).map_err(told("reading the egress settings"))?.ok_or("no egress settings")?;
     let listener = descriptors.pop().ok_or("no egress socket")?;
     let _ = setsid();
+    // pasta itself would not say which device it is.
+    File::options().read(true).write(true).open(TUN).map_err(|error| format!("{TUN} cannot be opened: {error}"))?;
     let host = interface::own_addresses();
     let (mut ready, holder) = start_holder(start, host, listener)?;
     let netns = File::open(format!("/proc/{holder}/ns/net")).map_err(told("opening the egress namespace"))?;

@@ -80,7 +80,7 @@ pub struct QemuDriver {
     home: PathBuf,
     settings: Settings,
     host: OnceCell<Arc<Host>>,
-    egress: OnceCell<Option<Arc<Egress>>>,
+    egress: tokio::sync::Mutex<Option<Arc<Egress>>>,
     verdict: OnceCell<Verdict>,
     templates: Templates,
     slots: Arc<Slots>,
@@ -102,7 +102,7 @@ impl QemuDriver {
             home: home.to_owned(),
             settings,
             host: OnceCell::new(),
-            egress: OnceCell::new(),
+            egress: tokio::sync::Mutex::default(),
             verdict: OnceCell::new(),
             slots: Arc::default(),
         });
@@ -147,19 +147,22 @@ impl QemuDriver {
         self.host.get_or_try_init(make).await.cloned()
     }
 
+    /// The way out, where guests have one; made anew when its processes have ended.
     async fn egress(&self) -> Result<Option<Arc<Egress>>, Error> {
-        let make = || async {
-            if !self.settings.network {
-                return Ok(None);
-            }
-            let (run, settings) = (self.home.join("run"), self.settings.clone());
-            blocking(move || {
-                fs::create_dir_all(&run).map_err(Error::io("making", &run))?;
-                Ok(Some(Arc::new(Egress::ensure(&run, &settings.launcher, &settings.egress)?)))
-            })
-            .await
-        };
-        self.egress.get_or_try_init(make).await.cloned()
+        if !self.settings.network {
+            return Ok(None);
+        }
+        let mut egress = self.egress.lock().await;
+        if let Some(living) = egress.as_ref().filter(|egress| egress.is_alive()) {
+            return Ok(Some(Arc::clone(living)));
+        }
+        let (run, settings) = (self.home.join("run"), self.settings.clone());
+        let made = blocking(move || {
+            fs::create_dir_all(&run).map_err(Error::io("making", &run))?;
+            Ok(Arc::new(Egress::ensure(&run, &settings.launcher, &settings.egress)?))
+        });
+        *egress = Some(made.await?);
+        Ok(egress.clone())
     }
 
     /// The template of such VMs, made when there is none, to the end even where its caller leaves meanwhile.
