@@ -26,7 +26,10 @@ mod validate;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, RwLock,
+        atomic::{AtomicBool, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -86,8 +89,10 @@ struct Sandbox {
     transition: tokio::sync::Mutex<()>,
     /// Rings at every change, for those who wait for an end.
     changed: watch::Sender<()>,
-    /// Why it is to be removed while it is being made or started.
+    /// Why it is to be removed: whoever asked waits for the lock.
     removal: watch::Sender<Option<Reason>>,
+    /// Whether its removal at the end of its time is under way.
+    expiring: AtomicBool,
     /// What became of its making, for those who ask again.
     failure: OnceLock<ApiError>,
     /// How much of what this run of the start command has printed is in the log.
@@ -102,6 +107,7 @@ impl Sandbox {
             transition: tokio::sync::Mutex::default(),
             changed: watch::channel(()).0,
             removal: watch::channel(None).0,
+            expiring: AtomicBool::new(false),
             failure: OnceLock::new(),
             log_offset: AtomicU64::new(0),
         })
@@ -126,6 +132,11 @@ impl Sandbox {
             asked.get_or_insert(reason);
             first
         });
+    }
+
+    /// It stays after all.
+    fn take_removal_back(&self) {
+        self.removal.send_replace(None);
     }
 
     async fn removal_asked(&self) -> Reason {

@@ -1,6 +1,9 @@
 //! Stop, start, remove, and what happens by itself: a start command ends, a guest panics, a time-to-live runs out.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use chrono::Utc;
 use heyvm_agent_protocol::v1::Exit as MainExit;
@@ -91,11 +94,16 @@ impl ControlPlane {
             Status::Stopped | Status::Failed => {}
             _ => return Err(not_running(&record)),
         }
+        if let Some(reason) = sandbox.removal.borrow().clone() {
+            return Err(cut_short(&reason).sandbox(record.id));
+        }
         self.save(sandbox, |record| record.enter(Status::Provisioning, None)).await?;
         let started = tokio::select! {
             started = self.start_again(sandbox, progress) => started,
-            // Whoever asked for it waits for the lock, and goes on from here.
-            reason = sandbox.removal_asked() => return Err(cut_short(&reason).sandbox(record.id)),
+            reason = sandbox.removal_asked() => {
+                self.destroy(sandbox, reason.clone()).await?;
+                return Err(cut_short(&reason).sandbox(record.id));
+            }
         };
         if let Err(error) = started {
             let step = error.step.clone().unwrap_or_else(|| "vm".into());
@@ -103,7 +111,9 @@ impl ControlPlane {
                 record::reason(ReasonCode::FailedStep, format!("failed at step {step}: {}", error.message));
             reason.exit_code = error.exit_code;
             reason.log_tail.clone_from(&error.log_tail);
-            self.end(sandbox, Status::Failed, reason).await?;
+            if let Err(error) = self.end(sandbox, Status::Failed, reason).await {
+                tracing::error!(%error, id = record.id, "a sandbox that did not start could not be put away");
+            }
             return Err(error.sandbox(record.id));
         }
         Ok(self.info(&sandbox.snapshot()))
@@ -154,15 +164,17 @@ impl ControlPlane {
     }
 
     /// Cuts short what goes on with it, then destroys it.
-    async fn remove_for(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
-        if sandbox.record().status == Status::Provisioning {
-            sandbox.ask_removal(reason.clone());
-        }
+    pub(crate) async fn remove_for(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
+        sandbox.ask_removal(reason.clone());
         let _one_transition = sandbox.transition.lock().await;
         if sandbox.record().status == Status::Removed {
             return Ok(());
         }
-        self.destroy(sandbox, reason).await
+        let removed = self.destroy(sandbox, reason).await;
+        if !sandbox.record().removing {
+            sandbox.take_removal_back();
+        }
+        removed
     }
 
     /// Sets the time-to-live anew, from now on.
@@ -264,15 +276,20 @@ impl ControlPlane {
         for record in past {
             self.forget(&record).await;
         }
-        // Side by side: one that is slow to end does not keep the others alive.
-        futures::future::join_all(expired.iter().map(|sandbox| self.expire(sandbox))).await;
+        // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
+        for sandbox in expired {
+            if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+                tokio::spawn(Arc::clone(self).expire(sandbox));
+            }
+        }
     }
 
-    async fn expire(&self, sandbox: &Arc<Sandbox>) {
+    async fn expire(self: Arc<Self>, sandbox: Arc<Sandbox>) {
         let reason = record::reason(ReasonCode::TtlExpired, "its time-to-live ran out");
-        if let Err(error) = self.remove_for(sandbox, reason).await {
+        if let Err(error) = self.remove_for(&sandbox, reason).await {
             tracing::error!(%error, "a sandbox whose time ran out could not be removed");
         }
+        sandbox.expiring.store(false, Ordering::Relaxed);
     }
 
     async fn forget(&self, record: &Record) {

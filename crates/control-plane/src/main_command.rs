@@ -60,31 +60,34 @@ impl ControlPlane {
     /// Follows the start command from where the log ends.
     pub(crate) fn follow(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>) -> Main {
         let (ended, exit) = watch::channel(None);
-        let (plane, sandbox, agent) = (Arc::clone(self), Arc::clone(sandbox), vm.agent());
+        let (plane, sandbox, vm) = (Arc::clone(self), Arc::clone(sandbox), Arc::clone(vm));
         let following = tokio::spawn(async move {
-            let exit = plane.follow_to_the_end(&sandbox, &agent).await;
-            ended.send_replace(Some(exit));
+            if let Some(exit) = plane.follow_to_the_end(&sandbox, &vm).await {
+                ended.send_replace(Some(exit));
+            }
         });
         Main { exit, _following: AbortOnDropHandle::new(following) }
     }
 
-    /// An agent that does not answer is asked again: the VM's own end is seen elsewhere.
-    async fn follow_to_the_end(&self, sandbox: &Sandbox, agent: &AgentConnection) -> Exit {
-        loop {
+    /// An agent that does not answer is asked again, as long as its VM is the sandbox's: the next one would answer for
+    /// another run. The VM's own end is seen elsewhere.
+    async fn follow_to_the_end(&self, sandbox: &Sandbox, vm: &Arc<dyn Vm>) -> Option<Exit> {
+        while sandbox.vm().is_some_and(|now| Arc::ptr_eq(&now, vm)) {
             let offset = sandbox.log_offset.load(Ordering::Relaxed);
-            if let Ok(mut events) = watch_main(agent, offset).await {
+            if let Ok(mut events) = watch_main(&vm.agent(), offset).await {
                 while let Ok(Some(event)) = events.message().await {
                     match event.kind {
                         Some(main_event::Kind::Log(log)) => {
                             self.append_log(sandbox, log.stderr, log.offset, &log.data);
                         }
-                        Some(main_event::Kind::Exit(exit)) => return exit,
+                        Some(main_event::Kind::Exit(exit)) => return Some(exit),
                         None => {}
                     }
                 }
             }
             tokio::time::sleep(RETRY).await;
         }
+        None
     }
 }
 

@@ -33,6 +33,8 @@ use crate::{Error, archive};
 /// What an image may unpack to, in bytes, and in entries.
 pub const MAX_BYTES: u64 = 32 << 30;
 const MAX_ENTRIES: u64 = 2_000_000;
+/// How deep directories may lie in one another.
+const MAX_DEPTH: usize = 256;
 /// As many links on the way to a file as Linux follows.
 const MAX_LINKS: usize = 40;
 /// Time of a directory of which no entry tells one: any, but the same each time.
@@ -42,7 +44,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Records that a union file system of old kept for itself.
 const ANOTHERS: &[u8] = b".wh..wh.";
 
-/// Counts what all layers of an image hold together.
+/// Counts what all layers of an image make together, also the directories that no entry names.
 #[derive(Debug, Default)]
 pub struct Budget {
     bytes: u64,
@@ -50,11 +52,11 @@ pub struct Budget {
 }
 
 impl Budget {
-    fn take(&mut self, bytes: u64) -> Result<(), Error> {
+    fn take(&mut self, bytes: u64) -> io::Result<()> {
         self.entries += 1;
         self.bytes = self.bytes.saturating_add(bytes);
         if self.entries > MAX_ENTRIES || self.bytes > MAX_BYTES {
-            return Err(Error::invalid("the image unpacks to more than is allowed"));
+            return Err(io::Error::other("the image unpacks to more than is allowed"));
         }
         Ok(())
     }
@@ -66,9 +68,10 @@ pub fn apply(file: &Path, root: &Path, budget: &mut Budget) -> Result<(), Error>
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::OutOfResources("disk space"),
         _ => Error::invalid(format!("a layer cannot be unpacked: {error}")),
     };
-    let mut layer = Layer { root, placed: HashSet::new(), dirs: HashMap::from([(PathBuf::new(), UNTOLD)]) };
+    let dirs = HashMap::from([(PathBuf::new(), UNTOLD)]);
+    let mut layer = Layer { root, budget, placed: HashSet::new(), dirs };
     archive::each(file, broken, |entry| {
-        budget.take(entry.size())?;
+        layer.budget.take(entry.size()).map_err(broken)?;
         let path = entry.path().map_err(broken)?.into_owned();
         let Some(name) = inside(&path) else {
             return Err(Error::invalid(format!("{} leaves the image's root", path.display())));
@@ -97,7 +100,8 @@ fn inside(path: &Path) -> Option<PathBuf> {
 /// One layer on its way into the root.
 struct Layer<'a> {
     root: &'a Path,
-    /// What this layer brought, below the root: its whiteouts hide what was there before it alone.
+    budget: &'a mut Budget,
+    /// What this layer brought, below the root, with the directories above it: its whiteouts hide what was there before it alone.
     placed: HashSet<PathBuf>,
     /// Directories it changes and the times they shall have, which hold only once all else is in place.
     dirs: HashMap<PathBuf, u64>,
@@ -142,7 +146,7 @@ impl Layer<'_> {
                 let dir = self.real_dir(existing.parent().unwrap_or(Path::new("")))?;
                 let existing = self.root.join(dir).join(existing.file_name().unwrap_or_default());
                 fs::hard_link(existing, &target)?;
-                self.placed.insert(below);
+                self.mark(&below);
                 return Ok(());
             }
             EntryType::Char | EntryType::Block | EntryType::Fifo => {
@@ -153,9 +157,18 @@ impl Layer<'_> {
             // Headers for what follows, and kinds nobody knows.
             _ => return Ok(()),
         }
-        self.placed.extend(below.ancestors().map(Path::to_owned));
+        self.mark(&below);
         own(entry, &target, mode, kind == EntryType::Symlink)?;
         date(&target, entry.header().mtime()?)
+    }
+
+    /// What is above one that is there already is there, too.
+    fn mark(&mut self, below: &Path) {
+        for path in below.ancestors() {
+            if !self.placed.insert(path.to_owned()) {
+                return;
+            }
+        }
     }
 
     /// The directory that `name` leads to, below the root and free of links; made where it is missing. A link leads to
@@ -188,6 +201,10 @@ impl Layer<'_> {
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                         Err(error) => return Err(error),
                     }
+                    if real.iter().count() >= MAX_DEPTH {
+                        return Err(io::Error::other(format!("directories lie more than {MAX_DEPTH} deep")));
+                    }
+                    self.budget.take(0)?;
                     self.keep_time(&real)?;
                     fs::create_dir(&next)?;
                     real.push(part);
@@ -427,6 +444,38 @@ mod tests {
         let (_root, done) = applied(&[&[("a/b", Directory, ""), ("a", Symlink, out)]]);
         done.unwrap();
         assert_ne!(fs::metadata(outside.path().join("b")).unwrap().mtime(), 1_000);
+    }
+
+    #[test]
+    fn directories_that_nobody_names_count_too() {
+        let entries = layer(&[("a/b/c/d", Regular, ""), ("a/b/c/e", Regular, "")]);
+        for (left, fits) in [(5, true), (4, false)] {
+            let root = tempfile::tempdir().unwrap();
+            let mut budget = Budget { entries: MAX_ENTRIES - left, bytes: 0 };
+            assert_eq!(apply(entries.path(), root.path(), &mut budget).is_ok(), fits, "{left}");
+        }
+    }
+
+    #[test]
+    fn directories_are_not_endlessly_deep() {
+        let deep = |depth: usize| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let mut builder = Builder::new(file.as_file());
+            let mut header = Header::new_gnu();
+            header.set_size(0);
+            header.set_uid(getuid().as_raw().into());
+            header.set_gid(nix::unistd::getgid().as_raw().into());
+            header.set_mode(0o644);
+            header.set_mtime(0);
+            builder.append_data(&mut header, "d/".repeat(depth) + "file", io::empty()).unwrap();
+            builder.finish().unwrap();
+            drop(builder);
+            let root = tempfile::tempdir().unwrap();
+            apply(file.path(), root.path(), &mut Budget::default())
+        };
+        deep(MAX_DEPTH).unwrap();
+        let error = deep(MAX_DEPTH + 1).unwrap_err();
+        assert!(error.to_string().contains("more than 256 deep"), "{error}");
     }
 
     #[test]

@@ -198,7 +198,7 @@ impl ImageStore {
         if let Some(image) = self.get(&name) {
             return Ok(image);
         }
-        let work = Work::new_in(&self.images)?;
+        let work = self.work().await?;
         progress(&format!("building {name} from packages"), None, None);
         let told = Arc::clone(&progress);
         let (work, tar) = blocking(move || {

@@ -10,6 +10,7 @@ use heyvm_api::{
 };
 use heyvm_store::KeyRow;
 use rand::Rng;
+use tokio::sync::oneshot;
 
 use crate::{
     ControlPlane, ProgressSink, Sandbox, apart, archives, errors,
@@ -30,24 +31,43 @@ impl ControlPlane {
         idempotency_key: Option<String>,
         progress: ProgressSink,
     ) -> Result<SandboxInfo, ApiError> {
+        let plane = Arc::clone(self);
+        // All of it apart: what is begun is never nobody's, wherever the caller leaves.
         let Some(key) = idempotency_key else {
-            let sandbox = self.begin(&request).await?;
-            let mut undo = UndoOnDrop { sandbox: Some(Arc::clone(&sandbox)) };
-            let made = apart(Arc::clone(self).make(sandbox, request, progress)).await;
-            undo.sandbox = None;
+            let (has_its_answer, caller) = oneshot::channel();
+            let made = apart(async move {
+                let sandbox = plane.begin(&request).await?;
+                plane.undo_without(caller, &sandbox);
+                plane.make(sandbox, request, progress).await
+            })
+            .await;
+            let _ = has_its_answer.send(());
             return made;
         };
-        let sandbox = {
-            let one_at_a_time = self.keys.lock().await;
-            match self.made_with(&key, &request).await? {
-                Some(known) => {
-                    drop(one_at_a_time);
-                    return self.wait_until_made(&known).await;
-                }
-                None => self.begin_with_key(&request, &key).await?,
+        apart(async move {
+            let one_at_a_time = plane.keys.lock().await;
+            if let Some(known) = plane.made_with(&key, &request).await? {
+                drop(one_at_a_time);
+                return plane.wait_until_made(&known).await;
             }
-        };
-        apart(Arc::clone(self).make(sandbox, request, progress)).await
+            let sandbox = plane.begin_with_key(&request, &key).await?;
+            drop(one_at_a_time);
+            plane.make(sandbox, request, progress).await
+        })
+        .await
+    }
+
+    /// A caller who goes away without its answer takes its sandbox along, half-made or not.
+    fn undo_without(self: &Arc<Self>, caller: oneshot::Receiver<()>, sandbox: &Arc<Sandbox>) {
+        let (plane, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
+        tokio::spawn(async move {
+            let reason = record::reason(ReasonCode::FailedStep, "the client went away");
+            if caller.await.is_err()
+                && let Err(error) = plane.remove_for(&sandbox, reason).await
+            {
+                tracing::error!(%error, "what a client has left behind could not be removed");
+            }
+        });
     }
 
     /// What this key has given before, as long as that is not gone.
@@ -224,17 +244,4 @@ pub(crate) fn cut_short(reason: &Reason) -> ApiError {
     ApiError::new(ErrorCode::InvalidState, format!("{} while it was being made", reason.message))
         .hint("deploy it again, with a longer --ttl-seconds if that is what ran out")
         .step("vm")
-}
-
-/// A client that goes away takes its half-made sandbox along.
-struct UndoOnDrop {
-    sandbox: Option<Arc<Sandbox>>,
-}
-
-impl Drop for UndoOnDrop {
-    fn drop(&mut self) {
-        if let Some(sandbox) = self.sandbox.take() {
-            sandbox.ask_removal(record::reason(ReasonCode::FailedStep, "the client went away"));
-        }
-    }
 }

@@ -206,6 +206,33 @@ fn one_that_never_answers_does_not_keep_the_daemon_from_opening() {
     daemon.create(daemon.request("other")).unwrap();
 }
 
+#[test]
+fn a_removed_one_is_forgotten_after_a_day() {
+    let mut daemon = Daemon::new();
+    let [old, young] = ["old", "young"].map(|name| {
+        let request = CreateRequest { start_command: Some("echo hi; exec sleep 600".into()), ..daemon.request(name) };
+        daemon.create(request).unwrap().id
+    });
+    daemon.run(async {
+        for id in [&old, &young] {
+            daemon.plane().remove(id).await.unwrap();
+        }
+    });
+    daemon.die();
+    for (id, hours) in [(&old, 25), (&young, 23)] {
+        rewrite(&daemon, id, |data| {
+            let mut record: serde_json::Value = serde_json::from_str(data).unwrap();
+            let time = chrono::Utc::now() - chrono::Duration::hours(hours);
+            record["status_changed_at"] = serde_json::to_value(time).unwrap();
+            record.to_string()
+        });
+    }
+    daemon.revive();
+    assert!(daemon.run(daemon.plane().get(&old)).is_err());
+    assert_eq!(daemon.get(&young).status, Status::Removed);
+    assert_eq!(fs::read_dir(daemon.home().join("logs")).unwrap().count(), 1);
+}
+
 /// So many hours ago.
 fn write_in_the_past(path: std::path::PathBuf, hours: u64) {
     fs::write(&path, "").unwrap();

@@ -206,6 +206,24 @@ fn without_a_key_a_client_that_goes_away_takes_its_sandbox_along() {
 }
 
 #[test]
+fn wherever_a_client_leaves_nothing_is_left_that_it_was_not_told_of() {
+    let daemon = Daemon::new();
+    for wait in 0..40 {
+        let (plane, request) = (daemon.plane().clone(), daemon.request(&format!("web{wait}")));
+        let call = daemon.spawn(async move { plane.create(request, None, sink()).await });
+        std::thread::sleep(Duration::from_micros(500) * wait);
+        call.abort();
+        if let Ok(made) = daemon.run(call) {
+            daemon.run(daemon.plane().remove(&made.unwrap().id)).unwrap();
+        }
+    }
+    eventually("nothing is left", || match (daemon.list(ListFilter::Living), daemon.machines.disks()) {
+        (living, disks) if living.is_empty() && disks.is_empty() => Ok(()),
+        left => Err(format!("{left:?}")),
+    });
+}
+
+#[test]
 fn removal_cuts_a_creation_short() {
     let daemon = Daemon::new();
     let request = CreateRequest { setup_hooks: vec!["sleep 60".into()], ..daemon.request("web") };

@@ -1,12 +1,12 @@
 //! Stop, start, remove; what ends by itself; time.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use heyvm_api::{ErrorCode, sandbox::*};
 use heyvm_vm::ExitCause;
 
-use crate::daemon::{Daemon, eventually, sink};
+use crate::daemon::{Daemon, eventually, free_port, server, sink};
 
 fn with(daemon: &Daemon, command: &str) -> CreateRequest {
     CreateRequest { start_command: Some(command.into()), ..daemon.request("web") }
@@ -77,6 +77,7 @@ fn a_machine_that_ends_by_itself_is_judged() {
         (ExitCause::Lost, Status::Failed, ReasonCode::VmLost),
         (ExitCause::OutOfMemory, Status::Failed, ReasonCode::OutOfMemory),
         (ExitCause::GuestShutdown, Status::Stopped, ReasonCode::GuestShutdown),
+        (ExitCause::HostRestarted, Status::Stopped, ReasonCode::HostRestarted),
     ];
     for (cause, status, code) in cases {
         let made = daemon.create(with(&daemon, "exec sleep 600")).unwrap();
@@ -108,6 +109,43 @@ fn at_the_end_of_its_time_it_is_gone_running_or_not() {
         disks if disks.is_empty() => Ok(()),
         disks => Err(format!("{disks:?}")),
     });
+}
+
+#[test]
+fn removal_cuts_a_restart_short_also_while_it_stops() {
+    let daemon = Daemon::new();
+    let port = free_port();
+    let request = CreateRequest {
+        open_ports: vec![i64::from(port)],
+        health_timeout_seconds: Some(60.0),
+        ..with(&daemon, &format!("test -e once && exec sleep 600; touch once; {}", server(port, "up")))
+    };
+    daemon.create(request).unwrap();
+    *daemon.machines.tenacity.lock().unwrap() = Duration::from_millis(500);
+    let plane = daemon.plane().clone();
+    let call = daemon.spawn(async move { plane.restart("web", sink()).await });
+    daemon.becomes("web", Status::Stopping);
+    let began = Instant::now();
+    let removed = daemon.run(daemon.plane().remove("web")).unwrap();
+    assert_eq!((removed.status, removed.reason.unwrap().code), (Status::Removed, ReasonCode::Removed));
+    assert!(began.elapsed() < Duration::from_secs(10), "nobody waits for its health");
+    assert_eq!(daemon.run(call).unwrap().unwrap_err().code, ErrorCode::InvalidState);
+    assert!(daemon.machines.disks().is_empty());
+}
+
+#[test]
+fn one_that_is_slow_to_end_keeps_no_other_alive() {
+    let daemon = Daemon::new();
+    let mortal = |name: &str, seconds| CreateRequest { ttl_seconds: Some(seconds), ..daemon.request(name) };
+    daemon.create(mortal("slow", 1)).unwrap();
+    daemon.create(mortal("other", 2)).unwrap();
+    *daemon.machines.tenacity.lock().unwrap() = Duration::from_secs(5);
+    let plane = daemon.plane().clone();
+    let stopping = daemon.spawn(async move { plane.stop("slow").await });
+    daemon.becomes("other", Status::Removed);
+    assert_eq!(daemon.get("slow").status, Status::Stopping);
+    daemon.run(stopping).unwrap().unwrap();
+    assert_eq!(daemon.becomes("slow", Status::Removed).reason.unwrap().code, ReasonCode::TtlExpired);
 }
 
 #[test]

@@ -34,6 +34,8 @@ pub struct Machines {
     pub full: AtomicBool,
     /// How long `create` takes.
     pub slowness: Mutex<Duration>,
+    /// How long `stop` takes.
+    pub tenacity: Arc<Mutex<Duration>>,
     /// Digest of the image that the last one was booted from.
     pub booted: Mutex<String>,
     /// What becomes of `adopt`.
@@ -60,6 +62,7 @@ impl Machines {
             ended: Mutex::default(),
             full: AtomicBool::new(false),
             slowness: Mutex::default(),
+            tenacity: Arc::default(),
             booted: Mutex::default(),
             finding: Mutex::default(),
         })
@@ -111,6 +114,7 @@ impl Machines {
             id: id.clone(),
             agent: AgentConnection::at(move || socket.clone()),
             exit: watch::channel(None).0,
+            tenacity: Arc::clone(&self.tenacity),
             serving,
         });
         self.running.lock().unwrap().insert(id.clone(), Arc::clone(&machine));
@@ -176,6 +180,7 @@ struct Machine {
     id: VmId,
     agent: AgentConnection,
     exit: watch::Sender<Option<Exit>>,
+    tenacity: Arc<Mutex<Duration>>,
     serving: tokio::task::JoinHandle<()>,
 }
 
@@ -210,6 +215,8 @@ impl Vm for Machine {
     }
 
     async fn stop(&self, _: Duration) -> Result<(), Error> {
+        let tenacity = *self.tenacity.lock().unwrap();
+        tokio::time::sleep(tenacity).await;
         if self.exit.borrow().is_none() {
             self.end(Exit { cause: ExitCause::GuestShutdown, console_tail: Vec::new() });
         }
