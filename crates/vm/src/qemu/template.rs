@@ -108,7 +108,9 @@ impl Recipe {
     pub fn key(&self, host: &Host) -> String {
         let machine = format!("{:?} {MACHINE_VERSION} {}", self.machine, processor_model());
         let mut hash = Sha256::new();
-        for part in [&machine, &self.kernel.digest, &self.image.digest, &host.root.digest] {
+        // The same manifest may have been made into another root file by another version of ours.
+        let root = self.image.root_digest.as_deref().unwrap_or_default();
+        for part in [&machine, &self.kernel.digest, &self.image.digest, root, &host.root.digest] {
             hash.update(part);
             hash.update([0]);
         }
@@ -418,5 +420,49 @@ impl Template {
         descriptors.add(fd::MEMORY, memory);
         descriptors.add(fd::STATE, open(&self.state)?);
         Ok(descriptors)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use heyvm_images::{Image, Kernel};
+    use heyvm_jail::root::QemuRoot;
+
+    use super::*;
+
+    #[test]
+    fn a_template_belongs_to_the_root_files_bytes() {
+        let (empty, program) = (PathBuf::new(), PathBuf::from("/usr/bin/qemu"));
+        let root =
+            QemuRoot { dir: empty.clone(), program, firmware: empty.clone(), version: "7".into(), digest: "q".into() };
+        let host = Host { launcher: empty.clone(), root, cgroups: Cgroups::default() };
+        let key = |root_digest: Option<&str>| {
+            let image = Image {
+                name: "box".into(),
+                digest: "sha256:m".into(),
+                root_digest: root_digest.map(str::to_owned),
+                rootfs: "/root.erofs".into(),
+                size_bytes: 1,
+                config: Default::default(),
+                created_at: 0,
+                source: "registry".into(),
+            };
+            let kernel =
+                Kernel { version: "6".into(), vmlinuz: empty.clone(), initramfs: empty.clone(), digest: "k".into() };
+            let spec = VmSpec {
+                kernel,
+                image,
+                memory_mib: 512,
+                cpu_millis: 250,
+                disk_gib: 5,
+                hostname: "box".into(),
+                env: Vec::new(),
+                working_dir: String::new(),
+            };
+            Recipe::new(&spec, Acceleration::Tcg, true).key(&host)
+        };
+        assert_eq!(key(Some("sha256:a")), key(Some("sha256:a")));
+        assert_ne!(key(Some("sha256:a")), key(Some("sha256:b")));
+        assert_ne!(key(Some("sha256:a")), key(None));
     }
 }
