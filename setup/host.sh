@@ -40,6 +40,7 @@ gcc                                 build  gcc                 gcc              
 /usr/include/stdio.h                build  libc6-dev           glibc-devel           glibc            glibc-devel         musl-dev
 libc.a                              build  libc6-dev           glibc-static          glibc            glibc-devel-static  musl-dev
 protoc                              build  protobuf-compiler   protobuf-compiler     protobuf         protobuf-devel      protoc
+openssl                             test   openssl             openssl               openssl          openssl             openssl
 jq                                  test   jq                  jq                    jq               jq                  jq
 /usr/bin/python3                    test   python3             python3               python           python3             python3
 python:requests                     test   python3-requests    python3-requests      python-requests  python3-requests    py3-requests

@@ -1,6 +1,14 @@
 //! `heyvm doctor`, `--help`, completions.
 
-use heyvm_e2e::Host;
+use std::time::Duration;
+
+use heyvm_e2e::{
+    Host,
+    host::{program, test_home},
+};
+use heyvm_images::{ImageStore, RegistryConfig};
+use heyvm_jail::root;
+use heyvm_vm::qemu::accel::{Acceleration, Trial, boots};
 
 #[test]
 fn says_whether_kvm_works_and_why() {
@@ -48,4 +56,20 @@ fn every_command_has_help_with_an_example() {
         assert!(host.run(&["completions", shell]).succeeded().out().contains("wait-for"), "{shell}");
     }
     assert!(host.run(&["--version"]).succeeded().out().starts_with("heyvm "));
+}
+
+/// Both verdicts, on real guests: one that starts, and one that has not by the deadline, as on a KVM that only opens.
+#[tokio::test]
+async fn the_probe_tells_a_guest_that_starts_from_one_that_does_not() {
+    let home = test_home();
+    let images = ImageStore::open(&home, RegistryConfig::default()).expect("images");
+    let kernel = images.kernel().await.expect("a kernel");
+    let scratch = tempfile::tempdir().expect("directory");
+    let tried = tokio::task::spawn_blocking(move || {
+        let root = root::prepare(&home.join("jail")).expect("a jail");
+        let id_file = scratch.path().join("trial.pid");
+        [Duration::from_secs(60), Duration::from_millis(1)]
+            .map(|deadline| boots(Acceleration::Tcg, &program(), &root, &kernel, &id_file, deadline).expect("a trial"))
+    });
+    assert_eq!(tried.await.expect("tried"), [Trial::Started, Trial::Silent]);
 }

@@ -1,6 +1,10 @@
 //! `wait-for`, `bind`, `unbind`.
 
-use std::time::Duration;
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+    time::Duration,
+};
 
 use heyvm_e2e::{Host, Ran, apps::WEB_FLAGS, eventually, http};
 
@@ -59,4 +63,40 @@ fn bind_gives_a_url_and_unbind_takes_it() {
     Ran::of(host.command().args(["unbind", &vm.id, "3000"]), b"").succeeded();
     assert_eq!(http::get(&url).status, 404);
     assert_eq!(host.refused(&["unbind", &vm.id, "3000"]).code, "port_not_bound");
+}
+
+/// A server with a certificate of its own making: ready for those who trust it, and for nobody else.
+#[test]
+fn wait_for_an_https_url_that_is_trusted() {
+    let host = Host::new();
+    let directory = host.app("tls", &[("health", "ok")]);
+    let (key, certificate) = (directory.join("key.pem"), directory.join("cert.pem"));
+    let mut openssl = std::process::Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]);
+    openssl.args(["-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]);
+    Ran::of(openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate), b"").succeeded();
+    let serve = "import http.server, ssl, sys\n\
+                 server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), http.server.SimpleHTTPRequestHandler)\n\
+                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n\
+                 context.load_cert_chain('cert.pem', 'key.pem')\n\
+                 server.socket = context.wrap_socket(server.socket, server_side=True)\n\
+                 print(server.server_address[1], flush=True)\n\
+                 server.serve_forever()";
+    let mut server = std::process::Command::new("/usr/bin/python3");
+    server.args(["-c", serve]).current_dir(&directory).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut server = server.spawn().expect("a server");
+    let mut port = String::new();
+    BufReader::new(server.stdout.take().expect("piped")).read_line(&mut port).expect("port");
+    let url = format!("https://localhost:{}/health", port.trim());
+    let wait = |trusted: Option<&std::path::Path>, timeout: &str| {
+        let mut command = host.command();
+        command.args(["wait-for", "--url", &url, "--timeout", timeout, "--format", "json"]);
+        trusted.map(|file| command.env("SSL_CERT_FILE", file));
+        Ran::of(&mut command, b"")
+    };
+    let (trusted, untrusted) = (wait(Some(&certificate), "20s"), wait(None, "1s"));
+    server.kill().expect("kill");
+    server.wait().expect("wait");
+    assert_eq!(trusted.succeeded().json(), serde_json::json!({"ready": true, "url": url}));
+    assert_eq!(untrusted.exited(1).json()["ready"], false);
 }

@@ -2,15 +2,19 @@
 
 use std::{
     net::Ipv4Addr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use heyvm_api::{ApiError, ErrorCode, names};
+use rustls::{ClientConfig, pki_types::ServerName};
+use rustls_platform_verifier::BuilderVerifierExt;
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::TcpStream,
 };
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use url::{Host, Url};
 
 use super::{Context, Outcome, bind::parse_port, encoded, path};
@@ -79,11 +83,9 @@ fn parse(text: &str) -> Result<Url, ApiError> {
             .hint("for example http://abc123.localhost:8480/health")
     })?;
     match url.scheme() {
-        "http" if url.host_str().is_some() => Ok(url),
-        scheme => {
-            Err(ApiError::new(ErrorCode::Unsupported, format!("--url speaks http, not {scheme}, in this version"))
-                .hint("the URLs of this machine's sandboxes begin with http://"))
-        }
+        "http" | "https" if url.host_str().is_some() => Ok(url),
+        scheme => Err(ApiError::new(ErrorCode::InvalidArgument, format!("--url speaks http and https, not {scheme}"))
+            .hint("for example http://abc123.localhost:8480/health")),
     }
 }
 
@@ -105,7 +107,7 @@ async fn url_answers(url: &Url, timeout: Duration) -> bool {
 
 async fn status(url: &Url) -> std::io::Result<u16> {
     let port = url.port_or_known_default().unwrap_or(80);
-    let mut stream = match url.host() {
+    let stream = match url.host() {
         // Not every resolver knows that names below localhost are this machine.
         Some(Host::Domain(name)) if name == "localhost" || name.ends_with(".localhost") => {
             TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?
@@ -115,6 +117,25 @@ async fn status(url: &Url) -> std::io::Result<u16> {
         Some(Host::Ipv6(address)) => TcpStream::connect((address, port)).await?,
         None => return Err(std::io::Error::other("the URL names no host")),
     };
+    match url.scheme() {
+        "https" => ask(url, tls(url, stream).await?).await,
+        _ => ask(url, stream).await,
+    }
+}
+
+/// What the system trusts is trusted here; `SSL_CERT_FILE` names other certificates.
+async fn tls(url: &Url, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
+    let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
+    let name = ServerName::try_from(host).map_err(std::io::Error::other)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .and_then(|builder| builder.with_platform_verifier())
+        .map_err(std::io::Error::other)?;
+    TlsConnector::from(Arc::new(config.with_no_client_auth())).connect(name, stream).await
+}
+
+async fn ask(url: &Url, mut stream: impl AsyncRead + AsyncWrite + Unpin) -> std::io::Result<u16> {
     let target = &url[url::Position::BeforePath..url::Position::AfterQuery];
     let host = &url[url::Position::BeforeHost..url::Position::AfterPort];
     let request = format!("GET {target} HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\nConnection: close\r\n\r\n");

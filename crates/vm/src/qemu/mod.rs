@@ -282,7 +282,9 @@ impl Driver for QemuDriver {
         };
         self.slots.mark(record.slot, &record.cgroup);
         // Existing taps keep their namespace alive; the daemon's own connection keeps its holder there.
-        self.egress().await?;
+        if let Err(error) = self.egress().await {
+            tracing::warn!(%error, id, "the network of a running sandbox cannot be looked after");
+        }
         let belongings = Belongings { host: self.host().await?, slots: Arc::clone(&self.slots), record };
         let watched = Watched::new(Place::new(dir), process, qmp, belongings);
         if !watched.answers().await {
