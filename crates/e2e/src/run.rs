@@ -83,39 +83,21 @@ impl Ran {
         ran
     }
 
-    /// Runs a command whose standard error is a terminal of this many columns, and with `stdout_too` its standard output
-    /// and input as well; gives its exit status and what the terminal showed. What `typed` says is typed once its first
-    /// part has been shown.
-    pub fn on_terminal(
-        command: &mut Command,
-        columns: u16,
-        stdout_too: bool,
-        typed: Option<(&str, &[u8])>,
-    ) -> (i32, String) {
+    /// Runs a command whose standard error is a terminal of this many columns; gives its exit status and what it showed.
+    pub fn on_terminal(command: &mut Command, columns: u16) -> (i32, String) {
         let what = format!("{command:?}");
         let size = Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let terminal = openpty(&size, None).expect("a terminal");
         for side in [&terminal.master, &terminal.slave] {
             fcntl(side, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("close on exec");
         }
-        let side = || Stdio::from(terminal.slave.try_clone().expect("a descriptor"));
-        command.stderr(side()).stdin(if stdout_too { side() } else { Stdio::null() });
-        command.stdout(if stdout_too { side() } else { Stdio::null() });
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::from(terminal.slave));
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
-        // The command keeps the descriptors it was given until it goes.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        drop(terminal.slave);
-        let mut master = std::fs::File::from(terminal.master);
-        let mut keyboard = master.try_clone().expect("a descriptor");
-        let (mut shown, mut piece, mut typed) = (Vec::new(), [0; 4096], typed);
+        // The command keeps the descriptor it was given until it gets another one.
+        command.stderr(Stdio::null());
         // Reading fails once nobody has the other side open any more.
-        while let Ok(length @ 1..) = master.read(&mut piece) {
-            shown.extend_from_slice(&piece[..length]);
-            if let Some((_, keys)) = typed.take_if(|(sign, _)| lossy(&shown).contains(*sign)) {
-                keyboard.write_all(keys).expect("typing");
-            }
-        }
-        (wait(&mut child, &what), lossy(&shown))
+        let shown = collect(std::fs::File::from(terminal.master));
+        (wait(&mut child, &what), lossy(&shown.join().expect("reader")))
     }
 
     /// Fails the test unless the exit status is 0.

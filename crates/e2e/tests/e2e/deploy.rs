@@ -252,7 +252,7 @@ fn what_takes_long_shows_on_a_terminal() {
     let app = host.web_app();
     let mut command = host.command();
     command.arg("deploy").arg(&app).args(["--size-class", "micro", "--setup-hook", "sleep 4"]);
-    let (code, shown) = Ran::on_terminal(&mut command, 100, false, None);
+    let (code, shown) = Ran::on_terminal(&mut command, 100);
     assert_eq!(code, 0, "{shown}");
     assert!(shown.contains("sleep 4"), "the hook that runs is told: {shown:?}");
 }

@@ -223,34 +223,19 @@ fn many_at_once_in_one_sandbox() {
     });
 }
 
+/// As a person at a terminal, for whom script(1) stands in here.
 #[test]
 fn a_terminal_is_joined_to_this_one() {
     let host = Host::new();
     let vm = host.create(&[]);
-    let mut command = host.command();
-    command.args(["exec", "--tty", &vm.id, "--", "sh", "-c", "tty; stty size; read line; echo \"got $line\"; exit 7"]);
-    let (code, shown) = Ran::on_terminal(&mut command, 91, true, Some(("24 91", b"typed\r")));
-    assert_eq!(code, 7, "{shown}");
-    for expected in ["/dev/pts/", "24 91", "got typed"] {
-        assert!(shown.contains(expected), "no {expected:?} in {shown:?}");
-    }
-}
-
-#[test]
-fn ctrl_c_ends_a_command_that_does_not_read_its_input() {
-    let host = Host::new();
-    let vm = host.create(&[]);
-    let input = host.scratch().join("input");
-    fs::write(&input, vec![7; 20 << 20]).expect("input");
-    let stdin = fs::File::open(&input).expect("input");
-    let script = "echo ready; exec sleep 1000";
-    let mut command = host.command();
-    command.args(["exec", &vm.id, "--", "sh", "-c", script]).stdin(stdin).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("heyvm");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("line");
-    std::thread::sleep(Duration::from_millis(500));
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("signal");
-    assert_eq!(child.wait().expect("wait").code(), Some(130));
-    eventually("the command is gone", 10, || (vm.exec(&["pgrep", "-f", "sleep 1000"]).code == 1).then_some(()));
+    let inner = "tty; read line; echo got $line; exit 7";
+    let typing = format!(
+        "(sleep 6; printf 'typed\\r'; sleep 4) | script -qec \"heyvm exec --tty {} -- sh -c '{inner}'\" /dev/null",
+        vm.id
+    );
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", &typing.replace("$line", "\\$line")]);
+    host.environment(&mut command);
+    let ran = Ran::of(&mut command, b"").exited(7);
+    assert!(ran.out().contains("/dev/pts/") && ran.out().contains("got typed"), "{}", ran.out());
 }

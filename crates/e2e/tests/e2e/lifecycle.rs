@@ -172,6 +172,8 @@ fn commands_are_served_while_a_daemon_ends() {
     for _ in 0..3 {
         let daemon = host.daemon().expect("a daemon");
         nix::sys::signal::kill(daemon, nix::sys::signal::Signal::SIGTERM).expect("signal");
+        // It listens no more by then, and ends a while later.
+        std::thread::sleep(std::time::Duration::from_millis(500));
         std::thread::scope(|scope| {
             let asking: Vec<_> = (0..4).map(|_| scope.spawn(|| vm.status())).collect();
             for asked in asking {

@@ -19,7 +19,7 @@ use super::{
     reserve::{self, Kind},
     running::{Belongings, RunningVm, Watched},
     silent,
-    template::{Recipe, agent_has_come_up},
+    template::{BOOT_DEADLINE, Recipe, agent_has_come_up},
 };
 use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
 
@@ -27,6 +27,8 @@ use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
 const ENTROPY: usize = 64;
 /// Becoming one's own takes a tenth of a second; a guest that takes this long never will.
 const PERSONALIZE_DEADLINE: Duration = Duration::from_secs(60);
+/// A clone is there within a tenth of a second; others wait for its turn to end.
+const RESUME_DEADLINE: Duration = Duration::from_secs(60);
 /// The one who asked for the last sandbox wants the processor first.
 const REFILL_DELAY: Duration = Duration::from_millis(400);
 
@@ -118,7 +120,9 @@ impl QemuDriver {
             }
             Ok::<Qmp, Error>(qmp)
         };
-        match resumed.await {
+        let deadline = if boots { BOOT_DEADLINE + RESUME_DEADLINE } else { RESUME_DEADLINE };
+        let late = || Err(Error::Unreachable("it was not there in time".into()));
+        match tokio::time::timeout(deadline, resumed).await.unwrap_or_else(|_| late()) {
             Ok(qmp) => {
                 let belongings = Belongings { host, slots: Arc::clone(&self.slots), record };
                 Ok(Watched::new(Place::new(dir), launched.process, qmp, belongings))

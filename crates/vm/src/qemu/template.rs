@@ -45,7 +45,7 @@ use crate::{AgentConnection, Error, Progress, VmSpec, agent::unreachable_agent};
 /// Between a template's key and its maker's process id and start time, in the name of one in the making.
 const MAKING: &str = ".making-";
 /// Booting takes some six seconds under translation on an idle machine.
-const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+pub const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// Booting and warming up together; what of the image runs meanwhile takes a second or two.
 const TEMPLATE_DEADLINE: Duration = Duration::from_secs(300);
 /// A state is some hundred kilobytes, written to the disk.
