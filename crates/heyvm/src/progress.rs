@@ -1,51 +1,198 @@
 //! What a long call is doing, on a terminal, once it takes more than a second.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{
+    convert::Infallible,
+    io::IsTerminal,
+    sync::mpsc::{self, RecvTimeoutError, Sender},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
 
 use heyvm_api::system::ProgressEvent;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::time::Instant;
 
 /// Shorter calls show nothing.
 const PATIENCE: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(120);
 
-/// A line on standard error; nothing of it where that is no terminal.
+/// A line on standard error while this lives; nothing of it where that is no terminal.
 pub struct Progress {
-    bar: ProgressBar,
-    since: Instant,
+    line: Line,
+    /// Draws the line in time, whether or not there is news by then; ends at once when the sender goes.
+    waiting: Option<(Sender<Infallible>, JoinHandle<()>)>,
 }
 
+/// What stands on the line; may be written by whoever does the work.
+#[derive(Clone)]
+pub struct Line(ProgressBar);
+
 impl Progress {
-    /// Nothing is shown yet.
-    pub fn new() -> Self {
-        Self { bar: ProgressBar::hidden(), since: Instant::now() }
+    /// Something begins. Nothing is shown yet.
+    pub fn new(message: impl Into<String>) -> Self {
+        if std::io::stderr().is_terminal() {
+            Self::after(PATIENCE, ProgressDrawTarget::stderr(), message.into())
+        } else {
+            Self { line: Line(ProgressBar::hidden()), waiting: None }
+        }
     }
 
-    /// Shows what is being done.
-    pub fn tell(&mut self, event: &ProgressEvent) {
-        if !std::io::stderr().is_terminal() {
-            return;
-        }
-        if self.bar.is_hidden() && self.since.elapsed() > PATIENCE {
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
-            self.bar.enable_steady_tick(TICK);
-        }
-        if let (Some(done), Some(total)) = (event.done, event.total) {
-            self.bar.set_length(total);
-            self.bar.set_position(done);
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {bytes}/{total_bytes}") {
-                self.bar.set_style(style);
+    fn after(patience: Duration, target: ProgressDrawTarget, message: String) -> Self {
+        let line = Line(ProgressBar::hidden());
+        line.tell(&ProgressEvent { step: String::new(), message, done: None, total: None });
+        let (sender, receiver) = mpsc::channel::<Infallible>();
+        let shown = line.0.clone();
+        let waiting = thread::spawn(move || {
+            if receiver.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+                shown.set_draw_target(target);
+                shown.enable_steady_tick(TICK);
             }
-        } else {
-            self.bar.set_style(ProgressStyle::default_spinner());
+        });
+        Self { line, waiting: Some((sender, waiting)) }
+    }
+
+    /// The line, for others to write on.
+    pub fn line(&self) -> Line {
+        self.line.clone()
+    }
+
+    /// Says what is being done.
+    pub fn tell(&self, event: &ProgressEvent) {
+        self.line.tell(event);
+    }
+}
+
+impl Line {
+    /// Says what is being done.
+    pub fn tell(&self, event: &ProgressEvent) {
+        let template = match (event.done, event.total) {
+            (Some(_), Some(_)) => "{spinner} {msg} {bytes}/{total_bytes}",
+            (Some(_), None) => "{spinner} {msg} {bytes}",
+            (None, _) => "{spinner} {msg}",
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            self.0.set_style(style);
         }
-        self.bar.set_message(event.message.clone());
+        if let Some(total) = event.total {
+            self.0.set_length(total);
+        }
+        if let Some(done) = event.done {
+            self.0.set_position(done);
+        }
+        self.0.set_message(event.message.clone());
+    }
+
+    /// Says how many bytes have been moved, where nobody knows how many there are.
+    pub fn moved(&self, message: &str, done: u64) {
+        self.tell(&ProgressEvent { step: String::new(), message: message.into(), done: Some(done), total: None });
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        self.bar.finish_and_clear();
+        // Waited for, so that nothing is drawn behind what the command prints next.
+        if let Some((sender, waiting)) = self.waiting.take() {
+            drop(sender);
+            let _ = waiting.join();
+        }
+        self.line.0.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io,
+        sync::{Arc, Mutex},
+        time::Instant,
+    };
+
+    use indicatif::TermLike;
+
+    use super::*;
+
+    /// Keeps all that was ever drawn.
+    #[derive(Debug, Clone, Default)]
+    struct Screen(Arc<Mutex<String>>);
+
+    impl Screen {
+        fn drawn(&self) -> String {
+            self.0.lock().unwrap().clone()
+        }
+    }
+
+    impl TermLike for Screen {
+        fn width(&self) -> u16 {
+            80
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn progress(patience: Duration) -> (Progress, Screen) {
+        let screen = Screen::default();
+        let target = ProgressDrawTarget::term_like(Box::new(screen.clone()));
+        (Progress::after(patience, target, "packing".into()), screen)
+    }
+
+    fn event(message: &str) -> ProgressEvent {
+        ProgressEvent { step: String::new(), message: message.into(), done: None, total: None }
+    }
+
+    fn comes(screen: &Screen, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !screen.drawn().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} in {:?}", screen.drawn());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn what_was_told_early_shows_when_it_takes_long_without_more_news() {
+        let (progress, screen) = progress(Duration::from_millis(300));
+        progress.tell(&event("npm ci"));
+        assert_eq!(screen.drawn(), "");
+        comes(&screen, "npm ci");
+        progress.line().moved("copying", 5 << 20);
+        comes(&screen, "copying 5.00 MiB");
+    }
+
+    #[test]
+    fn what_begins_shows_though_nothing_is_told_at_all() {
+        let (_progress, screen) = progress(Duration::ZERO);
+        comes(&screen, "packing");
+    }
+
+    #[test]
+    fn what_is_short_shows_nothing_and_is_not_held_up() {
+        let (progress, screen) = progress(Duration::from_secs(60));
+        let line = progress.line();
+        let since = Instant::now();
+        drop(progress);
+        line.tell(&event("late news"));
+        assert!(since.elapsed() < Duration::from_secs(10));
+        assert_eq!(screen.drawn(), "");
     }
 }

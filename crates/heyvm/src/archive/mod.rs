@@ -17,8 +17,8 @@ use tar::Builder;
 
 use entry::{Problem, Purpose};
 
-/// Packs `directory` into an unlinked file, rewound.
-pub fn pack(directory: &Path, no_ignore: bool) -> Result<File, ApiError> {
+/// Packs `directory` into an unlinked file, rewound. Tells after each file how many bytes the archive has by then.
+pub fn pack(directory: &Path, no_ignore: bool, told: impl FnMut(u64)) -> Result<File, ApiError> {
     let root = root_of(directory)?;
     let paths = listing::paths(&root, no_ignore)?;
     if paths.is_empty() {
@@ -27,7 +27,7 @@ pub fn pack(directory: &Path, no_ignore: bool) -> Result<File, ApiError> {
             "files that .gitignore, .heyvmignore or the default list leave out do not count; --no-ignore takes them",
         ));
     }
-    write(&root, &paths)
+    write(&root, &paths, told)
 }
 
 fn root_of(directory: &Path) -> Result<PathBuf, ApiError> {
@@ -44,7 +44,7 @@ fn root_of(directory: &Path) -> Result<PathBuf, ApiError> {
     directory.canonicalize().map_err(|error| refuse(&Problem::io(directory, error)))
 }
 
-fn write(root: &Path, paths: &[PathBuf]) -> Result<File, ApiError> {
+fn write(root: &Path, paths: &[PathBuf], mut told: impl FnMut(u64)) -> Result<File, ApiError> {
     let failed = |error| refuse(&Problem::Output(error));
     let archive = tempfile::tempfile().map_err(failed)?;
     let mut builder = Builder::new(GzBuilder::new().mtime(0).write(io::BufWriter::new(&archive), Compression::fast()));
@@ -55,6 +55,7 @@ fn write(root: &Path, paths: &[PathBuf]) -> Result<File, ApiError> {
             Ok(()) | Err(Problem::Gone) => {}
             Err(problem) => return Err(refuse(&problem)),
         }
+        told((&archive).stream_position().map_err(failed)?);
     }
     let finished = builder.into_inner().and_then(GzEncoder::finish).and_then(|file| Ok(file.into_inner()?));
     finished.map(drop).and_then(|()| (&archive).seek(SeekFrom::Start(0))).map_err(failed)?;

@@ -12,6 +12,10 @@ use std::{
 
 use super::*;
 
+fn pack(directory: &Path, no_ignore: bool) -> Result<File, ApiError> {
+    super::pack(directory, no_ignore, |_| {})
+}
+
 fn app(files: &[&str]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for name in files {
@@ -179,7 +183,8 @@ fn what_vanishes_while_it_is_packed_was_never_there() {
     let root = root_of(dir.path()).unwrap();
     let paths = listing::paths(&root, false).unwrap();
     fs::remove_file(dir.path().join("gone")).unwrap();
-    let found: Vec<PathBuf> = entries(write(&root, &paths).unwrap()).into_iter().map(|(path, ..)| path).collect();
+    let found: Vec<PathBuf> =
+        entries(write(&root, &paths, |_| {}).unwrap()).into_iter().map(|(path, ..)| path).collect();
     assert_eq!(found, [Path::new("a"), Path::new("z")]);
 }
 

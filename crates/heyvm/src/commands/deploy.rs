@@ -123,7 +123,9 @@ pub struct CreateArgs {
 pub async fn deploy(context: &Context, args: DeployArgs) -> Outcome {
     let mut request = request(&args.make, &args.port)?;
     // Everything that can be refused here is, before a VM is thought of.
-    let archive = archive::pack(&args.directory, args.no_ignore)?;
+    let progress = Progress::new(format!("packing {}", args.directory.display()));
+    let archive = archive::pack(&args.directory, args.no_ignore, |done| progress.line().moved("packing", done))?;
+    drop(progress);
     let client = context.client().await?;
     request.archive_id = Some(upload(&client, archive).await?);
     make(context, &client, request, &args.make).await
@@ -138,18 +140,19 @@ pub async fn create(context: &Context, args: CreateArgs) -> Outcome {
 
 async fn upload(client: &Client, archive: File) -> Result<String, ApiError> {
     let total = archive.metadata().ok().map(|meta| meta.len());
-    let (mut progress, mut sent) = (Progress::new(), 0);
+    let progress = Progress::new("passing the archive on");
+    let (line, mut sent) = (progress.line(), 0);
     let bytes = ReaderStream::new(tokio::fs::File::from_std(archive)).inspect_ok(move |piece| {
         sent += piece.len() as u64;
         let message = "passing the archive on".into();
-        progress.tell(&ProgressEvent { step: "archive".into(), message, done: Some(sent), total });
+        line.tell(&ProgressEvent { step: "archive".into(), message, done: Some(sent), total });
     });
     let uploaded: ArchiveInfo = client.put("/archives", "application/gzip", bytes).await?;
     Ok(uploaded.archive_id)
 }
 
 async fn make(context: &Context, client: &Client, request: CreateRequest, args: &MakeArgs) -> Outcome {
-    let mut progress = Progress::new();
+    let progress = Progress::new("making the sandbox");
     let key = args.idempotency_key.as_deref();
     let made = client.post_with_progress("/sandboxes", &request, key, |event| progress.tell(&event)).await;
     drop(progress);

@@ -109,7 +109,7 @@ async fn list(context: &Context) -> Outcome {
 
 async fn long(context: &Context, path: &str, body: &impl serde::Serialize) -> Outcome {
     let client = context.client().await?;
-    let mut progress = Progress::new();
+    let progress = Progress::new("preparing the image");
     let done = client.post_with_progress(path, body, None, |event| progress.tell(&event)).await;
     drop(progress);
     let image: ImageInfo = done?;

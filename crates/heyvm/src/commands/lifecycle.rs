@@ -28,7 +28,7 @@ pub async fn stop(context: &Context, who: &str) -> Outcome {
 /// Goes on from the disk.
 pub async fn start(context: &Context, who: &str, verb: &str) -> Outcome {
     let client = context.client().await?;
-    let mut progress = Progress::new();
+    let progress = Progress::new(format!("{verb}ing {who}"));
     let started =
         client.post_with_progress(&path(who, &format!("/{verb}")), &(), None, |event| progress.tell(&event)).await;
     drop(progress);

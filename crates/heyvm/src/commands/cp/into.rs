@@ -14,15 +14,18 @@ use ignore::WalkBuilder;
 use tar::Builder;
 use tokio::sync::mpsc;
 
-use super::{Copied, Remote, invalid};
-use crate::archive::entry::{self, Problem, Purpose};
+use super::{Copied, Remote, invalid, watched};
+use crate::{
+    archive::entry::{self, Problem, Purpose},
+    progress::Line,
+};
 
 const PIECE: usize = 256 << 10;
 /// Pieces made ahead of the sandbox.
 const AHEAD: usize = 2;
 
 /// Copies `source` into a sandbox.
-pub async fn into(client: &Client, source: &Path, target: Remote<'_>) -> Result<Copied, ApiError> {
+pub async fn into(client: &Client, source: &Path, target: Remote<'_>, line: Line) -> Result<Copied, ApiError> {
     let missing =
         |error| invalid(format!("{}: {error}", source.display())).hint("name a file or directory that is there");
     // A link's copy is called as the link is; `.` and the like have no name of their own.
@@ -38,6 +41,7 @@ pub async fn into(client: &Client, source: &Path, target: Remote<'_>) -> Result<
     let (pieces, receiver) = mpsc::channel(AHEAD);
     let packing = tokio::task::spawn_blocking(move || pack(&source, Path::new(&place.name), pieces));
     let body = stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
+    let body = watched(body, line);
     let sent: Result<UnpackResponse, ApiError> = client.put(&url, "application/x-tar", body).await;
     let packed = packing.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     match (packed, sent) {

@@ -5,11 +5,18 @@
 mod into;
 mod out_of;
 
+use std::io;
+
+use bytes::Bytes;
+use futures::{Stream, TryStreamExt};
 use heyvm_api::{ApiError, ErrorCode, client::Client, files::ListFilesResponse};
 use serde::Serialize;
 
 use super::{Context, Outcome, encoded, path};
-use crate::output;
+use crate::{
+    output,
+    progress::{Line, Progress},
+};
 
 /// `cp`.
 #[derive(Debug, clap::Args)]
@@ -43,9 +50,14 @@ struct Answer<'a> {
 
 /// Copies; one of the two paths is in a sandbox.
 pub async fn cp(context: &Context, args: &CpArgs) -> Outcome {
+    let progress = Progress::new("copying");
     let what = match (remote(&args.from), remote(&args.to)) {
-        (None, Some(target)) => into::into(&context.client().await?, args.from.as_ref(), target).await?,
-        (Some(source), None) => out_of::out_of(&context.client().await?, source, args.to.as_ref()).await?,
+        (None, Some(target)) => {
+            into::into(&context.client().await?, args.from.as_ref(), target, progress.line()).await?
+        }
+        (Some(source), None) => {
+            out_of::out_of(&context.client().await?, source, args.to.as_ref(), progress.line()).await?
+        }
         (Some(_), Some(_)) => {
             return Err(invalid("both paths are in a sandbox".into()).hint("copy to a directory here first, then on"));
         }
@@ -53,11 +65,21 @@ pub async fn cp(context: &Context, args: &CpArgs) -> Outcome {
             return Err(invalid("neither path is in a sandbox".into()).hint("write the other one SANDBOX:/path"));
         }
     };
+    drop(progress);
     for link in &what.left_out {
         output::note(&format!("{link} was left out: it leads out of the copy"));
     }
     output::answer(context.format, &Answer { copied: true, from: &args.from, to: &args.to, what }, String::new);
     Ok(0)
+}
+
+/// Pieces on their way, counted on the line.
+fn watched(pieces: impl Stream<Item = io::Result<Bytes>>, line: Line) -> impl Stream<Item = io::Result<Bytes>> {
+    let mut moved = 0;
+    pieces.inspect_ok(move |piece| {
+        moved += piece.len() as u64;
+        line.moved("copying", moved);
+    })
 }
 
 fn invalid(message: String) -> ApiError {

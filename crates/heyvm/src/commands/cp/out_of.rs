@@ -12,10 +12,11 @@ use heyvm_api::{ApiError, ErrorCode, client::Client};
 use tar::{Archive, Entry, EntryType};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::{Copied, Remote, invalid};
+use super::{Copied, Remote, invalid, watched};
+use crate::progress::Line;
 
 /// Copies out of a sandbox to `target`.
-pub async fn out_of(client: &Client, source: Remote<'_>, target: &Path) -> Result<Copied, ApiError> {
+pub async fn out_of(client: &Client, source: Remote<'_>, target: &Path, line: Line) -> Result<Copied, ApiError> {
     let is_directory = source.is_directory(client).await?;
     let name = source.absolute().trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
     // A target that is a directory gets a copy in it; any other target becomes the copy.
@@ -25,7 +26,7 @@ pub async fn out_of(client: &Client, source: Remote<'_>, target: &Path) -> Resul
         target.to_owned()
     };
     let pieces = client.stream(&source.tar(&source.absolute()), "application/x-tar").await?;
-    let reader = SyncIoBridge::new(StreamReader::new(Box::pin(pieces)));
+    let reader = SyncIoBridge::new(StreamReader::new(Box::pin(watched(pieces, line))));
     let unpacked =
         tokio::task::spawn_blocking(
             move || {
