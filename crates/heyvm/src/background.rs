@@ -1,6 +1,7 @@
 //! Finding the daemon, or starting one: commands need no set-up.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Seek, SeekFrom},
     os::unix::{
@@ -16,7 +17,10 @@ use heyvm_api::{
     ApiError, ErrorCode,
     client::{Client, Server},
 };
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use serde::Deserialize;
 
 /// A daemon that is not there after this will not come.
@@ -138,16 +142,25 @@ fn cannot_start(error: io::Error) -> ApiError {
 }
 
 fn spawn(home: &Path, log: File, debug: bool) -> io::Result<Child> {
-    let mut command = Command::new(std::env::current_exe()?);
+    let own_path = std::env::var_os("PATH").unwrap_or_default();
+    let mut command = daemon(home, &std::env::current_exe()?, &own_path, debug);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
+}
+
+fn daemon(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool) -> Command {
+    let mut command = Command::new(program);
     command.args(["daemon", "run"]).env("HEYO_HOME", home).current_dir("/").process_group(0);
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     // mkfs.ext4, nft and modprobe lie where an ordinary user's PATH does not lead.
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:{SYSTEM_PATH}"));
+    let mut path = own_path.as_ref().to_owned();
+    if !path.is_empty() {
+        path.push(":");
+    }
+    path.push(SYSTEM_PATH);
+    command.env("PATH", path);
     if debug && std::env::var_os("HEYVM_LOG").is_none() {
         command.env("HEYVM_LOG", "debug");
     }
-    command.spawn()
+    command
 }
 
 fn log_tail(path: &Path, from: u64) -> Vec<String> {
@@ -180,11 +193,42 @@ pub fn stop(home: &Path) -> Result<(), ApiError> {
 
 /// Process id of the daemon that holds the lock.
 pub fn pid(home: &Path) -> Option<i32> {
-    let lock = File::options().read(true).write(true).open(home.join("run/daemon.lock")).ok()?;
+    let lock = File::open(home.join("run/daemon.lock")).ok()?;
+    // Shared: of several who ask none takes another for the daemon, and a dead daemon's id for a living process.
+    let Err((mut held, Errno::EWOULDBLOCK)) = Flock::lock(lock, FlockArg::LockSharedNonblock) else { return None };
     let mut text = String::new();
-    (&lock).read_to_string(&mut text).ok()?;
-    match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
-        Ok(_free) => None,
-        Err(_) => text.trim().parse().ok(),
+    held.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_asks_for_the_daemon_is_not_taken_for_it() {
+        let home = tempfile::tempdir().unwrap();
+        assert_eq!(pid(home.path()), None);
+        let path = home.path().join("run/daemon.lock");
+        fs::create_dir(home.path().join("run")).unwrap();
+        fs::write(&path, "4711\n").unwrap();
+        let lock = |how| Flock::lock(File::open(&path).unwrap(), how).unwrap();
+        let asking = lock(FlockArg::LockShared);
+        assert_eq!(pid(home.path()), None);
+        drop(asking);
+        let _daemon = lock(FlockArg::LockExclusive);
+        assert_eq!(pid(home.path()), Some(4711));
+    }
+
+    #[test]
+    fn the_daemon_finds_what_administrators_have() {
+        let home = tempfile::tempdir().unwrap();
+        for (own, expected) in
+            [("/home/me/bin:/bin", format!("/home/me/bin:/bin:{SYSTEM_PATH}")), ("", SYSTEM_PATH.into())]
+        {
+            let command = daemon(home.path(), Path::new("/heyvm"), own, false);
+            let path = command.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
+            assert_eq!(path, Some(OsStr::new(&expected)));
+        }
     }
 }
