@@ -147,12 +147,12 @@ Examples:
   heyvm exec my-app -- uname -a
   heyvm --api --port 3000";
 const DEPLOY_EXAMPLES: &str = "\
-Left behind: what .gitignore and .heyvmignore name, and .git, node_modules, target, __pycache__, .venv and such;
-a line `!target/` in .heyvmignore takes one along, --no-ignore takes everything.
+Left behind: what .gitignore and .heyvmignore name, and .git, node_modules, target, .venv and the like.
+A line `!target/` in .heyvmignore takes one along, --no-ignore takes everything.
 
 Examples:
   heyvm deploy ./my-app --name web --port 8080 --start-command \"python3 server.py\" --health-path /health
-  heyvm deploy . --port 3000 --setup-hook \"npm ci\" --start-command \"npm start\" --ttl-seconds 3600 --format json
+  heyvm deploy . --port 3000 --setup-hook \"npm ci\" --start-command \"npm start\" --format json
   heyvm deploy . --name web --replace --port 8080 --start-command \"python3 server.py\" --health-path /health";
 const CREATE_EXAMPLES: &str = "\
 Examples:
@@ -161,7 +161,7 @@ Examples:
 const EXEC_EXAMPLES: &str = "\
 A command of one word is a script for sh; several words are a program and its arguments, as they are.
 A --format json at the very end, behind the command, is heyvm's own, unless --format stands before the --.
-Exit status: the command's own; 124 after --timeout, 126 and 127 when it cannot be started, 128 + N for signal N.
+Exit status: the command's own; 124 after --timeout, 126 or 127 if it cannot be started, 128 + N for signal N.
 
 Examples:
   heyvm exec web -- ls -l /workspace
@@ -270,6 +270,16 @@ mod tests {
         }
         let kept = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(kept == reference(), "docs/cli.md is not up to date: HEYVM_UPDATE_DOCS=1 cargo test -p heyvm");
+    }
+
+    #[test]
+    fn lines_below_a_help_text_stand_as_they_are_written() {
+        for command in std::iter::once(Cli::command()).chain(Cli::command().get_subcommands().cloned()) {
+            let below = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let help = command.term_width(110).render_long_help().to_string();
+            let wrapped: Vec<_> = below.lines().filter(|line| !help.lines().any(|shown| shown == *line)).collect();
+            assert!(wrapped.is_empty(), "to be shortened: {wrapped:#?}");
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct MakeArgs {
     /// Image, for example ubuntu:24.04
     #[arg(long)]
     pub image: Option<String>,
-    /// shell, python or node: what the image must be able to run
+    /// shell, python or node: what the image must have to run the app
     #[arg(long = "type")]
     pub kind: Option<String>,
     /// qemu, the one there is
@@ -56,7 +56,7 @@ pub struct MakeArgs {
     /// Disk in GB, 1 to 250
     #[arg(long, allow_negative_numbers = true)]
     pub disk_size_gb: Option<i64>,
-    /// Where it is to run; refused unless this machine is there
+    /// US or EU: where it is to run; refused unless this machine is there
     #[arg(long)]
     pub region: Option<String>,
     /// Environment variable KEY=VALUE (repeatable)
@@ -99,7 +99,7 @@ pub struct MakeArgs {
 pub struct DeployArgs {
     /// Directory with the app
     pub directory: PathBuf,
-    /// Port to give a URL (repeatable)
+    /// Port to expose publicly, at a URL of its own (repeatable)
     #[arg(long, allow_negative_numbers = true)]
     pub port: Vec<String>,
     /// Take also what .gitignore, .heyvmignore and the default list leave out
@@ -112,7 +112,7 @@ pub struct DeployArgs {
 /// `create`.
 #[derive(Debug, clap::Args)]
 pub struct CreateArgs {
-    /// Port to give a URL (repeatable)
+    /// Port to expose publicly, at a URL of its own (repeatable)
     #[arg(long, allow_negative_numbers = true)]
     pub open_port: Vec<String>,
     #[command(flatten)]
