@@ -176,7 +176,7 @@ const GET_EXAMPLES: &str = "\
 Example:
   heyvm get web --format json";
 const WAIT_FOR_EXAMPLES: &str = "\
-Exit status 1 and {\"ready\": false} at the deadline.
+Exit status 1 and {\"ready\": false} at the deadline; why a URL is not ready is told on standard error.
 
 Examples:
   heyvm wait-for web 8080 --path /health --timeout 60s

@@ -49,8 +49,11 @@ pub async fn wait_for(context: &Context, args: WaitForArgs) -> Outcome {
     let timeout = names::parse_duration("--timeout", &args.timeout)?;
     let (answer, ready) = match (args.url, args.sandbox, args.port) {
         (Some(url), ..) => {
-            let ready = url_answers(&parse(&url)?, timeout).await;
-            (json!({"ready": ready, "url": url}), ready)
+            let waited = url_answers(&parse(&url)?, timeout).await;
+            if let Err(reason) = &waited {
+                output::note(&format!("{url}: {reason}"));
+            }
+            (json!({"ready": waited.is_ok(), "url": url}), waited.is_ok())
         }
         (None, Some(who), Some(port)) => inside(context, &who, &port, args.path.as_deref(), timeout).await?,
         _ => {
@@ -89,19 +92,33 @@ fn parse(text: &str) -> Result<Url, ApiError> {
     }
 }
 
-async fn url_answers(url: &Url, timeout: Duration) -> bool {
+/// Tries until the deadline; else tells why it is not ready.
+async fn url_answers(url: &Url, timeout: Duration) -> Result<(), String> {
     let deadline = Instant::now() + timeout;
+    let mut reason = String::from("it does not answer in time");
     loop {
         let left = deadline.saturating_duration_since(Instant::now()).min(TRY_DEADLINE);
-        if let Ok(Ok(status)) = tokio::time::timeout(left, status(url)).await
-            && (200..400).contains(&status)
-        {
-            return true;
+        match tokio::time::timeout(left, status(url)).await {
+            Ok(Ok(200..400)) => return Ok(()),
+            Ok(Ok(status)) => reason = format!("it answers {status}"),
+            Ok(Err(error)) => reason = told(&error),
+            // The last try is cut short: what was found before it says more.
+            Err(_) => {}
         }
         if Instant::now() + PAUSE >= deadline {
-            return false;
+            return Err(reason);
         }
         tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// What failed, for a person; of a certificate also what helps.
+fn told(error: &std::io::Error) -> String {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(why)) => {
+            format!("its certificate is not trusted here ({why}); SSL_CERT_FILE names those that are")
+        }
+        _ => error.to_string(),
     }
 }
 
@@ -144,4 +161,49 @@ async fn ask(url: &Url, mut stream: impl AsyncRead + AsyncWrite + Unpin) -> std:
     BufReader::new(stream.take(1024)).read_line(&mut line).await?;
     let status = line.split_ascii_whitespace().nth(1).and_then(|word| word.parse().ok());
     status.ok_or_else(|| std::io::Error::other("the answer is not HTTP"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn waited(address: std::net::SocketAddr) -> Result<(), String> {
+        url_answers(&parse(&format!("http://{address}/health")).unwrap(), Duration::from_millis(300)).await
+    }
+
+    #[tokio::test]
+    async fn what_is_not_ready_says_why() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\n\r\n").await.unwrap();
+                // Whatever is asked is read, so that closing does not reset the connection.
+                stream.shutdown().await.unwrap();
+                tokio::io::copy(&mut stream, &mut tokio::io::sink()).await.unwrap();
+            }
+        });
+        assert_eq!(waited(address).await.unwrap_err(), "it answers 503");
+        serving.abort();
+        assert!(serving.await.unwrap_err().is_cancelled());
+        let refused = waited(address).await.unwrap_err();
+        assert!(refused.contains("refused"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn what_never_answers_says_so() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let reason = waited(listener.local_addr().unwrap()).await.unwrap_err();
+        assert_eq!(reason, "it does not answer in time");
+    }
+
+    #[test]
+    fn a_certificate_that_is_not_trusted_is_told_as_such() {
+        let why = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let reason = told(&std::io::Error::new(std::io::ErrorKind::InvalidData, why));
+        assert!(reason.contains("UnknownIssuer") && reason.contains("SSL_CERT_FILE"), "{reason}");
+    }
 }
