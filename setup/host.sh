@@ -179,7 +179,8 @@ need_x86_64() {
 ensure_rust() {
     local wanted home
     wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$PROJECT/Cargo.toml")
-    home=$(getent passwd "$(id -u)" | cut -d: -f6)
+    # Fails for a user whom no list of users knows, as in containers.
+    home=$({ getent passwd "$(id -u)" 2>/dev/null || true; } | cut -d: -f6)
     for home in "$HOME" "$home"; do
         if [ -x "$home/.cargo/bin/cargo" ]; then
             PATH=$home/.cargo/bin:$PATH
@@ -211,6 +212,7 @@ ensure_rust() {
 build_programs() {
     local host
     need_disk "$PROJECT/target" 4
+    command -v rustc >/dev/null || fail "cargo is there, but rustc is missing" "install Rust as a whole, from https://rustup.rs"
     host=$(rustc -vV | sed -n 's/^host: //p')
     AGENT=$PROJECT/target/$host/release/heyvm-agent
     HEYVM=$PROJECT/target/release/heyvm
