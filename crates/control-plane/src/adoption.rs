@@ -28,8 +28,6 @@ const FINDING: Duration = Duration::from_secs(30);
 /// First and longest pause before what could not be settled is looked at again.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// What processes get to end in order.
-const GRACE: Duration = Duration::from_secs(5);
 
 impl ControlPlane {
     /// Opens the state: adopts running VMs, cleans up half-made ones, removes what has expired, starts the timers.
@@ -158,7 +156,7 @@ impl ControlPlane {
     async fn end_found(&self, sandbox: &Sandbox, status: Status, reason: Option<Reason>) -> Result<(), ApiError> {
         let id = sandbox.record().id.clone();
         if let Some(vm) = self.find_vm(&id).await? {
-            vm.stop(GRACE).await.map_err(errors::vm)?;
+            vm.stop(lifecycle::GRACE).await.map_err(errors::vm)?;
         }
         self.save(sandbox, |record| record.enter(status, reason)).await.map(drop)
     }

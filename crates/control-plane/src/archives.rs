@@ -2,12 +2,10 @@
 //! or a day has not passed since they were used. Every byte is somebody else's.
 
 use std::{
-    cell::Cell,
     collections::HashSet,
     fs::{self, File},
     io::{self, Read, Write},
     path::{Component, Path, PathBuf},
-    rc::Rc,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -16,6 +14,7 @@ use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
 use futures::{StreamExt, stream::BoxStream};
 use heyvm_api::{ApiError, ErrorCode, sandbox::Status, system::ArchiveInfo};
+use heyvm_images::archive;
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 
@@ -179,24 +178,15 @@ pub fn feed(mut from: impl Read, mut take: impl FnMut(Vec<u8>) -> bool) -> io::R
 /// Refuses what would leave its directory, is no file, directory or link, or unpacks to more than allowed.
 fn look_through(file: File, max_bytes: u64) -> Result<(), ApiError> {
     let broken = |error: io::Error| refused(format!("it is no whole tar.gz: {error}"));
-    let left = Rc::new(Cell::new(0));
-    let mut archive = tar::Archive::new(Metered { from: MultiGzDecoder::new(file), left: Rc::clone(&left) });
-    let mut entries = archive.entries().map_err(broken)?;
     let (mut count, mut bytes) = (0, 0_u64);
-    loop {
-        left.set(MAX_HEADER);
-        let Some(entry) = entries.next() else { break };
-        let mut entry = entry.map_err(broken)?;
+    archive::entries(MultiGzDecoder::new(file), MAX_HEADER, broken, |entry| {
         count += 1;
         bytes = bytes.saturating_add(entry.size());
         if count > MAX_ENTRIES || bytes > max_bytes {
             return Err(refused(format!("it unpacks to more than {} GiB or {MAX_ENTRIES} entries", max_bytes >> 30)));
         }
-        check_entry(&entry)?;
-        left.set(u64::MAX);
-        // What is left over of it shall not count as a header.
-        io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
-    }
+        check_entry(entry).map(|()| true)
+    })?;
     if count == 0 { Err(refused("it is empty".into())) } else { Ok(()) }
 }
 
@@ -224,25 +214,6 @@ fn check_entry(entry: &tar::Entry<'_, impl Read>) -> Result<(), ApiError> {
             Ok(())
         }
         kind => Err(refused(format!("{shown} is a {kind:?}, which cannot be deployed"))),
-    }
-}
-
-/// Gives only as much as is left: the tar reader holds headers in memory whatever their size.
-struct Metered<R> {
-    from: R,
-    left: Rc<Cell<u64>>,
-}
-
-impl<R: Read> Read for Metered<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.left.get();
-        if left == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a header is too large"));
-        }
-        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let count = self.from.read(&mut buffer[..most])?;
-        self.left.set(left - count as u64);
-        Ok(count)
     }
 }
 

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// What processes get to end in order.
-const GRACE: Duration = Duration::from_secs(5);
+pub(crate) const GRACE: Duration = Duration::from_secs(5);
 /// How often expired and long removed sandboxes are looked for, at least.
 const SWEEP: Duration = Duration::from_secs(30);
 /// How long a removed sandbox is told of.

@@ -21,13 +21,24 @@ const MAX_XZ_MEMORY: u64 = 256 << 20;
 pub fn each(
     file: &Path,
     broken: impl Fn(io::Error) -> Error,
-    mut see: impl FnMut(&mut Entry<'_, Metered>) -> Result<bool, Error>,
+    see: impl FnMut(&mut Entry<'_, Metered<Box<dyn Read>>>) -> Result<bool, Error>,
 ) -> Result<(), Error> {
-    let left = Rc::new(Cell::new(MAX_HEADERS));
-    let mut archive = tar::Archive::new(Metered { from: open(file)?, left: Rc::clone(&left) });
+    entries(open(file)?, MAX_HEADERS, broken, see)
+}
+
+/// Shows the entries of a tar stream until one answers `false`. Between one entry's content and the next it may say
+/// `max_headers` bytes: the tar reader holds headers in memory whatever their size.
+pub fn entries<R: Read, E>(
+    from: R,
+    max_headers: u64,
+    broken: impl Fn(io::Error) -> E,
+    mut see: impl FnMut(&mut Entry<'_, Metered<R>>) -> Result<bool, E>,
+) -> Result<(), E> {
+    let left = Rc::new(Cell::new(max_headers));
+    let mut archive = tar::Archive::new(Metered { from, left: Rc::clone(&left) });
     let mut entries = archive.entries().map_err(&broken)?;
     loop {
-        left.set(MAX_HEADERS);
+        left.set(max_headers);
         let Some(entry) = entries.next() else { return Ok(()) };
         let mut entry = entry.map_err(&broken)?;
         left.set(u64::MAX);
@@ -40,12 +51,12 @@ pub fn each(
 }
 
 /// An archive of which only so much may be read at a time.
-pub struct Metered {
-    from: Box<dyn Read>,
+pub struct Metered<R> {
+    from: R,
     left: Rc<Cell<u64>>,
 }
 
-impl Read for Metered {
+impl<R: Read> Read for Metered<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.left.get();
         if left == 0 {

@@ -6,7 +6,7 @@
 //! - [`archive`]: tars of unknown origin.  [`layers`]: one over the other.  [`work`]: directories for what is half-made.
 //! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`cpio`]: guest kernels and their initramfs.
 
-mod archive;
+pub mod archive;
 mod cpio;
 mod credentials;
 mod erofs;

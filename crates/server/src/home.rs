@@ -86,9 +86,7 @@ impl Home {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        // An address holds 107 bytes; through the directory's descriptor the path may be longer.
-        let dir = File::open(&run)?;
-        let address = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+        let (_dir, address) = address(&run)?;
         let listener = UnixListener::bind(&address)?;
         fs::set_permissions(&address, fs::Permissions::from_mode(0o600))?;
         Ok(listener)
@@ -119,16 +117,21 @@ impl Home {
 
 /// Connects to the daemon's socket.
 pub async fn connect(home: &Path) -> io::Result<tokio::net::UnixStream> {
-    let dir = File::open(home.join("run"))?;
-    tokio::net::UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd())).await
+    let (_dir, address) = address(&home.join("run"))?;
+    tokio::net::UnixStream::connect(address).await
+}
+
+/// An address holds 107 bytes; through the directory's descriptor, while it is open, the path may be longer.
+fn address(run: &Path) -> io::Result<(File, String)> {
+    let dir = File::open(run)?;
+    let address = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+    Ok((dir, address))
 }
 
 fn somebody_listens(home: &Path) -> bool {
-    let dialled = || {
-        let dir = File::open(home.join("run"))?;
-        std::os::unix::net::UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))
-    };
-    dialled().is_ok()
+    let dialled =
+        address(&home.join("run")).and_then(|(_dir, address)| std::os::unix::net::UnixStream::connect(address));
+    dialled.is_ok()
 }
 
 fn private_directory(path: &Path) -> io::Result<()> {

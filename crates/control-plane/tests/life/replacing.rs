@@ -41,8 +41,9 @@ fn one_that_fails_changes_nothing() {
     let daemon = Daemon::new();
     let port = free_port();
     let old = daemon.create(version(&daemon, port, "good")).unwrap();
+    // On a port of its own: both listen on the host's loopback here, and the old one's would count as open.
     let failing =
-        CreateRequest { start_command: Some("exit 1".into()), health_path: None, ..version(&daemon, port, "") };
+        CreateRequest { start_command: Some("exit 1".into()), health_path: None, ..version(&daemon, free_port(), "") };
     assert_eq!(daemon.create(failing).unwrap_err().code, ErrorCode::StartCommandFailed);
     assert_eq!(daemon.get("shop").id, old.id);
     assert_eq!(ask(&daemon, &old.urls[0].subdomain).unwrap(), "good");

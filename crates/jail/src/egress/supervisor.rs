@@ -66,7 +66,9 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
     let listener = descriptors.pop().ok_or("no egress socket")?;
     let _ = setsid();
     // pasta itself would not say which device it is.
-    File::options().read(true).write(true).open(TUN).map_err(|error| format!("{TUN} cannot be opened: {error}"))?;
+    File::options().read(true).write(true).open(TUN).map_err(|error| {
+        format!("{TUN} cannot be opened: {error} (sudo chmod 666 {TUN} opens it to all, as it is on most systems)")
+    })?;
     let host = interface::own_addresses();
     let (mut ready, holder) = start_holder(start, host, listener)?;
     let netns = File::open(format!("/proc/{holder}/ns/net")).map_err(told("opening the egress namespace"))?;

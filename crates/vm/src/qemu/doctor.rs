@@ -23,9 +23,6 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
     checks.push(match driver.egress().await {
         Ok(Some(_)) => ok("network", "sandboxes reach the internet, and neither this host nor each other".into()),
         Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
-        Err(error) if error.to_string().contains("/dev/net/tun") => {
-            fail("network", &error, "sudo chmod 666 /dev/net/tun, as it is on most systems, or set network.enabled = false")
-        }
         Err(error) => fail(
             "network",
             &error,

@@ -117,7 +117,7 @@ where
                 Heard::GiveUp(exit_code) => break Ok(End::by_us(exit_code)),
             },
             () = overdue => {
-                // Behind input that nobody reads no signal gets through; the end of the connection does.
+                // Behind input that nobody reads no signal gets through: our call ends, and the connection with it.
                 let undelivered = controls.capacity() < SIGNALS_WAITING;
                 if let Some((signal, _)) = delivery.take().filter(|_| undelivered) {
                     break Ok(End::by_us(128 + signal));
