@@ -150,7 +150,7 @@ async fn exec(client: &mut Client, arguments: &[String]) -> Result<Ran, Box<dyn 
                 }
             }
             Some(exec_output::Kind::Exit(exit)) => ran.exit = Some(exit),
-            Some(exec_output::Kind::Started(_)) | None => {}
+            Some(exec_output::Kind::Started(_) | exec_output::Kind::StdinTaken(_)) | None => {}
         }
     }
     Ok(ran)

@@ -15,6 +15,9 @@ pub const FRAME_STDIN: u8 = 1;
 pub const FRAME_STDOUT: u8 = 2;
 /// First byte of a binary frame: standard error, server to client.
 pub const FRAME_STDERR: u8 = 3;
+/// Bytes of standard input that may be under way before [`ServerControl::StdinTaken`] tells of them. A client that
+/// sends more may find that its signals wait until the command reads.
+pub const STDIN_WINDOW: usize = 256 << 10;
 
 /// A command to run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
@@ -102,6 +105,11 @@ pub enum ClientControl {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ServerControl {
+    /// The command has taken this much more of its standard input.
+    StdinTaken {
+        /// Since the last one of these.
+        bytes: u64,
+    },
     /// The command ended; the last frame.
     Exit {
         /// See [`ExecResponse::exit_code`].

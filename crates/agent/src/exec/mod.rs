@@ -31,8 +31,11 @@ pub const QUEUE: usize = 2;
 const GRACE: Duration = Duration::from_millis(100);
 /// And no more than this is taken then.
 const MAX_AFTERMATH: usize = 1 << 20;
-/// Input that the process has not read yet; beyond it the host has to wait.
+/// Input that the process has not read yet; beyond it the host has to wait. A host that goes by `stdin_taken` stays
+/// within it, so that what it says besides is always heard.
 const MAX_INPUT: usize = 256 << 10;
+/// The host hears of input that was taken once it is this much.
+const WORTH_TELLING: u64 = 64 << 10;
 /// Control-D: what ends the input of a terminal.
 const END_OF_TRANSMISSION: u8 = 4;
 
@@ -61,10 +64,24 @@ struct Host {
     outgoing: Option<exec_output::Kind>,
     /// Input on its way.
     incoming: Vec<u8>,
+    /// Bytes of input that have come and of which `stdin_taken` has not told.
+    untold: u64,
     /// No more requests will come.
     silent: bool,
     /// Its input ends once `incoming` is through.
     closing: bool,
+}
+
+impl Host {
+    /// How much input has been taken, where that is worth telling.
+    fn taken(&mut self) -> Option<u64> {
+        let taken = self.untold.saturating_sub(self.incoming.len() as u64);
+        if taken < WORTH_TELLING {
+            return None;
+        }
+        self.untold -= taken;
+        Some(taken)
+    }
 }
 
 /// How a run came to its end.
@@ -78,7 +95,7 @@ impl Run {
     /// Runs to the end and says so to the host; what a session's shell has reported goes to `keep` before.
     pub async fn finish(mut self, keep: impl FnOnce(Session)) {
         let mut report = self.streams.report.take().map(|pipe| tokio::spawn(collect(pipe)));
-        let mut host = Host { outgoing: None, incoming: Vec::new(), silent: false, closing: false };
+        let mut host = Host { outgoing: None, incoming: Vec::new(), untold: 0, silent: false, closing: false };
         self.reply(exec_output::Kind::Started(ExecStarted { pid: self.child.pid.as_raw() })).await;
         let (ended, timed_out) = match self.attend(&mut host).await {
             Finish::Ended(ended) => (ended, false),
@@ -110,10 +127,13 @@ impl Run {
         tokio::pin!(expiry);
         let Self { child, streams, replies, requests, .. } = self;
         loop {
+            if host.outgoing.is_none() {
+                host.outgoing = host.taken().map(exec_output::Kind::StdinTaken);
+            }
             let room = host.outgoing.is_none();
             let (stdout, stderr) = (streams.stdout.as_ref().filter(|_| room), streams.stderr.as_ref().filter(|_| room));
             let input = streams.input.as_ref().filter(|_| !host.incoming.is_empty());
-            let listening = !host.silent && host.incoming.len() < MAX_INPUT;
+            let listening = !host.silent && host.incoming.len() <= MAX_INPUT;
             // What must not wait behind a flood of output comes first.
             tokio::select! {
                 biased;
@@ -207,6 +227,7 @@ pub fn exit(ended: Ended, timed_out: bool, oom_kills: &OomKills) -> Exit {
 fn obey(kind: exec_input::Kind, child: &Child, streams: &Streams, host: &mut Host) {
     match kind {
         exec_input::Kind::Stdin(data) => {
+            host.untold += data.len() as u64;
             if streams.input.is_some() && !host.closing {
                 host.incoming.extend_from_slice(&data);
             }

@@ -181,6 +181,37 @@ async fn signals_reach_the_group() {
 }
 
 #[tokio::test]
+async fn a_signal_overtakes_input_that_nobody_reads() {
+    let (_dir, mut client) = client().await;
+    let mut call = Call::start(&mut client, ExecStart { stdin: true, ..program(&["sleep", "1000"]) }).await.unwrap();
+    // As much as may be under way; a pipe's worth of it is taken, and makes room.
+    for _ in 0..4 {
+        call.say(exec_input::Kind::Stdin(vec![0; 64 << 10])).await;
+    }
+    while !matches!(call.next().await.unwrap(), exec_output::Kind::StdinTaken(65_536)) {}
+    call.say(exec_input::Kind::Stdin(vec![0; 64 << 10])).await;
+    call.say(exec_input::Kind::Signal(2)).await;
+    assert_eq!(call.finish().await.exit.code, 130);
+}
+
+#[tokio::test]
+async fn input_that_is_read_or_dropped_is_told() {
+    let (_dir, mut client) = client().await;
+    const BLOCK: usize = 64 << 10;
+    const BLOCKS: usize = 32;
+    for text in ["cat > /dev/null", "exec <&-; sleep 1"] {
+        let call = Call::start(&mut client, ExecStart { stdin: true, ..script(text) }).await.unwrap();
+        for _ in 0..BLOCKS {
+            call.say(exec_input::Kind::Stdin(vec![0; BLOCK])).await;
+        }
+        call.say(exec_input::Kind::StdinClose(true)).await;
+        let ran = call.finish().await;
+        assert_eq!(ran.exit.code, 0, "{text}");
+        assert!(ran.stdin_taken > ((BLOCKS - 1) * BLOCK) as u64, "{text}: {} were taken", ran.stdin_taken);
+    }
+}
+
+#[tokio::test]
 async fn a_session_goes_on_where_it_was() {
     let (dir, mut client) = client().await;
     let in_session = |start: ExecStart| ExecStart { session: "work".into(), ..start };

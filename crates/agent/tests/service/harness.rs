@@ -90,6 +90,7 @@ pub struct Ran {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub exit: Exit,
+    pub stdin_taken: u64,
 }
 
 impl Ran {
@@ -129,6 +130,7 @@ impl Call {
                 exec_output::Kind::Stderr(data) => ran.stderr.extend(data),
                 exec_output::Kind::Exit(end) => exit = Some(end),
                 exec_output::Kind::Started(started) => assert!(started.pid > 0),
+                exec_output::Kind::StdinTaken(bytes) => ran.stdin_taken += bytes,
             }
         }
         ran.exit = exit.expect("no exit");

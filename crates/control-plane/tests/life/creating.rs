@@ -89,7 +89,7 @@ fn what_is_never_healthy_is_given_up_with_the_last_finding() {
         start_command: Some(server(port, "up")),
         open_ports: vec![i64::from(port)],
         health_path: Some("/missing".into()),
-        health_timeout_seconds: Some(2.0),
+        health_timeout_seconds: Some(8.0),
         ..daemon.request("web")
     };
     let error = daemon.create(request).unwrap_err();
@@ -98,7 +98,7 @@ fn what_is_never_healthy_is_given_up_with_the_last_finding() {
     let silent = CreateRequest {
         start_command: Some("echo serving nothing; exec sleep 600".into()),
         open_ports: vec![i64::from(free_port())],
-        health_timeout_seconds: Some(0.5),
+        health_timeout_seconds: Some(2.0),
         ..daemon.request("web")
     };
     let error = daemon.create(silent).unwrap_err();
@@ -113,7 +113,7 @@ fn output_without_end_does_not_hold_up_the_failure() {
     let request = CreateRequest {
         start_command: Some("exec yes".into()),
         open_ports: vec![i64::from(free_port())],
-        health_timeout_seconds: Some(0.5),
+        health_timeout_seconds: Some(2.0),
         ..daemon.request("web")
     };
     let began = std::time::Instant::now();

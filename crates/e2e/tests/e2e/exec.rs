@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
+    path::Path,
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -129,19 +130,34 @@ fn ctrl_c_reaches_the_process() {
 }
 
 #[test]
+fn a_hundred_megabytes_of_input_arrive() {
+    const BYTES: usize = 100 << 20;
+    let host = Host::new();
+    let vm = host.create(&[]);
+    let ran = vm.exec_with(&[], &["sh", "-c", "cat | wc -c"], &vec![0; BYTES]);
+    assert_eq!(ran.succeeded().out(), BYTES.to_string());
+}
+
+#[test]
 fn a_client_that_goes_away_takes_its_command_along() {
     let host = Host::new();
     let vm = host.create(&[]);
-    let mut child = host
-        .command()
-        .args(["exec", &vm.id, "--", "sh", "-c", "echo ready; exec sleep 4321"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("heyvm");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("line");
-    child.kill().expect("kill");
-    child.wait().expect("wait");
+    let unread = host.scratch().join("input");
+    fs::write(&unread, vec![7; 20 << 20]).expect("input");
+    for input in [Path::new("/dev/null"), &unread] {
+        let mut child = host
+            .command()
+            .args(["exec", &vm.id, "--", "sh", "-c", "echo ready; exec sleep 4321"])
+            .stdin(fs::File::open(input).expect("input"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("heyvm");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("line");
+        std::thread::sleep(Duration::from_millis(500));
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
     let alive = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c 'sleep 43[2]1'";
     eventually("the command is gone", 15, || (vm.exec(&["sh", "-c", alive]).out() == "0").then_some(()));
 }
@@ -238,4 +254,27 @@ fn a_terminal_is_joined_to_this_one() {
     host.environment(&mut command);
     let ran = Ran::of(&mut command, b"").exited(7);
     assert!(ran.out().contains("/dev/pts/") && ran.out().contains("got typed"), "{}", ran.out());
+}
+
+#[test]
+fn ctrl_c_overtakes_input_that_nobody_reads() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    let input = host.scratch().join("input");
+    fs::write(&input, vec![7; 20 << 20]).expect("input");
+    let stdin = fs::File::open(&input).expect("input");
+    let script = "trap 'echo got INT; exit 42' INT; echo ready; while true; do sleep 0.1; done";
+    let mut command = host.command();
+    command.args(["exec", &vm.id, "--", "sh", "-c", script]).stdin(stdin).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("heyvm");
+    let mut line = String::new();
+    let mut output = BufReader::new(child.stdout.take().expect("piped"));
+    output.read_line(&mut line).expect("line");
+    // By now as much input is under way as may be.
+    std::thread::sleep(Duration::from_secs(1));
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("signal");
+    line.clear();
+    output.read_to_string(&mut line).expect("rest");
+    assert_eq!(line, "got INT\n");
+    assert_eq!(child.wait().expect("wait").code(), Some(42));
 }

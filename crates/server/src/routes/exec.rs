@@ -78,7 +78,7 @@ async fn to_the_end(api: &Api, agent: AgentConnection, start: ExecStart) -> Resu
     let [mut stdout, mut stderr, mut output] = [(); 3].map(|()| Spool::new(api.spool()));
     let exit = loop {
         match outputs.message().await?.and_then(|message| message.kind) {
-            Some(exec_output::Kind::Started(_)) => {}
+            Some(exec_output::Kind::Started(_) | exec_output::Kind::StdinTaken(_)) => {}
             Some(exec_output::Kind::Stdout(data)) => keep(&data, &mut stdout, &mut output)?,
             Some(exec_output::Kind::Stderr(data)) => keep(&data, &mut stderr, &mut output)?,
             Some(exec_output::Kind::Exit(exit)) => break exit,
@@ -128,7 +128,7 @@ fn told(exit: &Exit, stdout: Spool, stderr: Spool, output: Spool) -> Response {
 }
 
 /// A WebSocket: the first text frame is an `ExecRequest`, then binary frames carry the streams (first byte 1 stdin, 2
-/// stdout, 3 stderr) and text frames carry `stdin_close`, `signal`, `resize`; the last one is `exit` or `error`.
+/// stdout, 3 stderr) and text frames carry `stdin_close`, `signal`, `resize`, and back `stdin_taken`; the last one is `exit` or `error`.
 ///
 /// When the client goes away the command's whole process group is killed.
 #[utoipa::path(get, path = "/sandboxes/{id}/exec", operation_id = "exec_stream", tag = "commands",
@@ -164,8 +164,7 @@ async fn run(socket: WebSocket, agent: AgentConnection, plane: Arc<ControlPlane>
         }
         Err(Interrupted::ClientGone) => return,
     };
-    let text = serde_json::to_string(&end).unwrap_or_default();
-    if outgoing.send(Message::text(text)).await.is_ok() {
+    if outgoing.send(control(&end)).await.is_ok() {
         let _ = outgoing.close().await;
     }
 }
@@ -275,6 +274,7 @@ async fn carry_output(
                 Some(exec_output::Kind::Started(_)) => continue,
                 Some(exec_output::Kind::Stdout(data)) => frame(FRAME_STDOUT, &data),
                 Some(exec_output::Kind::Stderr(data)) => frame(FRAME_STDERR, &data),
+                Some(exec_output::Kind::StdinTaken(bytes)) => control(&ServerControl::StdinTaken { bytes }),
                 Some(exec_output::Kind::Exit(exit)) => return Ok(exit),
                 None => return Err(went_away().into()),
             },
@@ -282,6 +282,10 @@ async fn carry_output(
         };
         outgoing.send(frame).await.map_err(|_| Interrupted::ClientGone)?;
     }
+}
+
+fn control(said: &ServerControl) -> Message {
+    Message::text(serde_json::to_string(said).unwrap_or_default())
 }
 
 fn frame(kind: u8, data: &[u8]) -> Message {

@@ -4,10 +4,13 @@
 //! standard input ─▶ outgoing (a task: never keeps us from reading) ─▶ WebSocket ─▶ daemon
 //! signals ────────▶    ↑ first                                        WebSocket ─▶ output
 //! ```
+//! No more input is under way than the command's end is sure to have room for ([`STDIN_WINDOW`]), so that signals
+//! overtake what nobody reads.
 
 use std::{
     future::Future,
     io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,11 +18,11 @@ use bytes::Bytes;
 use futures::{Sink, SinkExt, Stream, StreamExt};
 use heyvm_api::{
     ApiError, ErrorCode,
-    exec::{ClientControl, ExecRequest, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, ServerControl},
+    exec::{ClientControl, ExecRequest, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, STDIN_WINDOW, ServerControl},
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
 };
 use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 
@@ -27,8 +30,6 @@ use super::{stdin, terminal};
 
 /// A second interrupt within this gives up waiting.
 const IMPATIENCE: Duration = Duration::from_secs(1);
-/// A signal that has not left by then waits behind input that the command does not read.
-const DELIVERY: Duration = Duration::from_secs(1);
 /// A command that does not live to see its signal keeps no more than these waiting.
 const SIGNALS_WAITING: usize = 16;
 
@@ -41,13 +42,6 @@ pub struct End {
     pub timed_out: bool,
     /// Why it could not be started.
     pub message: Option<String>,
-}
-
-impl End {
-    /// We have given up on it, and it ends with our connection.
-    fn by_us(exit_code: i32) -> Self {
-        Self { exit_code, timed_out: false, message: None }
-    }
 }
 
 /// Where its output goes.
@@ -93,48 +87,30 @@ where
     let mut signals = Signals::catch(request.pty.is_some())?;
     let (controls, waiting) = mpsc::channel(SIGNALS_WAITING);
     let input = request.stdin.then(stdin::read);
-    let sending = tokio::spawn(send(outgoing, waiting, input));
+    let window = Arc::new(Semaphore::new(STDIN_WINDOW));
+    let sending = tokio::spawn(send(outgoing, waiting, input, Arc::clone(&window)));
     // Output that nobody takes holds up what comes in, but not the signals.
-    let listening = listen(&mut incoming, output);
+    let listening = listen(&mut incoming, output, &window);
     tokio::pin!(listening);
-    let mut delivery: Option<(i32, tokio::time::Instant)> = None;
     let end = loop {
-        let overdue = async {
-            match delivery {
-                Some((_, by)) => tokio::time::sleep_until(by).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             end = &mut listening => break end,
             heard = signals.next() => match heard {
-                Heard::Control(control) => {
-                    if let ClientControl::Signal { signal } = control {
-                        delivery.get_or_insert((signal, tokio::time::Instant::now() + DELIVERY));
-                    }
-                    drop(controls.try_send(control));
-                }
-                Heard::GiveUp(exit_code) => break Ok(End::by_us(exit_code)),
+                Heard::Control(control) => drop(controls.try_send(control)),
+                Heard::GiveUp(exit_code) => break Ok(End { exit_code, timed_out: false, message: None }),
             },
-            () = overdue => {
-                // Behind input that nobody reads no signal gets through: our call ends, and the connection with it.
-                let undelivered = controls.capacity() < SIGNALS_WAITING;
-                if let Some((signal, _)) = delivery.take().filter(|_| undelivered) {
-                    break Ok(End::by_us(128 + signal));
-                }
-            }
         }
     };
     sending.abort();
     end
 }
 
-async fn listen<S>(socket: &mut S, output: &mut impl Output) -> Result<End, Broken>
+async fn listen<S>(socket: &mut S, output: &mut impl Output, window: &Semaphore) -> Result<End, Broken>
 where
     S: Stream<Item = Result<Message, WebSocketError>> + Unpin,
 {
     while let Some(message) = socket.next().await {
-        if let Some(end) = hear(message.map_err(gone)?, output).await? {
+        if let Some(end) = hear(message.map_err(gone)?, output, window).await? {
             return Ok(end);
         }
     }
@@ -144,15 +120,19 @@ where
     ))
 }
 
-/// Sends signals before input, and input until it ends.
-async fn send<S>(mut socket: S, mut controls: mpsc::Receiver<ClientControl>, mut input: Option<mpsc::Receiver<Bytes>>)
-where
+/// Sends signals before input, and input as there is room for it, until it ends.
+async fn send<S>(
+    mut socket: S,
+    mut controls: mpsc::Receiver<ClientControl>,
+    mut input: Option<mpsc::Receiver<Bytes>>,
+    window: Arc<Semaphore>,
+) where
     S: Sink<Message, Error = WebSocketError> + Unpin,
 {
     loop {
         let next_input = async {
             match &mut input {
-                Some(input) => input.recv().await,
+                Some(input) => next_piece(input, &window).await,
                 None => std::future::pending().await,
             }
         };
@@ -177,6 +157,17 @@ where
     }
 }
 
+/// The next piece of input, once there is room for it. Given up while it waits, it has taken nothing.
+async fn next_piece(input: &mut mpsc::Receiver<Bytes>, window: &Semaphore) -> Option<Bytes> {
+    let mut room = window.acquire_many(stdin::BLOCK as u32).await.ok()?;
+    let piece = input.recv().await?;
+    // It comes back as `stdin_taken`; what the piece did not need, now.
+    if let Some(used) = room.split(piece.len()) {
+        used.forget();
+    }
+    Some(piece)
+}
+
 fn control_message(control: &ClientControl) -> Message {
     Message::text(serde_json::to_string(control).unwrap_or_default())
 }
@@ -187,7 +178,7 @@ fn gone(error: WebSocketError) -> Broken {
     Broken::Failed(error)
 }
 
-async fn hear(message: Message, output: &mut impl Output) -> Result<Option<End>, Broken> {
+async fn hear(message: Message, output: &mut impl Output, window: &Semaphore) -> Result<Option<End>, Broken> {
     let written = match &message {
         Message::Binary(data) => match data.split_first() {
             Some((&FRAME_STDOUT, data)) => output.stdout(data).await,
@@ -197,6 +188,10 @@ async fn hear(message: Message, output: &mut impl Output) -> Result<Option<End>,
         Message::Text(text) => match serde_json::from_str(text) {
             Ok(ServerControl::Exit { exit_code, timed_out, message }) => {
                 return Ok(Some(End { exit_code, timed_out, message }));
+            }
+            Ok(ServerControl::StdinTaken { bytes }) => {
+                window.add_permits(usize::try_from(bytes).unwrap_or(STDIN_WINDOW).min(STDIN_WINDOW));
+                Ok(())
             }
             Ok(ServerControl::Error { error }) => return Err(Broken::Failed(error)),
             // A newer server may say more than we know of.

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use nix::unistd::{getpgrp, tcgetpgrp};
 use tokio::sync::mpsc;
 
-const BLOCK: usize = 64 << 10;
+/// Largest piece.
+pub const BLOCK: usize = 64 << 10;
 /// Pieces read ahead of the command.
 const AHEAD: usize = 2;
 
