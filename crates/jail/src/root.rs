@@ -15,13 +15,14 @@ use crate::{Error, launcher::DESCRIPTORS_DIR};
 
 /// The program that every VM is.
 const QEMU: &str = "qemu-system-x86_64";
-/// Firmware of the `microvm` machine.
-const FIRMWARE: &str = "bios-microvm.bin";
+/// Firmware of the `microvm` machine: the one that starts a kernel by itself. The machine's default is another one in
+/// some builds (SeaBIOS, which does not without an option ROM).
+const FIRMWARE: &str = "qboot.rom";
 /// Where distributions keep QEMU's loadable modules.
 const MODULE_DIRS: [&str; 3] = ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/lib/qemu", "/usr/lib64/qemu"];
 /// Where distributions keep QEMU's firmware.
 const FIRMWARE_DIRS: [&str; 4] =
-    ["/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu", "/usr/share/qemu-firmware"];
+    ["/usr/share/qemu", "/usr/share/qboot", "/usr/share/qemu-firmware", "/usr/local/share/qemu"];
 
 /// A prepared root directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +31,7 @@ pub struct QemuRoot {
     pub dir: PathBuf,
     /// QEMU's path in it.
     pub program: PathBuf,
-    /// Directory of firmware in it, for `-L`.
+    /// The firmware in it, for `-bios`.
     pub firmware: PathBuf,
     /// QEMU's own words on its version, for example `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)`.
     pub version: String,
@@ -45,9 +46,8 @@ pub fn prepare(parent: &Path) -> Result<QemuRoot, Error> {
     let files = files_of(&program)?;
     let firmware = files
         .iter()
-        .find(|f| f.ends_with(FIRMWARE))
-        .and_then(|f| f.parent())
-        .map(Path::to_owned)
+        .find(|file| file.ends_with(FIRMWARE))
+        .cloned()
         .ok_or(Error::Program { program: QEMU, problem: format!("comes without its firmware {FIRMWARE}") })?;
     let digest = digest_of(&version, &files)?;
     let dir = parent.join(format!("qemu-{}", &digest[..16]));

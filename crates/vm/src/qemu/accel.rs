@@ -111,7 +111,7 @@ pub fn boots(
     let image = File::open(&kernel.vmlinuz).map_err(Error::io("opening the kernel", &kernel.vmlinuz))?;
     let (console_fd, kernel_fd) = (FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + 1);
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-    let mut argv = vec![root.program.display().to_string(), "-L".into(), root.firmware.display().to_string()];
+    let mut argv = vec![root.program.display().to_string(), "-bios".into(), root.firmware.display().to_string()];
     argv.extend(words(
         "-M microvm,x-option-roms=off -cpu max -m 128M -nodefaults -no-user-config -nographic -no-reboot",
     ));

@@ -30,7 +30,7 @@ pub mod fd {
 }
 
 /// Changes whenever the machine below does, so that old templates are not resumed on it.
-pub const MACHINE_VERSION: u32 = 4;
+pub const MACHINE_VERSION: u32 = 5;
 /// Bytes of console output that QEMU remembers.
 pub const CONSOLE_BYTES: u32 = 32 << 10;
 /// Code translated from guest code is kept in this many MiB; it is private memory of each VM.
@@ -64,7 +64,7 @@ impl Machine {
     /// Program and arguments, as the jail starts them.
     pub fn argv(&self, root: &QemuRoot) -> Vec<String> {
         let mut argv = Arguments(vec![root.program.display().to_string()]);
-        argv.option("-L", root.firmware.display());
+        argv.option("-bios", root.firmware.display());
         argv.option("-M", "microvm,memory-backend=memory,x-option-roms=off");
         self.processor(&mut argv);
         argv.option("-m", format!("{}M", self.memory_mib));
