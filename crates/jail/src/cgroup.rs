@@ -21,6 +21,8 @@ pub struct Limits {
 
 /// Period of the processor quota in microseconds.
 const PERIOD_US: u64 = 100_000;
+/// What there is to limit.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// Directory below the daemon's own place in the hierarchy; each user's own.
 fn ours() -> String {
     format!("heyvm-{}", nix::unistd::getuid())
@@ -29,8 +31,8 @@ fn ours() -> String {
 /// One hierarchy in which we may make cgroups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Hierarchy {
-    /// All controllers in one tree.
-    Unified(PathBuf),
+    /// The controllers that are granted, in one tree.
+    Unified(Vec<&'static str>, PathBuf),
     /// One controller of version 1.
     Legacy(&'static str, PathBuf),
 }
@@ -47,7 +49,7 @@ impl Cgroups {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let mut hierarchies = Vec::new();
-        for controller in ["cpu", "memory", "pids"] {
+        for controller in CONTROLLERS {
             if let Some(dir) = legacy_dir(controller, &own, &mounts)
                 && can_fill(&dir)
             {
@@ -55,9 +57,7 @@ impl Cgroups {
             }
         }
         if hierarchies.is_empty() {
-            hierarchies.extend(
-                unified_candidates(&own, &mounts).into_iter().find(|dir| delegated(dir)).map(Hierarchy::Unified),
-            );
+            hierarchies.extend(best(unified_candidates(&own, &mounts), delegated));
         }
         Self { hierarchies }
     }
@@ -65,7 +65,7 @@ impl Cgroups {
     /// Which of `cpu`, `memory` and `pids` can be limited.
     pub fn controllers(&self) -> Vec<&str> {
         match self.hierarchies.first() {
-            Some(Hierarchy::Unified(_)) => vec!["cpu", "memory", "pids"],
+            Some(Hierarchy::Unified(granted, _)) => granted.clone(),
             _ => self
                 .hierarchies
                 .iter()
@@ -74,10 +74,9 @@ impl Cgroups {
         }
     }
 
-    /// Makes the cgroups of one VM; the launcher puts it there.
-    pub fn create(&self, name: &str, limits: Limits) -> Result<Vec<PathBuf>, Error> {
-        let dirs = self.dirs(name);
-        for (hierarchy, dir) in self.hierarchies.iter().zip(&dirs) {
+    /// Makes the cgroups of one VM, which are its [`Self::dirs`]; the launcher puts it there.
+    pub fn create(&self, dirs: &[PathBuf], limits: Limits) -> Result<(), Error> {
+        for (hierarchy, dir) in self.hierarchies.iter().zip(dirs) {
             make_dir(dir).map_err(Error::io("making the cgroup", dir))?;
             for (file, value) in settings(hierarchy, limits) {
                 let path = dir.join(file);
@@ -92,45 +91,47 @@ impl Cgroups {
                 }
             }
         }
-        Ok(dirs)
-    }
-
-    /// Whether the kernel has ended a VM because it reached its memory limit; known until its cgroups are removed.
-    pub fn ran_out_of_memory(&self, name: &str) -> bool {
-        self.dirs(name).iter().any(|dir| {
-            // Version 2, then version 1.
-            let counts = ["memory.events", "memory.oom_control"].map(|file| fs::read_to_string(dir.join(file)));
-            counts.iter().flatten().any(|text| oom_kills(text) > 0)
-        })
-    }
-
-    /// Removes the cgroups of a VM that has ended. Succeeds when there are none.
-    pub fn remove(&self, name: &str) -> Result<(), Error> {
-        for dir in self.dirs(name) {
-            // The kernel takes a moment to notice the end of the last process.
-            let mut tries = 50;
-            loop {
-                match fs::remove_dir(&dir) {
-                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy && tries > 0 => tries -= 1,
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(Error::io("removing the cgroup", dir)(error));
-                    }
-                    _ => break,
-                }
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        }
         Ok(())
     }
 
-    fn dirs(&self, name: &str) -> Vec<PathBuf> {
+    /// Where the cgroups of a VM of this name belong. A daemon that was started elsewhere would have another answer: who
+    /// outlives this one remembers it.
+    pub fn dirs(&self, name: &str) -> Vec<PathBuf> {
         self.hierarchies
             .iter()
             .map(|hierarchy| match hierarchy {
-                Hierarchy::Unified(dir) | Hierarchy::Legacy(_, dir) => dir.join(name),
+                Hierarchy::Unified(_, dir) | Hierarchy::Legacy(_, dir) => dir.join(name),
             })
             .collect()
     }
+}
+
+/// Whether the kernel has ended a VM because it reached its memory limit; known until its cgroups are removed.
+pub fn ran_out_of_memory(dirs: &[PathBuf]) -> bool {
+    dirs.iter().any(|dir| {
+        // Version 2, then version 1.
+        let counts = ["memory.events", "memory.oom_control"].map(|file| fs::read_to_string(dir.join(file)));
+        counts.iter().flatten().any(|text| oom_kills(text) > 0)
+    })
+}
+
+/// Removes the cgroups of a VM that has ended. Succeeds when there are none.
+pub fn remove(dirs: &[PathBuf]) -> Result<(), Error> {
+    for dir in dirs {
+        // The kernel takes a moment to notice the end of the last process.
+        let mut tries = 50;
+        loop {
+            match fs::remove_dir(dir) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && tries > 0 => tries -= 1,
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("removing the cgroup", dir)(error));
+                }
+                _ => break,
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    Ok(())
 }
 
 fn oom_kills(counts: &str) -> u64 {
@@ -143,14 +144,17 @@ fn settings(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String)
     // Weight 100 is the default for one processor.
     let weight = (u64::from(limits.cpu_millis) / 10).clamp(1, 10_000);
     match hierarchy {
-        Hierarchy::Unified(_) => vec![
+        Hierarchy::Unified(granted, _) => [
             ("cpu.max", format!("{quota} {PERIOD_US}")),
             ("cpu.max.burst", quota.to_string()),
             ("cpu.weight", weight.to_string()),
             ("memory.max", limits.memory_bytes.to_string()),
             ("memory.swap.max", "0".into()),
             ("pids.max", limits.tasks.to_string()),
-        ],
+        ]
+        .into_iter()
+        .filter(|(file, _)| granted.iter().any(|controller| file.split('.').next() == Some(controller)))
+        .collect(),
         Hierarchy::Legacy("cpu", _) => vec![
             ("cpu.cfs_period_us", PERIOD_US.to_string()),
             ("cpu.cfs_quota_us", quota.to_string()),
@@ -200,13 +204,35 @@ fn unified_candidates(own: &str, mounts: &str) -> Vec<PathBuf> {
     Path::new(path).ancestors().skip(usize::from(!path.is_empty())).map(|dir| mount.join(dir).join(ours())).collect()
 }
 
-/// Whether the controllers can be had below `dir`; makes it.
-fn delegated(dir: &Path) -> bool {
-    let enable = "+cpu +memory +pids";
-    let Some(parent) = dir.parent() else { return false };
+/// The first candidate that grants the most, where any grants something.
+fn best(candidates: Vec<PathBuf>, grants: impl Fn(&Path) -> Vec<&'static str>) -> Option<Hierarchy> {
+    let mut best = (Vec::new(), PathBuf::new());
+    for dir in candidates {
+        let granted = grants(&dir);
+        if granted.len() > best.0.len() {
+            best = (granted, dir);
+        }
+        // Nothing is tried further up than need be.
+        if best.0.len() == CONTROLLERS.len() {
+            break;
+        }
+    }
+    let (granted, dir) = best;
+    if granted.is_empty() { None } else { Some(Hierarchy::Unified(granted, dir)) }
+}
+
+/// Which controllers can be had below `dir`; makes it. One that is not granted keeps no other from being.
+fn delegated(dir: &Path) -> Vec<&'static str> {
+    let Some(parent) = dir.parent() else { return Vec::new() };
+    let enable = |at: &Path, controller| fs::write(at.join("cgroup.subtree_control"), format!("+{controller}")).is_ok();
     // Usually on already; where it is not, it is worth a try.
-    let _ = fs::write(parent.join("cgroup.subtree_control"), enable);
-    can_fill(dir) && fs::write(dir.join("cgroup.subtree_control"), enable).is_ok()
+    for controller in CONTROLLERS {
+        enable(parent, controller);
+    }
+    if !can_fill(dir) {
+        return Vec::new();
+    }
+    CONTROLLERS.into_iter().filter(|controller| enable(dir, controller)).collect()
 }
 
 /// Whether we may make cgroups in `dir`; makes `dir` itself.
@@ -224,9 +250,11 @@ mod tests {
     #[test]
     fn limits_become_settings() {
         let limits = Limits { memory_bytes: 1 << 30, cpu_millis: 250, tasks: 64 };
-        let unified = settings(&Hierarchy::Unified("/x".into()), limits);
+        let unified = settings(&Hierarchy::Unified(CONTROLLERS.into(), "/x".into()), limits);
         assert!(unified.contains(&("cpu.max", "25000 100000".into())));
         assert!(unified.contains(&("memory.max", (1u64 << 30).to_string())));
+        let partial = settings(&Hierarchy::Unified(vec!["pids"], "/x".into()), limits);
+        assert_eq!(partial, [("pids.max", "64".into())], "what is not granted is not set");
         let legacy = settings(&Hierarchy::Legacy("cpu", "/x".into()), limits);
         assert!(legacy.contains(&("cpu.cfs_quota_us", "25000".into())));
         assert!(legacy.contains(&("cpu.shares", "256".into())));
@@ -255,14 +283,33 @@ mod tests {
     }
 
     #[test]
+    fn the_place_that_grants_the_most_is_used() {
+        let candidates = || ["a", "b", "c"].map(PathBuf::from).to_vec();
+        let found = best(candidates(), |dir| if dir == Path::new("a") { vec!["pids"] } else { vec!["memory", "pids"] });
+        assert_eq!(found, Some(Hierarchy::Unified(vec!["memory", "pids"], "b".into())));
+        assert_eq!(best(candidates(), |_| Vec::new()), None);
+    }
+
+    #[test]
+    fn kills_are_found_where_the_vm_was() {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let dirs = [elsewhere.path().join("vm")];
+        assert!(!ran_out_of_memory(&dirs));
+        fs::create_dir(&dirs[0]).unwrap();
+        fs::write(dirs[0].join("memory.events"), "oom 1\noom_kill 1\n").unwrap();
+        assert!(ran_out_of_memory(&dirs));
+    }
+
+    #[test]
     fn a_group_comes_and_goes() {
         let cgroups = Cgroups::detect();
         let name = format!("test-{}", std::process::id());
-        let dirs = cgroups.create(&name, Limits { memory_bytes: 1 << 30, cpu_millis: 500, tasks: 32 }).unwrap();
+        let dirs = cgroups.dirs(&name);
+        cgroups.create(&dirs, Limits { memory_bytes: 1 << 30, cpu_millis: 500, tasks: 32 }).unwrap();
         assert_eq!(dirs.len(), cgroups.hierarchies.len());
         assert!(dirs.iter().all(|dir| dir.is_dir()));
-        cgroups.remove(&name).unwrap();
+        remove(&dirs).unwrap();
         assert!(dirs.iter().all(|dir| !dir.exists()));
-        cgroups.remove(&name).unwrap();
+        remove(&dirs).unwrap();
     }
 }

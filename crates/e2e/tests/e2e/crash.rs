@@ -1,8 +1,10 @@
 //! SIGKILL to the daemon at any point: running VMs go on serving, half-made ones are cleaned up, nothing leaks.
 
 use std::{
-    collections::HashSet,
-    process::Stdio,
+    collections::{BTreeSet, HashSet},
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -49,6 +51,36 @@ fn a_machine_that_died_with_the_daemon_is_told_of() {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
     }
     assert_eq!(vm.becomes("failed", 20)["code"], "vm_lost");
+}
+
+/// As from another login session: a daemon looks for nothing in its own place alone.
+#[test]
+fn a_daemon_in_another_control_group_finds_those_of_the_last_one() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    let groups = leaks::control_groups_of(host.scratch(), std::slice::from_ref(&vm.id));
+    host.end_daemon(Signal::SIGKILL);
+    let elsewhere = elsewhere(&groups);
+    let mut command = Command::new("sh");
+    command.args(["-c", "for group; do echo $$ > $group/cgroup.procs; done; exec heyvm list", "sh"]).args(&elsewhere);
+    host.environment(&mut command);
+    Ran::of(&mut command, b"").succeeded();
+    assert_eq!(vm.sh("echo alive").out(), "alive");
+    host.run(&["rm", "-y", &vm.id]).succeeded();
+    let left: Vec<_> = groups.iter().filter(|group| group.exists()).collect();
+    assert!(left.is_empty(), "{left:?}");
+    host.end_daemon(Signal::SIGTERM);
+    for group in &elsewhere {
+        let _ = fs::remove_dir(group.join(format!("heyvm-{}", nix::unistd::getuid())));
+        eventually("the group is empty", 10, || fs::remove_dir(group).ok());
+    }
+}
+
+/// A control group of the test's own in each hierarchy in which a sandbox has one.
+fn elsewhere(groups: &[PathBuf]) -> Vec<PathBuf> {
+    let tops: BTreeSet<_> = groups.iter().filter_map(|group| group.parent()?.parent()).collect();
+    let made = tops.into_iter().map(|top| top.join(format!("heyvm-e2e-{}", std::process::id())));
+    made.inspect(|group| fs::create_dir(group).expect("a control group")).collect()
 }
 
 /// Deploys in parallel, the daemon killed after a different time in each round.

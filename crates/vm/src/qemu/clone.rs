@@ -93,7 +93,7 @@ impl QemuDriver {
         };
         let boots = template.is_none();
         let (slot, dir) = (self.slots.take(id), self.dir(id));
-        let record = Record { slot, host_boot_id: host_boot_id(), cgroup: id.clone() };
+        let record = Record { slot, host_boot_id: host_boot_id(), cgroup: id.clone(), cgroups: host.cgroups.dirs(id) };
         let start = {
             let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
             let record = record.clone();
@@ -124,7 +124,7 @@ impl QemuDriver {
         let late = || Err(Error::Unreachable("it was not there in time".into()));
         match tokio::time::timeout(deadline, resumed).await.unwrap_or_else(|_| late()) {
             Ok(qmp) => {
-                let belongings = Belongings { host, slots: Arc::clone(&self.slots), record };
+                let belongings = Belongings { slots: Arc::clone(&self.slots), record };
                 Ok(Watched::new(Place::new(dir), launched.process, qmp, belongings))
             }
             Err(error) => {

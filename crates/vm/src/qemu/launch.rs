@@ -11,7 +11,7 @@ use std::{
 };
 
 use heyvm_jail::{
-    cgroup::{Cgroups, Limits},
+    cgroup::{self, Cgroups, Limits},
     egress::Egress,
     launcher::{self, JailSpec},
     process::ProcessId,
@@ -65,7 +65,7 @@ impl Descriptors {
 
 /// One QEMU to start.
 pub struct Launch<'a> {
-    /// Name of its cgroups, and what its user id is made from.
+    /// What its user id is made from.
     pub name: &'a str,
     /// Its directory, which must be there.
     pub dir: &'a VmDir,
@@ -106,19 +106,20 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
         cpu_millis: launch.cpu_millis,
         tasks: THREADS + machine.processors,
     };
-    let cgroups = host.cgroups.create(launch.name, limits)?;
+    let cgroups = launch.record.cgroups;
+    host.cgroups.create(&cgroups, limits)?;
     let spec = JailSpec {
         root: host.root.dir.clone(),
         argv: machine.argv(&host.root),
         uid: uid_for(launch.name),
         descriptors: launch.descriptors.all.iter().map(|(number, _)| *number).collect(),
-        cgroups,
+        cgroups: cgroups.clone(),
         devices: if machine.acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
         id_file: launch.dir.id_file(),
     };
     let descriptors: Vec<_> = launch.descriptors.all.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
     let process = launcher::spawn(&host.launcher, &spec, &descriptors).inspect_err(|_| {
-        let _ = host.cgroups.remove(launch.name);
+        let _ = cgroup::remove(&cgroups);
     })?;
     Ok(Launched { process, log })
 }

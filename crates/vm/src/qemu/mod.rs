@@ -31,7 +31,12 @@ use std::{
 
 use async_trait::async_trait;
 pub use heyvm_jail::egress::EgressSettings;
-use heyvm_jail::{cgroup::Cgroups, egress::Egress, process::host_boot_id, root};
+use heyvm_jail::{
+    cgroup::{self, Cgroups},
+    egress::Egress,
+    process::{ProcessId, host_boot_id},
+    root,
+};
 use tokio::sync::OnceCell;
 
 pub(crate) use self::record::Place;
@@ -39,7 +44,7 @@ use self::{
     accel::Verdict,
     launch::Host,
     qmp::Qmp,
-    record::{Slots, VmDir},
+    record::{Record, Slots, VmDir},
     reserve::Reserve,
     running::{Belongings, RunningVm, Watched},
     template::{Template, Templates},
@@ -116,7 +121,7 @@ impl QemuDriver {
         }
         let cleaned = Arc::clone(&driver);
         blocking(move || {
-            cleaned.templates.clean_up(&Cgroups::detect());
+            cleaned.templates.clean_up();
             Ok(())
         })
         .await?;
@@ -223,14 +228,14 @@ impl QemuDriver {
     }
 
     async fn destroy_now(&self, id: &VmId) -> Result<(), Error> {
-        let (dir, host, id) = (self.dir(id), self.host().await?, id.clone());
+        let (dir, id) = (self.dir(id), id.clone());
         let slots = Arc::clone(&self.slots);
         blocking(move || {
             if let Some(process) = dir.process() {
                 process.kill().map_err(Error::io("ending QEMU of", &id))?;
             }
             if let Some(record) = dir.record() {
-                host.cgroups.remove(&record.cgroup)?;
+                cgroup::remove(&record.cgroups)?;
                 slots.give_back(record.slot, &record.cgroup);
             }
             remove_directory(dir.path())
@@ -268,24 +273,19 @@ impl Driver for QemuDriver {
         if !process.is_alive() {
             return Ok(None);
         }
-        let qmp = Qmp::connect(&dir.qmp_socket()).await;
-        let ended = match &qmp {
-            Ok(qmp) if !qmp.has_ended().await? => None,
-            Ok(qmp) => Some(console::judge(qmp).await),
-            Err(_) => Some(Exit::lost()),
-        };
-        let (Ok(qmp), None) = (qmp, &ended) else {
-            dir.write_exit(&ended.unwrap_or_else(Exit::lost))?;
-            let id = id.clone();
-            blocking(move || process.kill().map_err(Error::io("ending QEMU of", id))).await?;
-            return Ok(None);
+        let qmp = match Qmp::connect(&dir.qmp_socket()).await {
+            Ok(qmp) if !qmp.has_ended().await? => qmp,
+            Ok(qmp) => return put_down(&dir, process, record, console::judge(&qmp).await).await.map(|()| None),
+            Err(Error::Io { .. }) => return put_down(&dir, process, record, Exit::lost()).await.map(|()| None),
+            // It may only be slow: whoever asks comes again.
+            Err(error) => return Err(error),
         };
         self.slots.mark(record.slot, &record.cgroup);
         // Existing taps keep their namespace alive; the daemon's own connection keeps its holder there.
         if let Err(error) = self.egress().await {
             tracing::warn!(%error, id, "the network of a running sandbox cannot be looked after");
         }
-        let belongings = Belongings { host: self.host().await?, slots: Arc::clone(&self.slots), record };
+        let belongings = Belongings { slots: Arc::clone(&self.slots), record };
         let watched = Watched::new(Place::new(dir), process, qmp, belongings);
         if !watched.answers().await {
             watched.kill().await?;
@@ -302,12 +302,17 @@ impl Driver for QemuDriver {
         let Some(record) = dir.record() else { return Exit::lost() };
         let cause = if record.host_boot_id != host_boot_id() {
             ExitCause::HostRestarted
-        } else if self.host().await.is_ok_and(|host| host.cgroups.ran_out_of_memory(&record.cgroup)) {
+        } else if cgroup::ran_out_of_memory(&record.cgroups) {
             ExitCause::OutOfMemory
         } else {
             ExitCause::Lost
         };
-        Exit { cause, ..Exit::lost() }
+        let exit = Exit { cause, ..Exit::lost() };
+        // Judged once: the next end is not to be told from what is counted there.
+        if dir.write_exit(&exit).is_ok() {
+            let _ = blocking(move || Ok(cgroup::remove(&record.cgroups)?)).await;
+        }
+        exit
     }
 
     async fn destroy(&self, id: &VmId) -> Result<(), Error> {
@@ -332,6 +337,17 @@ impl Driver for QemuDriver {
     async fn doctor(&self, kernel: Option<&heyvm_images::Kernel>) -> Vec<HostCheck> {
         doctor::examine(self, kernel).await
     }
+}
+
+/// Ends the QEMU of a guest that has ended, or that cannot be watched, and writes down why.
+async fn put_down(dir: &VmDir, process: ProcessId, record: Record, exit: Exit) -> Result<(), Error> {
+    dir.write_exit(&exit)?;
+    let path = dir.path().to_owned();
+    blocking(move || {
+        process.kill().map_err(Error::io("ending QEMU in", path))?;
+        Ok(cgroup::remove(&record.cgroups)?)
+    })
+    .await
 }
 
 /// Removes a VM's directory, also while the word of its end is being written there.

@@ -19,6 +19,7 @@ use tokio::{
     io::{AsyncRead, ReadBuf, WriteHalf, split},
     net::UnixStream,
     sync::watch,
+    task::JoinHandle,
 };
 
 use crate::{Error, agent};
@@ -45,6 +46,14 @@ pub enum GuestState {
 pub struct Qmp {
     service: QapiService<QmpStreamTokio<WriteHalf<UnixStream>>>,
     guest: watch::Receiver<GuestState>,
+    listening: JoinHandle<()>,
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        // It holds one half of the connection: without this QEMU would have no room for the next one.
+        self.listening.abort();
+    }
 }
 
 impl Qmp {
@@ -58,7 +67,7 @@ impl Qmp {
         .await?;
         let (service, mut events) = stream.into_parts();
         let (say, guest) = watch::channel(GuestState::Alive);
-        tokio::spawn(async move {
+        let listening = tokio::spawn(async move {
             while let Some(Ok(event)) = events.next().await {
                 if matches!(event, qmp::Event::SHUTDOWN { .. } | qmp::Event::GUEST_PANICKED { .. }) {
                     say.send_replace(GuestState::Ended);
@@ -66,7 +75,7 @@ impl Qmp {
             }
             say.send_if_modified(|state| std::mem::replace(state, GuestState::Disconnected) == GuestState::Alive);
         });
-        Ok(Self { service, guest })
+        Ok(Self { service, guest, listening })
     }
 
     /// Resolves when the guest has ended or QEMU has gone.
@@ -191,6 +200,27 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     use super::*;
+
+    #[tokio::test]
+    async fn one_that_is_dropped_makes_room_for_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("qmp");
+        let mut qemu = tokio::process::Command::new("qemu-system-x86_64");
+        qemu.args(["-M", "none", "-nodefaults", "-nographic", "-qmp"]);
+        qemu.arg(format!("unix:{},server=on,wait=off", socket.display())).kill_on_drop(true);
+        let mut qemu = qemu.spawn().unwrap();
+        let first = loop {
+            match Qmp::connect(&socket).await {
+                Ok(qmp) => break qmp,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        };
+        assert!(!first.has_ended().await.unwrap());
+        drop(first);
+        let second = Qmp::connect(&socket).await.unwrap();
+        second.quit().await.unwrap();
+        assert!(qemu.wait().await.unwrap().success());
+    }
 
     #[tokio::test]
     async fn a_line_has_an_end() {

@@ -29,6 +29,9 @@ pub struct Record {
     pub host_boot_id: String,
     /// Name of its cgroups, which it keeps when a VM from the reserve becomes a sandbox's.
     pub cgroup: String,
+    /// Their directories, for a later daemon may run elsewhere in the hierarchy and would look for them there.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
 }
 
 /// A VM's directory, which is another one once a VM from the reserve has become a sandbox's.
@@ -206,7 +209,7 @@ mod tests {
         let exit = Exit { cause: ExitCause::GuestPanic, console_tail: vec!["Kernel panic".into()] };
         dir.write_exit(&exit).unwrap();
         assert_eq!(dir.exit(), Some(exit));
-        let record = Record { slot: 7, host_boot_id: "b".into(), cgroup: "c".into() };
+        let record = Record { slot: 7, host_boot_id: "b".into(), cgroup: "c".into(), cgroups: vec!["/cg/c".into()] };
         dir.write_record(&record).unwrap();
         assert_eq!((dir.record(), dir.exit()), (Some(record), None));
     }

@@ -13,12 +13,11 @@ use std::{
 
 use async_trait::async_trait;
 use heyvm_agent_protocol::v1::{MetricsRequest, ShutdownRequest};
-use heyvm_jail::process::ProcessId;
+use heyvm_jail::{cgroup, process::ProcessId};
 use tokio::{io::unix::AsyncFd, sync::watch};
 
 use super::{
     blocking, console,
-    launch::Host,
     qmp::{GuestState, Qmp},
     record::{Place, Record, Slots},
 };
@@ -51,8 +50,6 @@ pub struct Watched {
 
 /// What is given back when a VM has ended.
 pub struct Belongings {
-    /// For its cgroups.
-    pub host: Arc<Host>,
     /// For its slot.
     pub slots: Arc<Slots>,
     /// Its slot and its cgroups.
@@ -67,12 +64,12 @@ impl Watched {
         let watched = Self { place: place.clone(), agent, process, exit };
         tokio::spawn(async move {
             let mut exit = watch_to_the_end(qmp, process).await;
-            let Belongings { host, slots, record } = belongings;
-            if exit.cause == ExitCause::Lost && host.cgroups.ran_out_of_memory(&record.cgroup) {
+            let Belongings { slots, record } = belongings;
+            if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
                 exit.cause = ExitCause::OutOfMemory;
             }
             slots.give_back(record.slot, &record.cgroup);
-            let _ = tokio::task::spawn_blocking(move || host.cgroups.remove(&record.cgroup)).await;
+            let _ = tokio::task::spawn_blocking(move || cgroup::remove(&record.cgroups)).await;
             // Gone with its directory where it was destroyed.
             let _ = place.dir().write_exit(&exit);
             say.send_replace(Some(exit));

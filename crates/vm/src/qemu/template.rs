@@ -22,7 +22,7 @@ use std::{
 
 use heyvm_agent_protocol::v1::{MetricsRequest, WarmUpRequest};
 use heyvm_jail::{
-    cgroup::Cgroups,
+    cgroup,
     egress::Egress,
     process::{ProcessId, host_boot_id},
 };
@@ -148,7 +148,7 @@ impl Templates {
     }
 
     /// Removes what a daemon that was killed while it made a template has left, its QEMU first.
-    pub fn clean_up(&self, cgroups: &Cgroups) {
+    pub fn clean_up(&self) {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             let Some((_, maker)) = name.split_once(MAKING) else { continue };
@@ -156,10 +156,13 @@ impl Templates {
             if maker.replace('-', " ").parse::<ProcessId>().is_ok_and(ProcessId::is_alive) {
                 continue;
             }
-            if let Some(process) = VmDir::new(&self.dir, &name).process() {
+            let dir = VmDir::new(&self.dir, &name);
+            if let Some(process) = dir.process() {
                 let _ = process.kill();
             }
-            let _ = cgroups.remove(&name);
+            if let Some(record) = dir.record() {
+                let _ = cgroup::remove(&record.cgroups);
+            }
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -251,7 +254,7 @@ impl Build<'_> {
         let (process, host) = (dir.process(), Arc::clone(self.host));
         blocking(move || {
             let _ = process.map(ProcessId::kill);
-            let _ = host.cgroups.remove(&name);
+            let _ = cgroup::remove(&host.cgroups.dirs(&name));
             Ok(())
         })
         .await?;
@@ -279,7 +282,12 @@ impl Build<'_> {
         let start = Launch {
             name,
             dir,
-            record: Record { slot: self.slot, host_boot_id: host_boot_id(), cgroup: name.to_owned() },
+            record: Record {
+                slot: self.slot,
+                host_boot_id: host_boot_id(),
+                cgroup: name.to_owned(),
+                cgroups: self.host.cgroups.dirs(name),
+            },
             machine: self.recipe.boot_machine(),
             // A template boots as fast as it can, whatever its clones are allowed later.
             cpu_millis: 1000 * self.recipe.machine.processors,
@@ -435,7 +443,7 @@ mod tests {
         let (empty, program) = (PathBuf::new(), PathBuf::from("/usr/bin/qemu"));
         let root =
             QemuRoot { dir: empty.clone(), program, firmware: empty.clone(), version: "7".into(), digest: "q".into() };
-        let host = Host { launcher: empty.clone(), root, cgroups: Cgroups::default() };
+        let host = Host { launcher: empty.clone(), root, cgroups: cgroup::Cgroups::default() };
         let key = |root_digest: Option<&str>| {
             let image = Image {
                 name: "box".into(),
