@@ -10,7 +10,7 @@ use std::{
     io::{self, Read, Write},
     net::Ipv4Addr,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     process::{Child, Command, Stdio},
@@ -18,7 +18,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::{FcntlArg, FdFlag, fcntl},
+    libc,
     sched::{CloneFlags, unshare},
     sys::{
         prctl,
@@ -71,8 +71,7 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
     })?;
     let host = interface::own_addresses();
     let (mut ready, holder) = start_holder(start, host, listener)?;
-    let netns = File::open(format!("/proc/{holder}/ns/net")).map_err(told("opening the egress namespace"))?;
-    let mut pasta = start_pasta(holder, &netns)?;
+    let mut pasta = start_pasta(holder)?;
     let mut answer = String::new();
     ready.read_to_string(&mut answer).map_err(told("waiting for the egress namespace"))?;
     if answer != "ready" {
@@ -80,11 +79,11 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
         return Err(if answer.is_empty() { "the egress namespace could not be made".into() } else { answer });
     }
     channel::send(socket, &Ok::<(), String>(()), &[]).map_err(told("answering the daemon"))?;
-    keep_running(holder, &netns, pasta)
+    keep_running(holder, pasta)
 }
 
 /// Starts pasta again when it ends, until the holder does.
-fn keep_running(holder: Pid, netns: &File, mut pasta: Child) -> Result<(), String> {
+fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
     loop {
         let ended = match wait() {
             Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
@@ -97,7 +96,7 @@ fn keep_running(holder: Pid, netns: &File, mut pasta: Child) -> Result<(), Strin
         }
         if ended.as_raw() == pasta.id() as i32 {
             std::thread::sleep(RESTART_DELAY);
-            pasta = start_pasta(holder, netns)?;
+            pasta = start_pasta(holder)?;
         }
     }
 }
@@ -140,7 +139,9 @@ fn enter_namespace() -> Result<(), String> {
     prctl::set_pdeathsig(Signal::SIGTERM).map_err(|e| told("tying the holder to its supervisor")(e.to_string()))?;
     unshare(namespaces)
         .map_err(|e| told("entering a network namespace (are unprivileged user namespaces allowed?)")(e.to_string()))?;
-    if !uid.is_root() {
+    if uid.is_root() {
+        give_up_capabilities().map_err(|e| told("giving up capabilities")(e.to_string()))?;
+    } else {
         let write =
             |file: &str, text: String| fs::write(file, text).map_err(|e| told("mapping the user")(e.to_string()));
         write("/proc/self/setgroups", "deny".into())?;
@@ -150,21 +151,34 @@ fn enter_namespace() -> Result<(), String> {
     Ok(())
 }
 
-fn start_pasta(holder: Pid, netns: &File) -> Result<Child, String> {
-    // pasta opens the namespace through its own copy of the descriptor: no permission over the holder is asked for.
-    fcntl(netns, FcntlArg::F_SETFD(FdFlag::empty()))
-        .map_err(|error| format!("passing the namespace to pasta: {error}"))?;
+/// What the holder needs from now on, and less than pasta has: nobody may look into the namespaces of a process that can
+/// do more than he can.
+fn give_up_capabilities() -> io::Result<()> {
+    const VERSION_3: u32 = 0x2008_0522;
+    const NET_ADMIN: u32 = 1 << 12;
+    let header = [VERSION_3, 0];
+    // Effective, permitted and inheritable; the lower 32 capabilities first.
+    let sets = [NET_ADMIN, NET_ADMIN, 0, 0, 0, 0];
+    // SAFETY: the kernel reads two numbers and, in version 3, six; both are there.
+    match unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn start_pasta(holder: Pid) -> Result<Child, String> {
     let mut command = Command::new("pasta");
     command
         .args(["--foreground", "--quiet", "--ipv4-only", "--config-net", "--no-map-gw", "--ns-ifname", UPLINK])
         .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none", "--dns-forward"])
         .arg(RESOLVER.to_string())
+        .args(["--netns", &format!("/proc/{holder}/ns/net")])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
     if getuid().is_root() {
-        command.args(["--runas", "0", "--netns"]).arg(format!("/proc/self/fd/{}", netns.as_raw_fd()));
+        command.args(["--runas", "0"]);
     } else {
-        command.args(["--userns", &format!("/proc/{holder}/ns/user"), "--netns", &format!("/proc/{holder}/ns/net")]);
+        command.args(["--userns", &format!("/proc/{holder}/ns/user")]);
     }
     // SAFETY: between fork and exec only prctl is called, which is safe there.
     unsafe { command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGTERM)?)) };
