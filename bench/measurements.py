@@ -122,7 +122,8 @@ def execute(stage, options):
 def deploy(stage, options):
     """`deploy` of examples/hello until HTTP 200 through the proxy, warm, against the cold boot of the same VM."""
 
-    def once():
+    def once(before=lambda: None):
+        before()
         made = []
 
         def work():
@@ -134,15 +135,15 @@ def deploy(stage, options):
         stage.remove(made[0]["id"])
         return took
 
-    def series(settings, rounds):
+    def series(settings, rounds, before=lambda: None):
         stage.configure(settings)
         once()  # starts the daemon and loads what only the first one pays
-        return [once() for _ in range(rounds)]
+        return [once(before) for _ in range(rounds)]
 
     # A daemon either clones or boots, so that pairs are blocks here; few, because a cold boot takes seconds.
     cold, warm = [], []
     for _ in range(max(2, options.rounds // 5)):
-        warm += series("", 2)
+        warm += series("", 2, stage.wait_for_reserve)
         cold += series("templates = false\n", 2)
     stage.configure("")
     return comparison("deploy until HTTP 200, warm", warm, "cold boot, no template", cold, 0.15)

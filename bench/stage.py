@@ -79,13 +79,27 @@ class Stage:
                 yield int(entry.name), command.split(b"\0")
 
     def wait_for_reserve(self, seconds=60):
-        """Until the daemon has the machines in reserve that it keeps, and a moment longer for what they do last."""
+        """Until the daemon has the machines in reserve that it keeps, and none of them does anything any more."""
         deadline = time.monotonic() + seconds
-        while len(list((self.home / "sandboxes").glob("reserve-*/agent.sock"))) < 2:
+        quiet = 0
+        while quiet < 4:
             if time.monotonic() > deadline:
                 raise TimeoutError("no machines in reserve")
-            time.sleep(0.05)
-        time.sleep(1)
+            before = self.ticks()
+            time.sleep(0.25)
+            reserve = list((self.home / "sandboxes").glob("reserve-*/agent.sock"))
+            quiet = quiet + 1 if len(reserve) >= 2 and self.ticks() - before <= 2 else 0
+
+    def ticks(self):
+        """Processor time of all machines, in hundredths of a second."""
+        total = 0
+        for pid in self.machines():
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            total += int(fields[11]) + int(fields[12])
+        return total
 
     def machines(self):
         return [pid for pid, command in self.processes() if b"qemu" in command[0]]

@@ -48,7 +48,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         }
         "port" => {
             let port = rest.first().map_or(Ok(80), |port| port.parse())?;
-            println!("{:?}", client.port_status(PortStatusRequest { port }).await?.into_inner());
+            println!("{:?}", client.port_status(PortStatusRequest { port, wait_ms: 0 }).await?.into_inner());
         }
         "dial" => dial(&mut client, rest).await?,
         "metrics" => println!("{:?}", client.metrics(MetricsRequest {}).await?.into_inner()),

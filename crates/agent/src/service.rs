@@ -220,9 +220,10 @@ impl Agent for Service {
 
     async fn port_status(&self, request: Request<PortStatusRequest>) -> Result<Response<PortStatusReply>, Status> {
         self.sandbox()?;
-        let port = request.get_ref().port;
+        let PortStatusRequest { port, wait_ms } = request.into_inner();
         let port = u16::try_from(port).map_err(|_| Status::invalid_argument(format!("{port} is not a port")))?;
-        Ok(Response::new(PortStatusReply { listening: net::listening::listens(port) }))
+        let wait = Duration::from_millis(u64::from(wait_ms));
+        Ok(Response::new(PortStatusReply { listening: net::listening::listens_within(port, wait).await }))
     }
 
     async fn read_file(&self, request: Request<ReadFileRequest>) -> Result<Replies<FileChunk>, Status> {

@@ -19,9 +19,11 @@ use crate::{
 
 /// A start command without a port must have lived this long.
 const SETTLED: Duration = Duration::from_millis(500);
-/// First and longest pause between two looks.
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// Shortest and longest pause between two looks: each takes processor time from who is waited for.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+/// The agent watches a port for us this long, in vain on a busy processor: so it is asked again.
+const LISTEN_WAIT: Duration = Duration::from_secs(1);
 /// An app that takes this long for its health check is asked again.
 const CHECK_DEADLINE: Duration = Duration::from_secs(10);
 /// Longest status line that is read.
@@ -74,13 +76,13 @@ impl ControlPlane {
         let port = names::check_port(port)?;
         let agent = self.agent(who).await?;
         let deadline = Instant::now() + timeout;
-        Ok(poll(deadline, || check(&agent, port, path)).await.is_ok())
+        Ok(poll(deadline, |left| check(&agent, port, path, left)).await.is_ok())
     }
 }
 
 async fn until_ready(agent: &AgentConnection, record: &Record, deadline: Instant) -> Result<(), String> {
     match record.open_ports.first() {
-        Some(port) => poll(deadline, || check(agent, *port, record.health_path.as_deref())).await,
+        Some(port) => poll(deadline, |left| check(agent, *port, record.health_path.as_deref(), left)).await,
         None => {
             tokio::time::sleep(SETTLED).await;
             Ok(())
@@ -88,12 +90,17 @@ async fn until_ready(agent: &AgentConnection, record: &Record, deadline: Instant
     }
 }
 
-/// Looks again and again, ever less often, until it is right or time is up; the last finding is the error.
-async fn poll<F: Future<Output = Result<(), String>>>(deadline: Instant, look: impl Fn() -> F) -> Result<(), String> {
-    let mut pause = FIRST_PAUSE;
+/// Looks again and again, ever less often, until it is right or time is up; the last finding is the error. What took
+/// long anyway is noticed an eighth later at most.
+async fn poll<F: Future<Output = Result<(), String>>>(
+    deadline: Instant,
+    look: impl Fn(Duration) -> F,
+) -> Result<(), String> {
+    let began = Instant::now();
     loop {
+        let pause = (began.elapsed() / 8).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
         let left = deadline.saturating_duration_since(Instant::now());
-        let found = tokio::time::timeout(left.min(CHECK_DEADLINE), look())
+        let found = tokio::time::timeout(left.min(CHECK_DEADLINE), look(left))
             .await
             .unwrap_or_else(|_| Err("no answer in time".into()));
         match found {
@@ -104,14 +111,15 @@ async fn poll<F: Future<Output = Result<(), String>>>(deadline: Instant, look: i
             }
             Err(_) => tokio::time::sleep(pause).await,
         }
-        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
     }
 }
 
-async fn check(agent: &AgentConnection, port: u16, path: Option<&str>) -> Result<(), String> {
+async fn check(agent: &AgentConnection, port: u16, path: Option<&str>, left: Duration) -> Result<(), String> {
     let mut client = agent.client().await.map_err(|error| error.to_string())?;
-    let status =
-        client.port_status(PortStatusRequest { port: u32::from(port) }).await.map_err(|error| error.to_string())?;
+    // Half of the time that is left, so that the answer comes within it.
+    let wait_ms = LISTEN_WAIT.min(left / 2).as_millis() as u32;
+    let request = PortStatusRequest { port: u32::from(port), wait_ms };
+    let status = client.port_status(request).await.map_err(|error| error.to_string())?;
     if !status.into_inner().listening {
         return Err(format!("nothing listens on port {port}"));
     }

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod qemu;
+mod rehearsal;
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -14,6 +15,7 @@ use heyvm_images::{Image, Kernel};
 use serde::{Deserialize, Serialize};
 
 pub use agent::AgentConnection;
+pub use rehearsal::Rehearsal;
 
 /// A sandbox's id: lower-case letters, digits and `-`, at most 64 bytes; safe as a file name.
 pub type VmId = String;
@@ -37,6 +39,8 @@ pub struct VmSpec {
     pub env: Vec<(String, String)>,
     /// Default directory of commands; made when missing.
     pub working_dir: String,
+    /// What it will run first, where that is known.
+    pub rehearsal: Option<Rehearsal>,
 }
 
 /// Tells what a long step is doing: words, and bytes done and in all where known.

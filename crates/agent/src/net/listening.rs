@@ -1,12 +1,54 @@
 //! Whether a port is listened on, without connecting to it: from the kernel's tables.
 
-use std::fs;
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use nix::libc;
+use tokio::sync::oneshot;
 
 /// The state LISTEN in `/proc/net/tcp`.
 const LISTEN: &str = "0A";
+/// Between two looks. The kernel tells nobody of a new listener.
+const PAUSE: Duration = Duration::from_millis(5);
 
-/// Whether a TCP socket listens on `port` on any address.
-pub fn listens(port: u16) -> bool {
+/// Whether a TCP socket listens on `port` on any address, now or within `wait`.
+pub async fn listens_within(port: u16, wait: Duration) -> bool {
+    if listens(port) {
+        return true;
+    }
+    if wait.is_zero() {
+        return false;
+    }
+    let (say, mut heard) = oneshot::channel();
+    let watch = move || watch(port, Instant::now() + wait, say);
+    if thread::Builder::new().name("listening".into()).spawn(watch).is_err() {
+        return false;
+    }
+    // On a busy processor the watch may not have had its turn.
+    match tokio::time::timeout(wait, &mut heard).await {
+        Ok(heard) => heard.unwrap_or(false),
+        Err(_) => listens(port),
+    }
+}
+
+/// Looks while the processor has nothing else to do: who starts up is not to be slowed down by being waited for, and who
+/// has started up and listens, waits.
+fn watch(port: u16, until: Instant, say: oneshot::Sender<bool>) {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the kernel reads the parameters, which are there. Where it refuses, the watch costs more.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    while !say.is_closed() && Instant::now() < until {
+        if listens(port) {
+            let _ = say.send(true);
+            return;
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+fn listens(port: u16) -> bool {
     ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .any(|table| fs::read_to_string(table).is_ok_and(|table| has_listener(&table, port)))
@@ -46,5 +88,17 @@ mod tests {
         assert!(listens(port));
         drop(listener);
         assert!(!listens(port));
+    }
+
+    #[tokio::test]
+    async fn one_that_comes_is_waited_for() {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        assert!(!listens_within(port, Duration::from_millis(20)).await);
+        let late = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            std::net::TcpListener::bind(("127.0.0.1", port)).unwrap()
+        });
+        assert!(listens_within(port, Duration::from_secs(60)).await);
+        drop(late.join().unwrap());
     }
 }

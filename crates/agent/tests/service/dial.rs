@@ -112,7 +112,7 @@ async fn closed_and_impossible_ports_are_told_apart() {
     // Below the range that the other tests' ports come from: none of them may open it again meanwhile.
     let port = 21_000 + u16::try_from(std::process::id() % 1000).unwrap();
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
-    let mut status = async |port: u32| client.port_status(PortStatusRequest { port }).await;
+    let mut status = async |port: u32| client.port_status(PortStatusRequest { port, wait_ms: 0 }).await;
     assert!(status(port.into()).await.unwrap().into_inner().listening);
     drop(listener);
     // A process that another test is just starting has a copy of the socket until its program begins.

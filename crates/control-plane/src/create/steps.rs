@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use heyvm_agent_protocol::v1::UnpackInput;
 use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest};
-use heyvm_vm::{Vm, VmSpec};
+use heyvm_vm::{Rehearsal, Vm, VmSpec};
 
 use crate::{
     ControlPlane, ProgressSink, Sandbox, archives, errors,
@@ -138,6 +138,7 @@ fn vm_spec(record: &Record, kernel: heyvm_images::Kernel, image: heyvm_images::I
         hostname: if record.slug.is_empty() { "sandbox".into() } else { record.slug.clone() },
         env,
         working_dir: record.working_directory.clone(),
+        rehearsal: record.start_command.as_deref().and_then(Rehearsal::of),
     }
 }
 

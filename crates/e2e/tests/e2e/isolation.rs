@@ -121,6 +121,30 @@ fn machines_in_reserve_have_nothing_of_the_sandbox_before() {
     assert!(!left.contains("alice") && !left.contains("hunter2"), "{left}");
 }
 
+/// What it translates is of the next one's use; what it ran is not there any more.
+#[test]
+fn a_rehearsal_leaves_nothing_behind() {
+    let host = Host::new();
+    host.keep_reserve();
+    let app = host.web_app();
+    host.deploy(&app, &WEB_FLAGS);
+    reserve_is_full(&host);
+    let reserved: Vec<i32> = leaks::processes_of(host.scratch()).iter().filter(|p| p.reserve).map(|p| p.pid).collect();
+    let next = host.deploy(&app, &WEB_FLAGS);
+    assert!(
+        leaks::machines_of(host.scratch()).iter().any(|machine| reserved.contains(&machine.pid)),
+        "it was in reserve"
+    );
+    let python = "cat /proc/[0-9]*/comm | grep -c python";
+    assert_eq!(next.sh(python).out(), "1", "its own start command");
+    let listening = "cat /proc/net/tcp /proc/net/tcp6 | awk '$4 == \"0A\"' | wc -l";
+    assert_eq!(next.sh(listening).out(), "1", "its own port");
+    assert_eq!(
+        next.sh("ls -A /tmp /root /workspace | grep -v app").out(),
+        "/root:\n.bashrc\n.profile\n\n/tmp:\n\n/workspace:"
+    );
+}
+
 #[test]
 fn the_start_of_a_stopped_sandbox_is_fresh_too() {
     let host = Host::new();

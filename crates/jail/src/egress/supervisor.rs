@@ -14,7 +14,7 @@ use std::{
         unix::process::CommandExt,
     },
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -37,6 +37,10 @@ const TUN: &str = "/dev/net/tun";
 pub(super) const UPLINK: &str = "up0";
 /// A pasta that ended is started again after this.
 const RESTART_DELAY: Duration = Duration::from_millis(300);
+/// One that ends at once, again and again, is started ever more seldom.
+const LONGEST_RESTART_DELAY: Duration = Duration::from_secs(60);
+/// A pasta that has lived this long was all right.
+const ALL_RIGHT: Duration = Duration::from_secs(10);
 
 /// Entry point of `heyvm egress`.
 pub fn main_egress() -> ! {
@@ -84,6 +88,7 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
 
 /// Starts pasta again when it ends, until the holder does.
 fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
+    let (mut began, mut delay) = (Instant::now(), RESTART_DELAY);
     loop {
         let ended = match wait() {
             Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
@@ -95,8 +100,10 @@ fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
             return Ok(());
         }
         if ended.as_raw() == pasta.id() as i32 {
-            std::thread::sleep(RESTART_DELAY);
+            delay = if began.elapsed() > ALL_RIGHT { RESTART_DELAY } else { (delay * 2).min(LONGEST_RESTART_DELAY) };
+            std::thread::sleep(delay);
             pasta = start_pasta(holder)?;
+            began = Instant::now();
         }
     }
 }

@@ -6,22 +6,25 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use heyvm_agent_protocol::v1::{EnvVar, ExecInput, ExecStart, Network, PersonalizeRequest, exec_input};
+use heyvm_agent_protocol::v1::{EnvVar, Network, PersonalizeRequest};
 use heyvm_jail::{egress, process::host_boot_id};
 use rand::{Rng, RngCore};
 
 use super::{
-    QemuDriver, blocking, disk,
+    QemuDriver,
+    accel::Acceleration,
+    blocking, disk,
     launch::{Launch, Launched, launch, tap},
     machine::fd,
     qmp::Qmp,
     record::{Place, Record},
+    rehearsal::rehearse,
     reserve::{self, Kind},
     running::{Belongings, RunningVm, Watched},
     silent,
     template::{BOOT_DEADLINE, Recipe, agent_has_come_up},
 };
-use crate::{Error, Progress, Vm, VmId, VmSpec, agent::unreachable_agent};
+use crate::{Error, Progress, Rehearsal, Vm, VmId, VmSpec, agent::unreachable_agent};
 
 /// Bytes of fresh entropy that a clone gets before its first command.
 const ENTROPY: usize = 64;
@@ -29,6 +32,8 @@ const ENTROPY: usize = 64;
 const PERSONALIZE_DEADLINE: Duration = Duration::from_secs(60);
 /// A clone is there within a tenth of a second; others wait for its turn to end.
 const RESUME_DEADLINE: Duration = Duration::from_secs(60);
+/// A command and a program of the image, which is ended before this.
+const REHEARSAL_DEADLINE: Duration = Duration::from_secs(60);
 /// The one who asked for the last sandbox wants the processor first.
 const REFILL_DELAY: Duration = Duration::from_millis(400);
 
@@ -40,8 +45,15 @@ impl QemuDriver {
 
     /// What a VM in reserve must be to become one like `spec`.
     pub(super) async fn kind_of(&self, spec: &VmSpec) -> Result<Kind, Error> {
-        let (host, recipe) = (self.host().await?, self.recipe(spec).await?);
-        Ok(format!("{} {} {}", recipe.key(&host), spec.disk_gib, spec.cpu_millis))
+        let (host, recipe, rehearsal) = (self.host().await?, self.recipe(spec).await?, self.rehearsal(spec).await?);
+        let rehearsal = rehearsal.map(|rehearsal| format!(" {rehearsal:?}")).unwrap_or_default();
+        Ok(format!("{} {} {}{rehearsal}", recipe.key(&host), spec.disk_gib, spec.cpu_millis))
+    }
+
+    /// What is worth rehearsing: where the processor itself runs the guest, nothing is.
+    async fn rehearsal(&self, spec: &VmSpec) -> Result<Option<Rehearsal>, Error> {
+        let acceleration = self.acceleration(&spec.kernel).await?.acceleration;
+        Ok(spec.rehearsal.filter(|_| acceleration == Acceleration::Tcg))
     }
 
     /// A new disk, and a clone on it.
@@ -194,9 +206,9 @@ impl QemuDriver {
             self.make_disk(&id, spec).await?;
             let vm = self.resume(&id, spec, &silent()).await?;
             self.make_own(&vm, spec, true).await?;
-            tokio::time::timeout(PERSONALIZE_DEADLINE, run_once(&vm))
+            tokio::time::timeout(REHEARSAL_DEADLINE, rehearse(&vm, self.rehearsal(spec).await?))
                 .await
-                .unwrap_or_else(|_| Err(Error::Unreachable("it did not run a command in time".into())))?;
+                .unwrap_or_else(|_| Err(Error::Unreachable("its rehearsal did not end in time".into())))?;
             Ok(vm)
         };
         let made = made.await;
@@ -211,16 +223,6 @@ impl QemuDriver {
 fn nobodys(spec: VmSpec) -> VmSpec {
     let env = spec.image.config.env.clone();
     VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), ..spec }
-}
-
-/// Runs a command, so that what running one takes is translated.
-async fn run_once(vm: &Watched) -> Result<(), Error> {
-    let start = ExecStart { argv: vec!["true".into()], cwd: "/".into(), ..ExecStart::default() };
-    let input = tokio_stream::iter([ExecInput { kind: Some(exec_input::Kind::Start(start)) }]);
-    let mut client = vm.agent.client().await?;
-    let mut output = client.exec(input).await.map_err(|s| unreachable_agent(&s))?.into_inner();
-    while output.message().await.map_err(|s| unreachable_agent(&s))?.is_some() {}
-    Ok(())
 }
 
 fn personalize_request(spec: &VmSpec, slot: u32, network: bool, reserve: bool) -> PersonalizeRequest {

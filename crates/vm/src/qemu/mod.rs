@@ -17,6 +17,7 @@ mod machine;
 mod memory;
 mod qmp;
 mod record;
+mod rehearsal;
 mod reserve;
 mod running;
 mod template;
@@ -200,7 +201,9 @@ impl QemuDriver {
 
     async fn create_now(&self, id: &VmId, spec: VmSpec) -> Result<Arc<dyn Vm>, Error> {
         let kind = self.kind_of(&spec).await?;
-        let from_reserve = match self.reserve.take(&kind) {
+        // One that has rehearsed nothing is better than none.
+        let plain = self.kind_of(&VmSpec { rehearsal: None, ..spec.clone() }).await?;
+        let from_reserve = match self.reserve.take(&kind).or_else(|| self.reserve.take(&plain)) {
             Some(reserved) => self.take_over(reserved, id, &spec).await.ok(),
             None => None,
         };

@@ -1,5 +1,5 @@
-//! Clones kept in reserve: resumed, connected, their disk mounted, one command run, so that a create has little left to
-//! do. Under translation most of a clone's first moments go into translating; a clone from the reserve has that behind.
+//! Clones kept in reserve: resumed, connected, their disk mounted, rehearsed, so that a create has little left to do.
+//! Under translation most of a clone's first moments go into translating; a clone from the reserve has that behind.
 //!
 //! A VM in reserve lives in `sandboxes/reserve-…`, an id no sandbox has; a daemon that starts removes what an earlier
 //! one left. Nothing of a sandbox is in it: entropy, clock, names and address come when it is taken.

@@ -466,6 +466,7 @@ mod tests {
                 hostname: "box".into(),
                 env: Vec::new(),
                 working_dir: String::new(),
+                rehearsal: None,
             };
             Recipe::new(&spec, Acceleration::Tcg, true).key(&host)
         };
