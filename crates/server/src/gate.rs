@@ -49,7 +49,7 @@ pub async fn run_api(
     let listener = TcpListener::bind(listen).await.map_err(Error::io(format!("listening on {listen}")))?;
     let listen = listener.local_addr().map_err(Error::io("listening"))?;
     let gate = Gate { home: Arc::new(home), secret: secret.map(Arc::from), listen };
-    eprintln!("heyvm: the REST API is at http://{listen} (its description: /openapi.json); Ctrl-C ends it");
+    eprintln!("heyvm: the REST API is at http://{listen} (its description: /docs); Ctrl-C ends it");
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::io("catching signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::io("catching signals"))?;
     let served = axum::serve(listener, Router::new().fallback(forward).with_state(gate));

@@ -4,7 +4,7 @@
 //! - [`run_daemon`] (`daemon`): lock, socket, store, driver, control plane, edge proxy; their end in order.
 //!   `config`: what the user may decide.  `home`: the directory all of it lives in.  `proxy`: the edge's way in.
 //! - `routes`: one module per noun; the OpenAPI document is made from them.  `extract`, `problem`: what comes in and
-//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.
+//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.  `docs`: the document as a page.
 //! - [`run_api`] (`gate`): `heyvm --api`, which checks who asks and forwards to the daemon's socket.
 //!
 //! ```text
@@ -17,6 +17,7 @@
 mod answer;
 pub mod config;
 mod daemon;
+mod docs;
 mod extract;
 mod gate;
 mod home;

@@ -84,6 +84,7 @@ fn collected() -> OpenApiRouter<Api> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(system::health))
         .routes(routes!(system::document))
+        .routes(routes!(system::docs))
         .routes(routes!(system::doctor))
         .routes(routes!(system::put_archive))
         .routes(routes!(sandboxes::list, sandboxes::create))

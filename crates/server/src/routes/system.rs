@@ -3,14 +3,14 @@
 use axum::{
     Json,
     body::{Body, Bytes},
-    response::IntoResponse,
+    response::{Html, IntoResponse},
 };
 use futures::{StreamExt, TryStreamExt};
 use heyvm_api::system::{ArchiveInfo, DoctorReport, Health};
 use http::StatusCode;
 
 use super::document as made_document;
-use crate::{extract::Plane, problem::Problem};
+use crate::{docs, extract::Plane, problem::Problem};
 
 /// Whether the daemon is there. Answers at once, without credentials, also while it is still opening.
 #[utoipa::path(get, path = "/health", operation_id = "health", tag = "system",
@@ -24,6 +24,13 @@ pub async fn health() -> Json<Health> {
     responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
 pub async fn document() -> impl IntoResponse {
     Json(made_document())
+}
+
+/// The same as a page to read.
+#[utoipa::path(get, path = "/docs", operation_id = "docs", tag = "system",
+    responses((status = 200, description = "The page", body = String, content_type = "text/html")))]
+pub async fn docs() -> Html<&'static str> {
+    Html(docs::page())
 }
 
 /// Checks of the host: what works, what does not, what to do about it.
