@@ -60,9 +60,17 @@ pub fn boot() -> io::Result<Booted> {
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1)?;
     // Each session gets its share of the processor, however many processes it has: a fork bomb does not starve us.
     let _ = fs::write("/proc/sys/kernel/sched_autogroup_enabled", "1");
+    end_hogs_in_time();
     network::prepare();
     let cgroup = make_cgroup().inspect_err(|error| console::say(format_args!("no limit on processes: {error}"))).ok();
     Ok(Booted { port: find_port()?, cgroup })
+}
+
+/// When what was used within the last second no longer fits into memory, somebody is ended: otherwise the kernel would
+/// rather read programs from the disk over and over, for minutes on a slow processor. Not every kernel can.
+fn end_hogs_in_time() {
+    let _ = fs::write("/sys/kernel/mm/lru_gen/enabled", "y");
+    let _ = fs::write("/sys/kernel/mm/lru_gen/min_ttl_ms", "1000");
 }
 
 fn named(what: &str) -> impl FnOnce(Errno) -> io::Error {

@@ -53,7 +53,13 @@ fn prepared(dir: &Path) -> Result<&Path, Error> {
 
 fn newest(tree: &Path) -> Result<String, Error> {
     let boot = tree.join("boot");
-    let entries = fs::read_dir(&boot).map_err(Error::io("looking for a kernel in", &boot))?;
+    let entries = fs::read_dir(&boot).map_err(|error| match error.kind() {
+        // It is not where the caller said.
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            Error::invalid(format!("{}: {error}", boot.display()))
+        }
+        _ => Error::io("looking for a kernel in", &boot)(error),
+    })?;
     let mut versions: Vec<String> = entries
         .filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
         .filter(|version| !version.contains("rescue"))
@@ -203,4 +209,24 @@ fn digest_of(files: &[&Path]) -> Result<String, Error> {
         io::copy(&mut file, &mut hash).map_err(Error::io("reading", *path))?;
     }
     Ok(hex::encode(hash.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_is_not_where_it_is_said_to_be() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let modules_missing = dir.path().join("half");
+        fs::create_dir_all(modules_missing.join("boot")).unwrap();
+        fs::write(modules_missing.join("boot/vmlinuz-6.1"), "").unwrap();
+        for tree in ["nowhere", "file", "half"] {
+            let kernels = dir.path().join("kernels");
+            let refused = import(&dir.path().join(tree), &kernels);
+            assert!(matches!(refused, Err(Error::Invalid(_))), "{tree}: {refused:?}");
+            assert!(!kernels.exists(), "nothing is left behind");
+        }
+    }
 }
