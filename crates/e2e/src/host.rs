@@ -228,6 +228,13 @@ impl Host {
         }
     }
 
+    /// Kills the machines of the sandboxes, as nobody should.
+    pub fn kill_machines(&self) {
+        for machine in leaks::machines_of(self.scratch()) {
+            kill(Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
+        }
+    }
+
     /// The daemon's log, for messages.
     pub fn log(&self) -> String {
         fs::read_to_string(self.home.join("daemon.log")).unwrap_or_default()

@@ -64,14 +64,11 @@ impl Cgroups {
 
     /// Which of `cpu`, `memory` and `pids` can be limited.
     pub fn controllers(&self) -> Vec<&str> {
-        match self.hierarchies.first() {
-            Some(Hierarchy::Unified(granted, _)) => granted.clone(),
-            _ => self
-                .hierarchies
-                .iter()
-                .filter_map(|h| if let Hierarchy::Legacy(name, _) = h { Some(*name) } else { None })
-                .collect(),
-        }
+        let of = |hierarchy: &Hierarchy| match hierarchy {
+            Hierarchy::Unified(granted, _) => granted.clone(),
+            Hierarchy::Legacy(controller, _) => vec![*controller],
+        };
+        self.hierarchies.iter().flat_map(of).collect()
     }
 
     /// Makes the cgroups of one VM, which are its [`Self::dirs`]; the launcher puts it there.

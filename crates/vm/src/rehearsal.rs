@@ -1,7 +1,7 @@
 //! Which interpreter a start command will want, as far as it tells.
 
 /// What a VM in reserve may have run before it becomes a sandbox's; a sandbox that needs none of it gets one that has not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Rehearsal {
     /// `python3`, serving HTTP.
     Python,

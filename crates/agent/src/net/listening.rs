@@ -1,9 +1,6 @@
 //! Whether a port is listened on, without connecting to it: from the kernel's tables.
 
-use std::{
-    fs, thread,
-    time::{Duration, Instant},
-};
+use std::{fs, thread, time::Duration};
 
 use nix::libc;
 use tokio::sync::oneshot;
@@ -21,27 +18,22 @@ pub async fn listens_within(port: u16, wait: Duration) -> bool {
     if wait.is_zero() {
         return false;
     }
-    let (say, mut heard) = oneshot::channel();
-    let watch = move || watch(port, Instant::now() + wait, say);
-    if thread::Builder::new().name("listening".into()).spawn(watch).is_err() {
-        return false;
-    }
+    let (say, heard) = oneshot::channel();
+    let watching = thread::Builder::new().name("listening".into()).spawn(move || watch(port, say)).is_ok();
+    let seen = watching && tokio::time::timeout(wait, heard).await.is_ok_and(|heard| heard.is_ok());
     // On a busy processor the watch may not have had its turn.
-    match tokio::time::timeout(wait, &mut heard).await {
-        Ok(heard) => heard.unwrap_or(false),
-        Err(_) => listens(port),
-    }
+    seen || listens(port)
 }
 
-/// Looks while the processor has nothing else to do: who starts up is not to be slowed down by being waited for, and who
-/// has started up and listens, waits.
-fn watch(port: u16, until: Instant, say: oneshot::Sender<bool>) {
+/// Looks, until nobody wants to know any more, while the processor has nothing else to do: who starts up is not to be
+/// slowed down by being waited for, and who has started up and listens, waits.
+fn watch(port: u16, say: oneshot::Sender<()>) {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the kernel reads the parameters, which are there. Where it refuses, the watch costs more.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
-    while !say.is_closed() && Instant::now() < until {
+    while !say.is_closed() {
         if listens(port) {
-            let _ = say.send(true);
+            let _ = say.send(());
             return;
         }
         thread::sleep(PAUSE);

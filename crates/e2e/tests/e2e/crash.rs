@@ -47,9 +47,7 @@ fn a_machine_that_died_with_the_daemon_is_told_of() {
     let host = Host::new();
     let vm = host.create(&[]);
     host.end_daemon(Signal::SIGKILL);
-    for machine in leaks::machines_of(host.scratch()) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
-    }
+    host.kill_machines();
     assert_eq!(vm.becomes("failed", 20)["code"], "vm_lost");
 }
 

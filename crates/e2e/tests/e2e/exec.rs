@@ -1,14 +1,14 @@
 //! `heyvm exec`: streams, standard input, exit status, time-outs, signals, volume.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::{BufRead, BufReader, Read},
-    path::Path,
-    process::Stdio,
+    path::PathBuf,
+    process::{Child, ChildStdout, Stdio},
     time::{Duration, Instant},
 };
 
-use heyvm_e2e::{Host, Ran, eventually};
+use heyvm_e2e::{Host, Ran, Vm, eventually};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -111,22 +111,49 @@ fn a_timeout_kills_the_whole_process_group_and_exits_124() {
     assert_eq!(vm.exec_with(&["--timeout", "60s"], &["true"], b"").code, 0);
 }
 
-#[test]
-fn ctrl_c_reaches_the_process() {
-    let host = Host::new();
-    let vm = host.create(&[]);
-    let script = "trap 'echo got INT; exit 42' INT; echo ready; while true; do sleep 0.1; done";
-    let mut child =
-        host.command().args(["exec", &vm.id, "--", "sh", "-c", script]).stdout(Stdio::piped()).spawn().expect("heyvm");
+/// A command that says `ready` first, once it has said it.
+fn started(vm: &Vm<'_>, script: &str, stdin: impl Into<Stdio>) -> (Child, BufReader<ChildStdout>) {
+    let mut command = vm.host.command();
+    command.args(["exec", &vm.id, "--", "sh", "-c", script]).stdin(stdin).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("heyvm");
     let mut output = BufReader::new(child.stdout.take().expect("piped"));
     let mut line = String::new();
     output.read_line(&mut line).expect("line");
     assert_eq!(line, "ready\n");
+    (child, output)
+}
+
+/// Input that a command may leave unread: more than is ever under way.
+fn unread(host: &Host) -> PathBuf {
+    let path = host.scratch().join("input");
+    fs::write(&path, vec![7; 20 << 20]).expect("input");
+    path
+}
+
+const TRAPS_INT: &str = "trap 'echo got INT; exit 42' INT; echo ready; while true; do sleep 0.1; done";
+
+/// Ctrl-C for a command that [`TRAPS_INT`].
+fn interrupted((mut child, mut output): (Child, BufReader<ChildStdout>)) {
     kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("signal");
-    line.clear();
-    output.read_to_string(&mut line).expect("rest");
-    assert_eq!(line, "got INT\n");
+    let mut rest = String::new();
+    output.read_to_string(&mut rest).expect("rest");
+    assert_eq!(rest, "got INT\n");
     assert_eq!(child.wait().expect("wait").code(), Some(42));
+}
+
+#[test]
+fn ctrl_c_reaches_the_process() {
+    let host = Host::new();
+    interrupted(started(&host.create(&[]), TRAPS_INT, Stdio::inherit()));
+}
+
+#[test]
+fn ctrl_c_overtakes_input_that_nobody_reads() {
+    let host = Host::new();
+    let started = started(&host.create(&[]), TRAPS_INT, File::open(unread(&host)).expect("input"));
+    // By now as much input is under way as may be.
+    std::thread::sleep(Duration::from_secs(1));
+    interrupted(started);
 }
 
 #[test]
@@ -142,18 +169,8 @@ fn a_hundred_megabytes_of_input_arrive() {
 fn a_client_that_goes_away_takes_its_command_along() {
     let host = Host::new();
     let vm = host.create(&[]);
-    let unread = host.scratch().join("input");
-    fs::write(&unread, vec![7; 20 << 20]).expect("input");
-    for input in [Path::new("/dev/null"), &unread] {
-        let mut child = host
-            .command()
-            .args(["exec", &vm.id, "--", "sh", "-c", "echo ready; exec sleep 4321"])
-            .stdin(fs::File::open(input).expect("input"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("heyvm");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("line");
+    for input in ["/dev/null".into(), unread(&host)] {
+        let (mut child, _output) = started(&vm, "echo ready; exec sleep 4321", File::open(input).expect("input"));
         std::thread::sleep(Duration::from_millis(500));
         child.kill().expect("kill");
         child.wait().expect("wait");
@@ -254,27 +271,4 @@ fn a_terminal_is_joined_to_this_one() {
     host.environment(&mut command);
     let ran = Ran::of(&mut command, b"").exited(7);
     assert!(ran.out().contains("/dev/pts/") && ran.out().contains("got typed"), "{}", ran.out());
-}
-
-#[test]
-fn ctrl_c_overtakes_input_that_nobody_reads() {
-    let host = Host::new();
-    let vm = host.create(&[]);
-    let input = host.scratch().join("input");
-    fs::write(&input, vec![7; 20 << 20]).expect("input");
-    let stdin = fs::File::open(&input).expect("input");
-    let script = "trap 'echo got INT; exit 42' INT; echo ready; while true; do sleep 0.1; done";
-    let mut command = host.command();
-    command.args(["exec", &vm.id, "--", "sh", "-c", script]).stdin(stdin).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("heyvm");
-    let mut line = String::new();
-    let mut output = BufReader::new(child.stdout.take().expect("piped"));
-    output.read_line(&mut line).expect("line");
-    // By now as much input is under way as may be.
-    std::thread::sleep(Duration::from_secs(1));
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("signal");
-    line.clear();
-    output.read_to_string(&mut line).expect("rest");
-    assert_eq!(line, "got INT\n");
-    assert_eq!(child.wait().expect("wait").code(), Some(42));
 }

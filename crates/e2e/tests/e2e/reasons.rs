@@ -1,10 +1,7 @@
 //! Why a sandbox ended is always readable.
 
 use heyvm_e2e::{Host, Vm, leaks};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// The reason that `get` and `list --all` give, which must be the same.
@@ -71,9 +68,7 @@ fn the_host_was_restarted() {
     let host = Host::new();
     let vm = host.create(&[]);
     host.end_daemon(Signal::SIGKILL);
-    for machine in leaks::machines_of(host.scratch()) {
-        kill(Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
-    }
+    host.kill_machines();
     let path = host.home.join("sandboxes").join(&vm.id).join("vm.json");
     let mut record: Value = serde_json::from_slice(&std::fs::read(&path).expect("record")).expect("JSON");
     record["host_boot_id"] = "00000000-0000-0000-0000-000000000000".into();
@@ -87,9 +82,7 @@ fn the_host_was_restarted() {
 fn the_machine_was_killed_from_outside() {
     let host = Host::new();
     let vm = host.create(&[]);
-    for machine in leaks::machines_of(host.scratch()) {
-        kill(Pid::from_raw(machine.pid), Signal::SIGKILL).expect("kill");
-    }
+    host.kill_machines();
     assert_eq!(reason(&vm, "failed")["code"], "vm_lost");
     assert_eq!(vm.does("start")["status"], "running");
 }

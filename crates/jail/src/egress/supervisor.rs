@@ -100,8 +100,11 @@ fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
             return Ok(());
         }
         if ended.as_raw() == pasta.id() as i32 {
-            delay = if began.elapsed() > ALL_RIGHT { RESTART_DELAY } else { (delay * 2).min(LONGEST_RESTART_DELAY) };
+            if began.elapsed() > ALL_RIGHT {
+                delay = RESTART_DELAY;
+            }
             std::thread::sleep(delay);
+            delay = (delay * 2).min(LONGEST_RESTART_DELAY);
             pasta = start_pasta(holder)?;
             began = Instant::now();
         }

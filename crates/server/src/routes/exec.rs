@@ -128,7 +128,8 @@ fn told(exit: &Exit, stdout: Spool, stderr: Spool, output: Spool) -> Response {
 }
 
 /// A WebSocket: the first text frame is an `ExecRequest`, then binary frames carry the streams (first byte 1 stdin, 2
-/// stdout, 3 stderr) and text frames carry `stdin_close`, `signal`, `resize`, and back `stdin_taken`; the last one is `exit` or `error`.
+/// stdout, 3 stderr) and text frames carry `stdin_close`, `signal`, `resize`, and back `stdin_taken`; the last one is
+/// `exit` or `error`.
 ///
 /// When the client goes away the command's whole process group is killed.
 #[utoipa::path(get, path = "/sandboxes/{id}/exec", operation_id = "exec_stream", tag = "commands",

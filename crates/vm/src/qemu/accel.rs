@@ -62,8 +62,8 @@ const POLL: Duration = Duration::from_millis(10);
 const SIGN_OF_LIFE: &str = "Linux version";
 const FIRST_DESCRIPTOR: i32 = 3;
 
-/// The verdict kept in `file`, or a new one. Whether we may open the device every daemon looks at anew: that changes when
-/// somebody follows `doctor`'s advice. Only what a trial has shown is kept.
+/// The verdict kept in `file`, or a new one. Whether we may open the device every daemon looks at anew: that changes
+/// when somebody follows `doctor`'s advice. Only what a trial has shown is kept.
 pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel) -> Result<Verdict, Error> {
     let (boot_id, tried_with) = (host_boot_id(), format!("{} {}", kernel.digest, root.digest));
     if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use heyvm_agent_protocol::v1::{EnvVar, Network, PersonalizeRequest};
-use heyvm_jail::{egress, process::host_boot_id};
+use heyvm_jail::egress;
 use rand::{Rng, RngCore};
 
 use super::{
@@ -45,15 +45,10 @@ impl QemuDriver {
 
     /// What a VM in reserve must be to become one like `spec`.
     pub(super) async fn kind_of(&self, spec: &VmSpec) -> Result<Kind, Error> {
-        let (host, recipe, rehearsal) = (self.host().await?, self.recipe(spec).await?, self.rehearsal(spec).await?);
-        let rehearsal = rehearsal.map(|rehearsal| format!(" {rehearsal:?}")).unwrap_or_default();
-        Ok(format!("{} {} {}{rehearsal}", recipe.key(&host), spec.disk_gib, spec.cpu_millis))
-    }
-
-    /// What is worth rehearsing: where the processor itself runs the guest, nothing is.
-    async fn rehearsal(&self, spec: &VmSpec) -> Result<Option<Rehearsal>, Error> {
-        let acceleration = self.acceleration(&spec.kernel).await?.acceleration;
-        Ok(spec.rehearsal.filter(|_| acceleration == Acceleration::Tcg))
+        let (host, recipe) = (self.host().await?, self.recipe(spec).await?);
+        // Where the processor itself runs the guest, nothing is worth rehearsing.
+        let rehearsal = spec.rehearsal.filter(|_| recipe.acceleration() == Acceleration::Tcg);
+        Ok(Kind { machine: format!("{} {} {}", recipe.key(&host), spec.disk_gib, spec.cpu_millis), rehearsal })
     }
 
     /// A new disk, and a clone on it.
@@ -105,7 +100,7 @@ impl QemuDriver {
         };
         let boots = template.is_none();
         let (slot, dir) = (self.slots.take(id), self.dir(id));
-        let record = Record { slot, host_boot_id: host_boot_id(), cgroup: id.clone(), cgroups: host.cgroups.dirs(id) };
+        let record = Record::new(slot, id, &host.cgroups);
         let start = {
             let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
             let record = record.clone();
@@ -119,8 +114,7 @@ impl QemuDriver {
                 if let Some(tap) = tap(egress.as_deref(), slot)? {
                     descriptors.add(fd::TAP, tap);
                 }
-                let (name, cpu_millis) = (record.cgroup.clone(), spec.cpu_millis);
-                launch(&host, Launch { name: &name, dir: &dir, record, machine, cpu_millis, descriptors })
+                launch(&host, Launch { dir: &dir, record, machine, cpu_millis: spec.cpu_millis, descriptors })
             }
         };
         let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot, id))?;
@@ -184,7 +178,7 @@ impl QemuDriver {
             tokio::time::sleep(REFILL_DELAY).await;
             let _one_at_a_time = driver.reserve.making.lock().await;
             while driver.reserve.has_room(&kind, wanted) {
-                match driver.make_reserve(&spec).await {
+                match driver.make_reserve(&spec, kind.rehearsal).await {
                     Ok(vm) => driver.reserve.add(kind.clone(), vm),
                     Err(error) => {
                         tracing::warn!(%error, "no VM could be made in reserve");
@@ -200,13 +194,13 @@ impl QemuDriver {
         });
     }
 
-    async fn make_reserve(&self, spec: &VmSpec) -> Result<Arc<Watched>, Error> {
+    async fn make_reserve(&self, spec: &VmSpec, rehearsal: Option<Rehearsal>) -> Result<Arc<Watched>, Error> {
         let id = format!("{}{:016x}", reserve::PREFIX, rand::random::<u64>());
         let made = async {
             self.make_disk(&id, spec).await?;
             let vm = self.resume(&id, spec, &silent()).await?;
             self.make_own(&vm, spec, true).await?;
-            tokio::time::timeout(REHEARSAL_DEADLINE, rehearse(&vm, self.rehearsal(spec).await?))
+            tokio::time::timeout(REHEARSAL_DEADLINE, rehearse(&vm, rehearsal))
                 .await
                 .unwrap_or_else(|_| Err(Error::Unreachable("its rehearsal did not end in time".into())))?;
             Ok(vm)

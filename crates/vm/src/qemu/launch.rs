@@ -65,8 +65,6 @@ impl Descriptors {
 
 /// One QEMU to start.
 pub struct Launch<'a> {
-    /// What its user id is made from.
-    pub name: &'a str,
     /// Its directory, which must be there.
     pub dir: &'a VmDir,
     /// What stands in the directory from now on.
@@ -106,12 +104,12 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
         cpu_millis: launch.cpu_millis,
         tasks: THREADS + machine.processors,
     };
-    let cgroups = launch.record.cgroups;
-    host.cgroups.create(&cgroups, limits)?;
+    let cgroups = &launch.record.cgroups;
+    host.cgroups.create(cgroups, limits)?;
     let spec = JailSpec {
         root: host.root.dir.clone(),
         argv: machine.argv(&host.root),
-        uid: uid_for(launch.name),
+        uid: uid_for(&launch.record.cgroup),
         descriptors: launch.descriptors.all.iter().map(|(number, _)| *number).collect(),
         cgroups: cgroups.clone(),
         devices: if machine.acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
@@ -119,7 +117,7 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     };
     let descriptors: Vec<_> = launch.descriptors.all.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
     let process = launcher::spawn(&host.launcher, &spec, &descriptors).inspect_err(|_| {
-        let _ = cgroup::remove(&cgroups);
+        let _ = cgroup::remove(cgroups);
     })?;
     Ok(Launched { process, log })
 }

@@ -35,7 +35,7 @@ pub use heyvm_jail::egress::EgressSettings;
 use heyvm_jail::{
     cgroup::{self, Cgroups},
     egress::Egress,
-    process::{ProcessId, host_boot_id},
+    process::host_boot_id,
     root,
 };
 use tokio::sync::OnceCell;
@@ -45,8 +45,8 @@ use self::{
     accel::Verdict,
     launch::Host,
     qmp::Qmp,
-    record::{Record, Slots, VmDir},
-    reserve::Reserve,
+    record::{Slots, VmDir},
+    reserve::{Kind, Reserve},
     running::{Belongings, RunningVm, Watched},
     template::{Template, Templates},
     turns::Turns,
@@ -202,7 +202,7 @@ impl QemuDriver {
     async fn create_now(&self, id: &VmId, spec: VmSpec) -> Result<Arc<dyn Vm>, Error> {
         let kind = self.kind_of(&spec).await?;
         // One that has rehearsed nothing is better than none.
-        let plain = self.kind_of(&VmSpec { rehearsal: None, ..spec.clone() }).await?;
+        let plain = Kind { rehearsal: None, ..kind.clone() };
         let from_reserve = match self.reserve.take(&kind).or_else(|| self.reserve.take(&plain)) {
             Some(reserved) => self.take_over(reserved, id, &spec).await.ok(),
             None => None,
@@ -231,14 +231,10 @@ impl QemuDriver {
     }
 
     async fn destroy_now(&self, id: &VmId) -> Result<(), Error> {
-        let (dir, id) = (self.dir(id), id.clone());
-        let slots = Arc::clone(&self.slots);
+        let (dir, slots) = (self.dir(id), Arc::clone(&self.slots));
         blocking(move || {
-            if let Some(process) = dir.process() {
-                process.kill().map_err(Error::io("ending QEMU of", &id))?;
-            }
+            dir.put_down()?;
             if let Some(record) = dir.record() {
-                cgroup::remove(&record.cgroups)?;
                 slots.give_back(record.slot, &record.cgroup);
             }
             remove_directory(dir.path())
@@ -278,8 +274,8 @@ impl Driver for QemuDriver {
         }
         let qmp = match Qmp::connect(&dir.qmp_socket()).await {
             Ok(qmp) if !qmp.has_ended().await? => qmp,
-            Ok(qmp) => return put_down(&dir, process, record, console::judge(&qmp).await).await.map(|()| None),
-            Err(Error::Io { .. }) => return put_down(&dir, process, record, Exit::lost()).await.map(|()| None),
+            Ok(qmp) => return put_down(dir, console::judge(&qmp).await).await.map(|()| None),
+            Err(Error::Io { .. }) => return put_down(dir, Exit::lost()).await.map(|()| None),
             // It may only be slow: whoever asks comes again.
             Err(error) => return Err(error),
         };
@@ -343,14 +339,9 @@ impl Driver for QemuDriver {
 }
 
 /// Ends the QEMU of a guest that has ended, or that cannot be watched, and writes down why.
-async fn put_down(dir: &VmDir, process: ProcessId, record: Record, exit: Exit) -> Result<(), Error> {
+async fn put_down(dir: VmDir, exit: Exit) -> Result<(), Error> {
     dir.write_exit(&exit)?;
-    let path = dir.path().to_owned();
-    blocking(move || {
-        process.kill().map_err(Error::io("ending QEMU in", path))?;
-        Ok(cgroup::remove(&record.cgroups)?)
-    })
-    .await
+    blocking(move || dir.put_down()).await
 }
 
 /// Removes a VM's directory, also while the word of its end is being written there.

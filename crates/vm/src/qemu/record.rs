@@ -9,7 +9,10 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 
-use heyvm_jail::process::ProcessId;
+use heyvm_jail::{
+    cgroup::{self, Cgroups},
+    process::{ProcessId, host_boot_id},
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{Error, Exit, VmId};
@@ -27,11 +30,19 @@ pub struct Record {
     pub slot: u32,
     /// The host's boot in which QEMU was started.
     pub host_boot_id: String,
-    /// Name of its cgroups, which it keeps when a VM from the reserve becomes a sandbox's.
+    /// Name of its cgroups, from which its user id is made, too; it keeps both when a VM from the reserve becomes a
+    /// sandbox's.
     pub cgroup: String,
     /// Their directories, for a later daemon may run elsewhere in the hierarchy and would look for them there.
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
+}
+
+impl Record {
+    /// Of a VM of this name that starts now.
+    pub fn new(slot: u32, name: &str, cgroups: &Cgroups) -> Self {
+        Self { slot, host_boot_id: host_boot_id(), cgroup: name.to_owned(), cgroups: cgroups.dirs(name) }
+    }
 }
 
 /// A VM's directory, which is another one once a VM from the reserve has become a sandbox's.
@@ -113,6 +124,17 @@ impl VmDir {
         let _ = fs::remove_file(self.id_file());
         let _ = fs::remove_file(self.path.join("exit.json"));
         write(&self.path.join("vm.json"), record)
+    }
+
+    /// Ends its QEMU, if one runs, and removes its cgroups. Blocks until they are gone.
+    pub fn put_down(&self) -> Result<(), Error> {
+        if let Some(process) = self.process() {
+            process.kill().map_err(Error::io("ending QEMU in", &self.path))?;
+        }
+        if let Some(record) = self.record() {
+            cgroup::remove(&record.cgroups)?;
+        }
+        Ok(())
     }
 
     /// How it ended, if that was seen.

@@ -14,6 +14,7 @@ use std::{
 };
 
 use super::running::Watched;
+use crate::Rehearsal;
 
 /// How the ids of VMs in reserve begin.
 pub const PREFIX: &str = "reserve-";
@@ -22,8 +23,14 @@ const MAX_RESERVE: usize = 6;
 /// A VM that nobody took for this long is let go.
 pub const SHELF_LIFE: Duration = Duration::from_secs(600);
 
-/// What a VM in reserve is fit for: a template and a disk size.
-pub type Kind = String;
+/// What a VM in reserve is fit for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Kind {
+    /// Template, disk size and processor share.
+    pub machine: String,
+    /// What it has rehearsed.
+    pub rehearsal: Option<Rehearsal>,
+}
 
 type Shelves = HashMap<Kind, Vec<(Arc<Watched>, Instant)>>;
 

@@ -21,11 +21,7 @@ use std::{
 };
 
 use heyvm_agent_protocol::v1::{MetricsRequest, WarmUpRequest};
-use heyvm_jail::{
-    cgroup,
-    egress::Egress,
-    process::{ProcessId, host_boot_id},
-};
+use heyvm_jail::{egress::Egress, process::ProcessId};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
@@ -76,6 +72,11 @@ impl Recipe {
             start: Start::Boot,
         };
         Self { machine, kernel: spec.kernel.clone(), image: spec.image.clone() }
+    }
+
+    /// What runs the guest's code.
+    pub fn acceleration(&self) -> Acceleration {
+        self.machine.acceleration
     }
 
     /// The machine of a clone.
@@ -156,13 +157,7 @@ impl Templates {
             if maker.replace('-', " ").parse::<ProcessId>().is_ok_and(ProcessId::is_alive) {
                 continue;
             }
-            let dir = VmDir::new(&self.dir, &name);
-            if let Some(process) = dir.process() {
-                let _ = process.kill();
-            }
-            if let Some(record) = dir.record() {
-                let _ = cgroup::remove(&record.cgroups);
-            }
+            let _ = VmDir::new(&self.dir, &name).put_down();
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -251,13 +246,8 @@ impl Build<'_> {
         let dir = VmDir::new(half.parent().unwrap_or(Path::new("/")), &name);
         dir.make(false)?;
         let built = self.boot_and_keep(&dir, &name).await;
-        let (process, host) = (dir.process(), Arc::clone(self.host));
-        blocking(move || {
-            let _ = process.map(ProcessId::kill);
-            let _ = cgroup::remove(&host.cgroups.dirs(&name));
-            Ok(())
-        })
-        .await?;
+        let ended = dir.clone();
+        let _ = blocking(move || ended.put_down()).await;
         if built.is_err() {
             let _ = fs::remove_dir_all(&half);
             return built;
@@ -280,14 +270,8 @@ impl Build<'_> {
             descriptors.add(fd::TAP, tap);
         }
         let start = Launch {
-            name,
             dir,
-            record: Record {
-                slot: self.slot,
-                host_boot_id: host_boot_id(),
-                cgroup: name.to_owned(),
-                cgroups: self.host.cgroups.dirs(name),
-            },
+            record: Record::new(self.slot, name, &self.host.cgroups),
             machine: self.recipe.boot_machine(),
             // A template boots as fast as it can, whatever its clones are allowed later.
             cpu_millis: 1000 * self.recipe.machine.processors,
@@ -434,7 +418,7 @@ impl Template {
 #[cfg(test)]
 mod tests {
     use heyvm_images::{Image, Kernel};
-    use heyvm_jail::root::QemuRoot;
+    use heyvm_jail::{cgroup::Cgroups, root::QemuRoot};
 
     use super::*;
 
@@ -443,7 +427,7 @@ mod tests {
         let (empty, program) = (PathBuf::new(), PathBuf::from("/usr/bin/qemu"));
         let root =
             QemuRoot { dir: empty.clone(), program, firmware: empty.clone(), version: "7".into(), digest: "q".into() };
-        let host = Host { launcher: empty.clone(), root, cgroups: cgroup::Cgroups::default() };
+        let host = Host { launcher: empty.clone(), root, cgroups: Cgroups::default() };
         let key = |root_digest: Option<&str>| {
             let image = Image {
                 name: "box".into(),
