@@ -44,10 +44,15 @@ openssl                             test   openssl             openssl          
 jq                                  test   jq                  jq                    jq               jq                  jq
 /usr/bin/python3                    test   python3             python3               python           python3             python3
 python:requests                     test   python3-requests    python3-requests      python-requests  python3-requests    py3-requests
+python:ensurepip                    test   python3-venv        python3               python           python3             python3
 docker-registry                     test   docker-registry     docker-distribution   -                distribution-registry docker-registry
 skopeo                              test   skopeo              skopeo                skopeo           skopeo              skopeo
 umoci                               test   umoci               umoci                 umoci            umoci               umoci
+initdb                              test   postgresql          postgresql-server     postgresql       postgresql-server   postgresql
 shellcheck                          test   shellcheck          ShellCheck            shellcheck       ShellCheck          shellcheck
+pebble                              test   pebble              -                     -                -                   -
+chromium                            test   chromium            chromium              chromium         chromium            chromium
+chromedriver                        test   chromium-driver     chromedriver          chromium         chromedriver        chromium-chromedriver
 podman                              bench  podman              podman                podman           podman              podman
 runc                                bench  runc                runc                  runc             runc                runc
 TABLE
@@ -57,6 +62,7 @@ host_has() { # COMMAND, FILE, python:MODULE or libc.a
     case $1 in
     /*) [ -e "$1" ] ;;
     python:*) /usr/bin/python3 -c "import ${1#python:}" 2>/dev/null ;;
+    initdb) command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null ;;
     libc.a) [ "$(gcc -print-file-name=libc.a 2>/dev/null)" != libc.a ] && command -v gcc >/dev/null ;;
     *) command -v "$1" >/dev/null ;;
     esac
@@ -221,6 +227,34 @@ build_programs() {
         RUSTFLAGS='-C target-feature=+crt-static' cargo build --locked --release --target "$host" -p heyvm-agent &&
             cargo build --locked --release -p heyvm
     ) || fail "the build failed; cargo's message stands above" "without a network connection the first build cannot fetch its crates"
+}
+
+# Builds the public SDK's own tests, unmodified, to target/sdk/tests/NAME. They are a client that we did not write.
+build_sdk_tests() {
+    local manifest target=$PROJECT/target/sdk
+    manifest=$(cd "$PROJECT/tests/sdk" && cargo metadata --locked --format-version 1 --filter-platform "$(rustc -vV | sed -n 's/^host: //p')" |
+        jq -r '.packages[] | select(.name == "heyo-sdk") | .manifest_path') || fail "the SDK whose tests are run cannot be fetched" "this needs a network connection once"
+    mkdir -p "$target/tests"
+    CARGO_PROFILE_TEST_DEBUG=0 CARGO_PROFILE_DEV_DEBUG=0 cargo test --locked --no-default-features --manifest-path "$manifest" \
+        --target-dir "$target" --test smoke --test shell_protocol --test kvm_e2e --no-run --message-format json |
+        jq -r 'select(.executable != null) | "\(.target.name) \(.executable)"' |
+        while read -r name executable; do ln -sf "$executable" "$target/tests/$name"; done
+    [ -e "$target/tests/smoke" ] || fail "the SDK's tests could not be built" "cargo's message stands above"
+}
+
+# Puts schemathesis and all it needs, in the versions of tests/schema/requirements.txt, into target/schemathesis.
+# shellcheck disable=SC2034 # SCHEMATHESIS is for the script that sources this
+install_schemathesis() {
+    local wanted=$PROJECT/tests/schema/requirements.txt target=$PROJECT/target/schemathesis
+    SCHEMATHESIS=$target/bin/schemathesis
+    ! cmp -s "$wanted" "$target/requirements.txt" || return 0
+    say "Installing schemathesis"
+    rm -rf "$target"
+    {
+        /usr/bin/python3 -m venv "$target" &&
+            "$target/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r "$wanted" >&2
+    } || fail "schemathesis could not be installed" "pip's message stands above; this needs a network connection once"
+    cp "$wanted" "$target/"
 }
 
 # --- the guest's kernel -----------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ async fn personalize(client: &mut Client, reserve: bool) -> Result<PersonalizeRe
         mtu: 0,
     };
     let request = PersonalizeRequest {
+        disk_bytes: 0,
         unix_time_ns: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos().try_into()?,
         hostname: "box".into(),
         machine_id: entropy[..16].iter().map(|byte| format!("{byte:02x}")).collect(),

@@ -6,6 +6,8 @@
 //!                                                                  ├─ exec, main_command ──▶ process
 //!                                                                  ├─ net           ports
 //!                                                                  ├─ files
+//!                                                                  ├─ mounts        directories of the host
+//!                                                                  ├─ disk
 //!                                                                  └─ shutdown
 //! ```
 //! Process 1 must not end: the kernel panics when it does. So a panic ends one task alone, memory and queues are
@@ -15,10 +17,12 @@ pub mod boot;
 pub mod connection;
 pub mod console;
 mod descriptor;
+mod disk;
 mod exec;
-mod files;
+pub mod files;
 mod main_command;
 mod metrics;
+mod mounts;
 mod net;
 mod oom;
 mod personalize;

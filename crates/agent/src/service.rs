@@ -1,17 +1,20 @@
 //! The calls of `agent.proto`, one method each: checks that the guest is a sandbox by now and hands over.
 
 use std::{
+    fs::File,
+    io,
     os::fd::OwnedFd,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
 use heyvm_agent_protocol::v1::{
-    DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, Exit, FileChunk, FileInfo, ListDirReply, ListDirRequest,
-    MainEvent, MetricsReply, MetricsRequest, PackRequest, PersonalizeReply, PersonalizeRequest, PortStatusReply,
+    DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, Exit, FileChunk, FileInfo, FreezeDiskReply,
+    FreezeDiskRequest, GrowDiskReply, GrowDiskRequest, ListDirReply, ListDirRequest, MainEvent, MetricsReply,
+    MetricsRequest, MountInput, MountOutput, PackRequest, PersonalizeReply, PersonalizeRequest, PortStatusReply,
     PortStatusRequest, ReadFileRequest, RemoveReply, RemoveRequest, ShutdownReply, ShutdownRequest, StartMainReply,
-    StartMainRequest, StatRequest, UnpackInput, UnpackReply, WarmUpReply, WarmUpRequest, WatchMainRequest,
-    WriteFileInput, WriteFileReply, agent_server::Agent, exec_input, exec_output,
+    StartMainRequest, StatRequest, ThawDiskReply, ThawDiskRequest, UnpackInput, UnpackReply, WarmUpReply,
+    WarmUpRequest, WatchMainRequest, WriteFileInput, WriteFileReply, agent_server::Agent, exec_input, exec_output,
 };
 use tokio::{
     sync::{Mutex, mpsc},
@@ -21,10 +24,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    disk::{self, Stillness},
     exec::{self, Run, session::Sessions},
     files::{archive, blocking, content, listing},
     main_command::MainCommand,
-    metrics, net,
+    metrics,
+    mounts::Mounts,
+    net,
     oom::OomKills,
     personalize::{self, OldRoot, PersonalizeError},
     process::{Command, Nursery, Reaper, SpawnError, command::CommandError},
@@ -37,13 +43,15 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The agent as the host sees it.
 pub struct Service {
-    nursery: Nursery,
+    nursery: Arc<Nursery>,
     sandbox: RwLock<Option<Arc<Sandbox>>>,
     /// Held while the guest becomes a sandbox or ends.
     stage: Mutex<Stage>,
     sessions: Arc<Sessions>,
     main: Arc<MainCommand>,
     oom_kills: Arc<OomKills>,
+    stillness: Arc<Stillness>,
+    mounts: Mounts,
 }
 
 /// ```text
@@ -62,12 +70,14 @@ impl Service {
     /// An agent that waits for `Personalize`; children are born in `cgroup`.
     pub fn new(reaper: Arc<Reaper>, cgroup: Option<OwnedFd>) -> Self {
         Self {
-            nursery: Nursery { reaper, cgroup },
+            nursery: Arc::new(Nursery { reaper, cgroup }),
             sandbox: RwLock::default(),
             stage: Mutex::default(),
             sessions: Arc::default(),
             main: Arc::default(),
             oom_kills: Arc::default(),
+            stillness: Arc::default(),
+            mounts: Mounts::default(),
         }
     }
 
@@ -82,10 +92,29 @@ impl Service {
         *self.sandbox.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(sandbox));
     }
 
+    /// The top of the sandbox's disk, which is not to be seen from its root.
+    async fn disk(&self) -> Result<File, Status> {
+        match &*self.stage.lock().await {
+            Stage::Personal(old_root) => {
+                old_root.disk().map_err(|error| Status::internal(format!("the disk: {error}")))
+            }
+            _ => Err(Status::failed_precondition("this guest has no disk of its own")),
+        }
+    }
+
     fn sandbox(&self) -> Result<Arc<Sandbox>, Status> {
         let sandbox = self.sandbox.read().unwrap_or_else(PoisonError::into_inner);
         sandbox.clone().ok_or_else(|| Status::failed_precondition("this guest is not a sandbox yet"))
     }
+}
+
+/// Waits for the disk on a thread of its own.
+async fn on_the_disk<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    done.map_err(|error| match error.kind() {
+        io::ErrorKind::ResourceBusy => Status::failed_precondition("the disk is held still already"),
+        _ => Status::internal(format!("the disk: {error}")),
+    })
 }
 
 type Replies<T> = Response<ReceiverStream<Result<T, Status>>>;
@@ -131,12 +160,34 @@ fn not_started(name: &str, error: &SpawnError) -> NotStarted {
     NotStarted::Ended(Exit { code: error.code(), error: format!("{name}: {error}"), ..Exit::default() })
 }
 
-impl Service {
+/// What it takes to start something.
+struct Launcher {
+    nursery: Arc<Nursery>,
+    sessions: Arc<Sessions>,
+    sandbox: Arc<Sandbox>,
+}
+
+impl Launcher {
     fn start(&self, start: &ExecStart) -> Result<(crate::process::Child, crate::process::Streams), NotStarted> {
-        let sandbox = self.sandbox().map_err(NotStarted::Refused)?;
         let session = self.sessions.get(&start.session);
-        let command = Command::new(start, &sandbox, session.as_ref())?;
+        let command = Command::new(start, &self.sandbox, session.as_ref())?;
         self.nursery.start(&command).map_err(|error| not_started(&start.argv[0], &error))
+    }
+}
+
+impl Service {
+    fn launcher(&self) -> Result<Launcher, Status> {
+        let (nursery, sessions) = (Arc::clone(&self.nursery), Arc::clone(&self.sessions));
+        Ok(Launcher { nursery, sessions, sandbox: self.sandbox()? })
+    }
+
+    /// Does what looks at paths of the sandbox: at once, or on a thread of its own where a path may be a mount's, which
+    /// this thread serves.
+    async fn look<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+        if !self.mounts.any() {
+            return Ok(work());
+        }
+        tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(format!("the agent failed: {error}")))
     }
 }
 
@@ -145,6 +196,7 @@ impl Agent for Service {
     type ExecStream = ReceiverStream<Result<ExecOutput, Status>>;
     type WatchMainStream = ReceiverStream<Result<MainEvent, Status>>;
     type DialStream = ReceiverStream<Result<DialOutput, Status>>;
+    type MountStream = ReceiverStream<Result<MountOutput, Status>>;
     type ReadFileStream = ReceiverStream<Result<FileChunk, Status>>;
     type PackStream = ReceiverStream<Result<FileChunk, Status>>;
 
@@ -179,7 +231,9 @@ impl Agent for Service {
             _ => return Err(Status::invalid_argument("the first message of a call must say what to run")),
         };
         let (replies, receiver) = mpsc::channel(exec::QUEUE);
-        let (child, streams) = match self.start(&start) {
+        let launcher = self.launcher()?;
+        let (started, start) = self.look(move || (launcher.start(&start), start)).await?;
+        let (child, streams) = match started {
             Ok(started) => started,
             Err(NotStarted::Refused(status)) => return Err(status),
             Err(NotStarted::Ended(exit)) => {
@@ -204,7 +258,8 @@ impl Agent for Service {
             let what = "a start command has neither terminal nor input nor session";
             return Err(Status::invalid_argument(what));
         }
-        let pid = self.main.start(&self.oom_kills, || self.start(&start))?;
+        let (launcher, main, oom_kills) = (self.launcher()?, Arc::clone(&self.main), Arc::clone(&self.oom_kills));
+        let pid = self.look(move || main.start(&oom_kills, || launcher.start(&start))).await??;
         Ok(Response::new(StartMainReply { pid }))
     }
 
@@ -266,6 +321,11 @@ impl Agent for Service {
         Ok(stream(archive::pack(request.into_inner().path).await?))
     }
 
+    async fn mount(&self, request: Request<Streaming<MountInput>>) -> Result<Replies<MountOutput>, Status> {
+        self.sandbox()?;
+        Ok(stream(self.mounts.attach(request.into_inner()).await?))
+    }
+
     async fn metrics(&self, _: Request<MetricsRequest>) -> Result<Response<MetricsReply>, Status> {
         self.sandbox()?;
         Ok(Response::new(metrics::read()))
@@ -277,9 +337,32 @@ impl Agent for Service {
         let (Stage::Reserved(old_root) | Stage::Personal(old_root)) = &*stage else {
             return Err(Status::failed_precondition("this machine is not the agent's to switch off"));
         };
+        // Whoever waits to write could not be ended.
+        let _ = self.stillness.end();
         shutdown::end_processes(Duration::from_millis(request.get_ref().grace_ms)).await;
+        shutdown::write_back().await;
+        self.mounts.close().await;
         shutdown::close_disk(old_root);
         tokio::spawn(shutdown::power_off());
         Ok(Response::new(ShutdownReply {}))
+    }
+
+    async fn grow_disk(&self, request: Request<GrowDiskRequest>) -> Result<Response<GrowDiskReply>, Status> {
+        let (disk, bytes) = (self.disk().await?, request.into_inner().bytes);
+        on_the_disk(move || disk::grow_soon(&disk, bytes)).await?;
+        Ok(Response::new(GrowDiskReply {}))
+    }
+
+    async fn freeze_disk(&self, request: Request<FreezeDiskRequest>) -> Result<Response<FreezeDiskReply>, Status> {
+        let deadline = Duration::from_millis(request.into_inner().deadline_ms);
+        let (disk, stillness) = (self.disk().await?, Arc::clone(&self.stillness));
+        on_the_disk(move || stillness.begin(disk, deadline)).await?;
+        Ok(Response::new(FreezeDiskReply {}))
+    }
+
+    async fn thaw_disk(&self, _: Request<ThawDiskRequest>) -> Result<Response<ThawDiskReply>, Status> {
+        let stillness = Arc::clone(&self.stillness);
+        let was_frozen = on_the_disk(move || stillness.end()).await?;
+        Ok(Response::new(ThawDiskReply { was_frozen }))
     }
 }

@@ -14,6 +14,8 @@ use crate::{console, personalize::OldRoot, process::ended};
 
 /// Processes that have been killed are gone after this, or hang in the kernel.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// A disk or host that takes longer for what is left to be written does not take it.
+const WRITE_BACK: Duration = Duration::from_secs(30);
 /// How often it is looked whether all are gone.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// For the last answer to leave.
@@ -43,6 +45,14 @@ async fn all_gone(patience: Duration) -> bool {
         sleep(LOOK_EVERY).await;
     }
     true
+}
+
+/// Has everything written that is still in memory, also to the host's directories, on a thread of its own: this one passes
+/// those writes on. A host that does not take them is not waited for.
+pub async fn write_back() {
+    if tokio::time::timeout(WRITE_BACK, tokio::task::spawn_blocking(sync)).await.is_err() {
+        console::say(format_args!("what was written to a mount may not all have reached the host"));
+    }
 }
 
 /// Leaves the disk as a clean file system.

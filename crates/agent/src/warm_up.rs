@@ -44,13 +44,15 @@ const COMMANDS: [&[&str]; 9] = [
     &["/bin/true"],
     &["/bin/sh", "-c", ":"],
     &["/bin/sh", "-c", "cat /etc/passwd | head -1; ls /; env; mkdir -p /tmp; uname -a; id; sleep 0"],
-    &["/bin/bash", "-c", ":"],
+    &["/bin/bash", "-ic", TERMINAL],
     &["/usr/bin/python3", "-c", PYTHON],
     &["/usr/local/bin/python3", "-c", PYTHON],
     &["/usr/bin/node", "-e", NODE],
     &["/usr/local/bin/node", "-e", NODE],
     &["/usr/bin/curl", "--version"],
 ];
+/// What a shell at a terminal needs before its first prompt: line editing, and what the terminal can.
+const TERMINAL: &str = "TERM=xterm-256color; bind -l";
 const PYTHON: &str = "import http.server, json, socket, subprocess, threading, argparse, logging, urllib.request";
 const NODE: &str = "require('http').createServer(); require('fs'); require('path')";
 

@@ -9,6 +9,10 @@ use utoipa::ToSchema;
 pub enum ErrorCode {
     /// A field, flag or header is malformed; the message names it.
     InvalidArgument,
+    /// The request's path or framing is none that is served.
+    BadRequest,
+    /// The request names no host, or two.
+    BadHost,
     /// The name does not fit the rules for names.
     InvalidName,
     /// The port is not within 1..=65535.
@@ -19,7 +23,7 @@ pub enum ErrorCode {
     UnknownRegion,
     /// Nothing has this id, name or slug.
     SandboxNotFound,
-    /// A living sandbox has this name or slug already.
+    /// A living sandbox, an account or a user has this name, slug or e-mail address already.
     NameTaken,
     /// The same idempotency key came with another request.
     IdempotencyKeyReused,
@@ -27,13 +31,15 @@ pub enum ErrorCode {
     InvalidState,
     /// The port is bound already, or is not bound.
     PortNotBound,
+    /// Nothing listens on the port in the sandbox.
+    PortNotListening,
     /// No image of this name here, and no registry gave one.
     ImageNotFound,
     /// A registry did not answer or refused.
     RegistryUnavailable,
     /// An image's bytes do not match their digest or are no image.
     ImageInvalid,
-    /// The directory to deploy is missing, empty or no directory.
+    /// The directory to deploy or to mount is missing, empty or no directory.
     InvalidDirectory,
     /// The archive is no archive, leaves its directory, or unpacks to more than allowed.
     ArchiveInvalid,
@@ -57,18 +63,26 @@ pub enum ErrorCode {
     OutOfResources,
     /// The host lacks something; `heyvm doctor` says what.
     HostNotReady,
-    /// The feature is not part of this version.
+    /// What is asked for is not part of this version, or not of this server.
     Unsupported,
     /// No credentials, or wrong ones.
     Unauthorized,
-    /// The credentials do not allow this.
+    /// The credentials do not allow this, or nobody may do it.
     Forbidden,
-    /// The path does not exist.
+    /// The path does not exist, or nothing of this id is there.
     NotFound,
+    /// The account's quota does not allow this.
+    QuotaExceeded,
+    /// Too many attempts; the answer says when to try again.
+    RateLimited,
+    /// No region, or not the one that is meant, answers.
+    RegionUnavailable,
     /// The body is larger than allowed.
     TooLarge,
     /// The daemon cannot be reached or started.
     DaemonUnavailable,
+    /// Where archives are kept does not answer.
+    StorageUnavailable,
     /// A deadline passed.
     Timeout,
     /// A bug in heyvm: the log has the details.
@@ -80,16 +94,18 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         use ErrorCode::*;
         match self {
-            InvalidArgument | InvalidName | InvalidPort | UnknownSizeClass | UnknownRegion | InvalidDirectory => 400,
+            InvalidArgument | BadRequest | BadHost | InvalidName | InvalidPort | UnknownSizeClass | UnknownRegion
+            | InvalidDirectory => 400,
             Unauthorized => 401,
+            QuotaExceeded => 402,
             Forbidden => 403,
             SandboxNotFound | ImageNotFound | ArchiveNotFound | FileNotFound | NotFound | PortNotBound => 404,
             NameTaken | IdempotencyKeyReused | InvalidState | FileConflict => 409,
             TooLarge => 413,
-            ArchiveInvalid | ImageInvalid | SetupHookFailed | StartCommandFailed => 422,
+            ArchiveInvalid | ImageInvalid | SetupHookFailed | StartCommandFailed | Unsupported => 422,
+            RateLimited => 429,
             Internal | VmFailed => 500,
-            Unsupported => 501,
-            RegistryUnavailable | SandboxUnreachable => 502,
+            RegistryUnavailable | SandboxUnreachable | PortNotListening | StorageUnavailable | RegionUnavailable => 502,
             HostNotReady | DaemonUnavailable => 503,
             HealthTimeout | Timeout => 504,
             OutOfResources => 507,
@@ -116,7 +132,7 @@ pub struct ApiError {
     /// What to do next.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// The step of a deploy that failed: `archive`, `image`, `vm`, `unpack`, `setup_hook`, `start_command`, `bind`, `health`.
+    /// The step of a deploy that failed: `archive`, `image`, `vm`, `unpack`, `mount`, `setup_hook`, `start_command`, `bind`, `health`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
     /// Exit status of the setup hook or start command that failed.
@@ -128,6 +144,9 @@ pub struct ApiError {
     /// The sandbox that is meant, where there is one (kept with `--keep-on-failure`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_id: Option<String>,
+    /// Seconds to wait before the next attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_seconds: Option<u64>,
 }
 
 /// The body of every answer that is an error.
@@ -135,13 +154,31 @@ pub struct ApiError {
 pub struct ErrorBody {
     /// What went wrong.
     pub error: ApiError,
+    /// The sentence once more, for clients that look for it here.
+    #[serde(default)]
+    pub message: String,
+}
+
+impl From<ApiError> for ErrorBody {
+    fn from(error: ApiError) -> Self {
+        Self { message: error.message.clone(), error }
+    }
 }
 
 impl ApiError {
     /// An error without a hint; add one with [`ApiError::hint`] wherever something can be done.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { code, message, hint: None, step: None, exit_code: None, log_tail: Vec::new(), sandbox_id: None }
+        Self {
+            code,
+            message,
+            hint: None,
+            step: None,
+            exit_code: None,
+            log_tail: Vec::new(),
+            sandbox_id: None,
+            retry_after_seconds: None,
+        }
     }
 
     /// Says what to do next.
@@ -165,6 +202,12 @@ impl ApiError {
     /// Adds the last lines of the failed step's output.
     pub fn log_tail(mut self, lines: Vec<String>) -> Self {
         self.log_tail = lines;
+        self
+    }
+
+    /// Says how long to wait before the next attempt.
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after_seconds = Some(seconds);
         self
     }
 

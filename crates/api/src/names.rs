@@ -46,6 +46,12 @@ pub fn slugify(name: &str) -> String {
     slug.trim_end_matches('-').to_owned()
 }
 
+/// Another slug for a name whose own is taken: cut where it would be too long, with `suffix` behind it.
+pub fn another_slug(slug: &str, suffix: u16) -> String {
+    let kept: String = slug.chars().take(MAX_NAME - 5).collect();
+    format!("{kept}-{suffix:04x}")
+}
+
 /// 1 to 65535.
 pub fn check_port(port: i64) -> Result<u16, ApiError> {
     u16::try_from(port).ok().filter(|port| *port > 0).ok_or_else(|| {
@@ -109,6 +115,8 @@ mod tests {
     fn slugs() {
         assert_eq!(slugify("My Agent_1.2-"), "my-agent-1-2");
         check_slug("my-agent").unwrap();
+        assert_eq!(another_slug("my-agent", 0x2a), "my-agent-002a");
+        assert_eq!(another_slug(&"x".repeat(MAX_NAME), 1).len(), MAX_NAME);
         assert!(check_slug("-a").is_err() && check_slug("A").is_err() && check_slug("").is_err());
     }
 

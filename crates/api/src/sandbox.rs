@@ -154,13 +154,41 @@ pub struct BoundPort {
     pub sandbox_id: String,
 }
 
+/// Where a subdomain leads, as `GET /routes/{subdomain}` answers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RouteInfo {
+    /// The sandbox it leads to.
+    pub sandbox_id: String,
+    /// Port in the sandbox.
+    pub port: u16,
+    /// Whether everyone may use it; else the members of the account.
+    pub is_public: bool,
+    /// Whose it is; empty: the owner of the daemon's machine.
+    pub account_id: String,
+}
+
+/// Body of `POST /sandboxes/{id}/replace-mount`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReplaceMountRequest {
+    /// The archive whose content is to be there.
+    pub archive_id: String,
+    /// Absolute path of a directory in the sandbox; its working directory when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox_path: Option<String>,
+    /// Directory of the archive whose content is meant, for archives that name their files from further up: nothing
+    /// beside it is unpacked. The whole archive when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub archive_root: Option<String>,
+}
+
 /// Body of `POST /sandboxes/{id}/proxy`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BindRequest {
     /// Port in the sandbox, 1 to 65535. Wider than a port, so that 70000 is told of by name.
     pub port: i64,
-    /// Default true.
+    /// Whether it answers without credentials; absent: as it is, true for a new one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub is_public: Option<bool>,
 }
@@ -172,6 +200,18 @@ pub struct TtlRequest {
     /// Seconds from now until it is destroyed; null or absent: never.
     #[serde(default)]
     pub ttl_seconds: Option<i64>,
+}
+
+/// Body of `POST /sandboxes/{id}/resize`: exactly one of the two.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ResizeRequest {
+    /// `micro` … `xlarge`. A running sandbox is stopped and started with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_class: Option<String>,
+    /// Up to 250, and not less than it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_size_gb: Option<i64>,
 }
 
 /// Answer of `GET /sandboxes/{id}/wait`.
@@ -199,15 +239,15 @@ pub struct LogPiece {
     pub text: String,
 }
 
-/// A directory of the host in the sandbox.
+/// A directory of the host in the sandbox: a file that one changes the other sees, within a second.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mount {
-    /// Absolute path on the host.
+    /// Absolute path on the host, of a directory that is there; links are resolved.
     pub host_path: String,
-    /// Absolute path in the sandbox.
+    /// Absolute path in the sandbox; made when missing, and what is there is covered.
     pub sandbox_path: String,
-    /// Default false.
+    /// Whether the sandbox may not change it; default false.
     #[serde(default)]
     pub read_only: bool,
 }
@@ -258,7 +298,7 @@ pub struct CreateRequest {
     /// Run in order with `sh -c` after the archive is unpacked, before the start command.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub setup_hooks: Vec<String>,
-    /// Host directories; see the documentation for what is supported.
+    /// Directories of the daemon's host that the sandbox sees, live, up to 16.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<Mount>,
     /// `micro` … `xlarge`; `small` when absent. A string, so that an unknown one gets its own error code.
@@ -270,6 +310,10 @@ pub struct CreateRequest {
     /// Unpacked to the working directory before the hooks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub archive_id: Option<String>,
+    /// Directory of the archive whose content is meant, for archives that name their files from further up: nothing
+    /// beside it is unpacked. The whole archive when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub archive_root: Option<String>,
     /// HTTP path on the first port that must answer 2xx or 3xx before the sandbox counts as running.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health_path: Option<String>,
@@ -289,7 +333,10 @@ pub struct CreateRequest {
 pub struct SandboxInfo {
     /// A UUID.
     pub id: String,
-    /// Unique among living sandboxes.
+    /// Whose it is; absent: of the owner of the daemon's machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account_id: Option<String>,
+    /// Unique among an account's living sandboxes.
     pub name: String,
     /// URL-safe.
     pub slug: String,
@@ -308,6 +355,9 @@ pub struct SandboxInfo {
     pub size_class: SizeClass,
     /// Disk in GB.
     pub disk_size_gb: u32,
+    /// When the checkpoint was made that `restore` goes back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_at: Option<DateTime<Utc>>,
     /// Whether it was made from an archive.
     pub is_deployed: bool,
     /// The archive it was made from.
@@ -330,6 +380,9 @@ pub struct SandboxInfo {
     pub working_directory: String,
     /// Commands that ran before the start command.
     pub setup_hooks: Vec<String>,
+    /// Directories of the host that it sees.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// The reason's message, for clients that know only this field.
     pub error_message: Option<String>,
     /// Why it is not running.

@@ -126,6 +126,7 @@ impl ControlPlane {
         if let Some(vm) = self.find_vm(&id).await? {
             sandbox.set_vm(Some(Arc::clone(&vm)));
             self.resume_log(sandbox);
+            self.resume_mounts(sandbox, &vm);
             let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
             self.watch(sandbox, vm, main);
             return Ok(());
@@ -139,6 +140,7 @@ impl ControlPlane {
         let id = sandbox.record().id.clone();
         if let Some(vm) = self.find_vm(&id).await? {
             sandbox.set_vm(Some(Arc::clone(&vm)));
+            self.resume_mounts(sandbox, &vm);
             self.watch(sandbox, vm, None);
         }
         Ok(())

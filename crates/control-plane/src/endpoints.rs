@@ -4,13 +4,13 @@ use std::collections::HashMap;
 
 use heyvm_api::{
     ApiError, ErrorCode, names,
-    sandbox::{BindRequest, BoundPort, Endpoint, Status},
+    sandbox::{BindRequest, BoundPort, Endpoint, RouteInfo, Status},
 };
 use heyvm_store::EndpointRow;
 use heyvm_vm::agent::{DialError, PortStream};
 use rand::Rng;
 
-use crate::{ControlPlane, errors, not_running};
+use crate::{ControlPlane, Who, errors, not_running, validate};
 
 /// Letters and digits that nobody confuses; ten of them are 50 bits that nobody guesses.
 const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
@@ -34,40 +34,43 @@ pub enum ConnectError {
 }
 
 impl ControlPlane {
-    /// Gives a port a URL. Binding a bound port gives the same URL.
-    pub async fn bind(&self, who: &str, request: BindRequest) -> Result<BoundPort, ApiError> {
+    /// Gives a port a URL. Binding a bound port gives the same URL, and makes it public or private where that is said.
+    pub async fn bind(&self, who: &Who, request: BindRequest) -> Result<BoundPort, ApiError> {
         let port = names::check_port(request.port)?;
-        if request.is_public == Some(false) {
-            return Err(ApiError::new(
-                ErrorCode::Unsupported,
-                "private endpoints need accounts, which this version does not have",
-            )
-            .hint("leave --private out"));
-        }
+        validate::check_privacy(request.is_public, &who.account)?;
         let record = self.find(who)?.snapshot();
         if record.status == Status::Removed {
             return Err(not_running(&record));
         }
-        self.bind_port(&record.id, port).await?;
+        self.bind_port(&record.id, port, request.is_public).await?;
         let bound = self.bound(&record.id).into_iter().find(|bound| bound.endpoint.port == port);
         bound.ok_or_else(|| ApiError::new(ErrorCode::PortNotBound, format!("port {port} was unbound at the same time")))
     }
 
-    pub(crate) async fn bind_port(&self, id: &str, port: u16) -> Result<(), ApiError> {
-        if self.rows_of(id).iter().any(|row| row.port == port) {
+    /// A new one is public unless it is said that it is not.
+    pub(crate) async fn bind_port(&self, id: &str, port: u16, is_public: Option<bool>) -> Result<(), ApiError> {
+        let bound = self.rows_of(id).into_iter().find(|row| row.port == port);
+        if bound.as_ref().is_some_and(|row| is_public.is_none_or(|asked| asked == row.is_public)) {
             return Ok(());
         }
-        let row = EndpointRow { subdomain: subdomain(), sandbox_id: id.to_owned(), port };
-        match self.store.add_endpoint(&row, chrono::Utc::now().timestamp_millis()).await {
-            // Bound by another request at the same time.
-            Err(heyvm_store::Error::Exists) => {}
-            other => other.map_err(errors::store)?,
+        if bound.is_none() {
+            let is_public = is_public.unwrap_or(true);
+            let row = EndpointRow { subdomain: subdomain(), sandbox_id: id.to_owned(), port, is_public };
+            match self.store.add_endpoint(&row, chrono::Utc::now().timestamp_millis()).await {
+                Ok(()) => return self.reload_endpoints().await,
+                // Bound by another request at the same time.
+                Err(heyvm_store::Error::Exists) => {}
+                Err(error) => return Err(errors::store(error)),
+            }
+        }
+        if let Some(is_public) = is_public {
+            self.store.set_endpoint_public(id, port, is_public).await.map_err(errors::store)?;
         }
         self.reload_endpoints().await
     }
 
     /// Takes a port's URL away.
-    pub async fn unbind(&self, who: &str, port: i64) -> Result<(), ApiError> {
+    pub async fn unbind(&self, who: &Who, port: i64) -> Result<(), ApiError> {
         let port = names::check_port(port)?;
         let record = self.find(who)?.snapshot();
         if !self.store.remove_endpoint(&record.id, port).await.map_err(errors::store)? {
@@ -85,7 +88,7 @@ impl ControlPlane {
     }
 
     /// The bound ports.
-    pub async fn endpoints(&self, who: &str) -> Result<Vec<BoundPort>, ApiError> {
+    pub async fn endpoints(&self, who: &Who) -> Result<Vec<BoundPort>, ApiError> {
         // The lock on the record must be free again before the rows are put in its order.
         let id = self.find(who)?.record().id.clone();
         Ok(self.bound(&id))
@@ -103,7 +106,7 @@ impl ControlPlane {
     pub(crate) fn rows_of(&self, id: &str) -> Vec<EndpointRow> {
         let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut rows: Vec<_> = endpoints.values().filter(|row| row.sandbox_id == id).cloned().collect();
-        let order = self.find(id).map(|sandbox| sandbox.record().open_ports.clone()).unwrap_or_default();
+        let order = self.with_id(id).map(|sandbox| sandbox.record().open_ports.clone()).unwrap_or_default();
         rows.sort_by_key(|row| (order.iter().position(|port| *port == row.port).unwrap_or(usize::MAX), row.port));
         rows
     }
@@ -115,7 +118,7 @@ impl ControlPlane {
             (_, port) => format!(":{port}"),
         };
         let url = format!("{}://{hostname}{port}", self.config.url_scheme);
-        Endpoint { subdomain: row.subdomain.clone(), hostname, url, port: row.port, is_public: true }
+        Endpoint { subdomain: row.subdomain.clone(), hostname, url, port: row.port, is_public: row.is_public }
     }
 
     pub(crate) async fn reload_endpoints(&self) -> Result<(), ApiError> {
@@ -127,22 +130,25 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// The sandbox and the port behind a subdomain.
-    pub fn route(&self, subdomain: &str) -> Result<(String, u16), ConnectError> {
+    /// Where a subdomain leads, and whom.
+    pub fn route(&self, subdomain: &str) -> Result<RouteInfo, ConnectError> {
         let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let row = endpoints.get(subdomain).ok_or(ConnectError::UnknownSubdomain)?;
-        Ok((row.sandbox_id.clone(), row.port))
+        let row = endpoints.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?;
+        drop(endpoints);
+        let account = self.with_id(&row.sandbox_id).map(|sandbox| sandbox.record().account.clone());
+        let account_id = account.ok_or(ConnectError::UnknownSubdomain)?.as_str().to_owned();
+        Ok(RouteInfo { sandbox_id: row.sandbox_id, port: row.port, is_public: row.is_public, account_id })
     }
 
     /// A byte stream to the port behind a subdomain.
     pub async fn connect(&self, subdomain: &str) -> Result<Box<dyn PortStream>, ConnectError> {
-        let (sandbox_id, port) = self.route(subdomain)?;
-        self.connect_to(&sandbox_id, port).await
+        let route = self.route(subdomain)?;
+        self.connect_to(&route.sandbox_id, route.port).await
     }
 
     /// A byte stream to a port of a sandbox: the edge proxy's way in, which keeps connections by sandbox and port.
     pub async fn connect_to(&self, sandbox_id: &str, port: u16) -> Result<Box<dyn PortStream>, ConnectError> {
-        let sandbox = self.find(sandbox_id).map_err(|_| ConnectError::UnknownSubdomain)?;
+        let sandbox = self.with_id(sandbox_id).ok_or(ConnectError::UnknownSubdomain)?;
         let Some(vm) = sandbox.vm() else {
             let status = serde_json::to_value(sandbox.record().status).unwrap_or_default();
             return Err(ConnectError::NotRunning(status.as_str().unwrap_or("not running").to_owned()));

@@ -19,7 +19,8 @@ pub fn internal(error: &(dyn std::error::Error + 'static)) -> ApiError {
     ApiError::new(ErrorCode::Internal, with_sources(error)).hint("the daemon's log has the details")
 }
 
-fn with_sources(error: &dyn std::error::Error) -> String {
+/// An error with all that is behind it.
+pub fn with_sources(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -38,6 +39,13 @@ pub fn vm(error: heyvm_vm::Error) -> ApiError {
         Error::Boot { what, console_tail } => ApiError::new(ErrorCode::VmFailed, format!("the VM {what}"))
             .hint("try again; `heyvm doctor` says whether this host is fit")
             .log_tail(console_tail),
+        Error::NoCheckpoint => {
+            ApiError::new(ErrorCode::InvalidState, "the sandbox has no checkpoint").hint("heyvm checkpoint makes one")
+        }
+        Error::NotGrown(_) => ApiError::new(ErrorCode::InvalidState, error.to_string())
+            .hint("what is on this disk cannot grow: a new sandbox can have a larger one"),
+        Error::TooSlow(_) => ApiError::new(ErrorCode::Timeout, error.to_string())
+            .hint("stop the sandbox first: then it may take as long as it takes"),
         Error::Unreachable(why) => {
             ApiError::new(ErrorCode::SandboxUnreachable, format!("the sandbox's agent does not answer: {why}"))
                 .hint("heyvm restart brings a sandbox back that does not answer")

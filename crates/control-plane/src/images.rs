@@ -1,6 +1,6 @@
 //! Images and the host's fitness, as the API tells of them.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use chrono::{TimeZone, Utc};
 use heyvm_api::{
@@ -11,7 +11,7 @@ use heyvm_api::{
 };
 use heyvm_images::{Image, Resolved};
 
-use crate::{ControlPlane, ProgressSink, Sandbox, errors, record::Record, tell, validate};
+use crate::{Account, ControlPlane, ProgressSink, Sandbox, errors, record::Record, tell, validate};
 
 /// Less than this under the home makes sandboxes fail before long.
 const LOW_DISK: u64 = 2 << 30;
@@ -44,8 +44,8 @@ impl ControlPlane {
 
     /// Takes an image from a file on this machine.
     pub async fn import_image(&self, request: ImportRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
+        let path = on_this_machine(&request.path)?;
         tell(&progress, "image", "importing");
-        let path = std::path::PathBuf::from(&request.path);
         let forward = self.forward(&progress, "image");
         let image = self.images.import(&path, request.name.as_deref(), forward).await.map_err(errors::image)?;
         self.prune_images().await;
@@ -102,15 +102,15 @@ impl ControlPlane {
     }
 
     /// Takes a guest kernel from an unpacked package.
-    pub async fn import_kernel(&self, tree: &std::path::Path) -> Result<String, ApiError> {
-        let (images, tree) = (Arc::clone(&self.images), tree.to_owned());
+    pub async fn import_kernel(&self, tree: &str) -> Result<String, ApiError> {
+        let (images, tree) = (Arc::clone(&self.images), on_this_machine(tree)?);
         let imported = tokio::task::spawn_blocking(move || images.import_kernel(&tree)).await;
         imported.map_err(|error| errors::internal(&error))?.map_err(errors::image)
     }
 
     /// Makes sure that kernel, default image and the small template are there.
     pub async fn prepare_default(&self, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
-        let record = validate::record(&CreateRequest::default(), &self.config)?;
+        let record = validate::record(&CreateRequest::default(), &Account::owner(), &self.config)?;
         let sandbox = Sandbox::new(record);
         let spec = self.default_spec(&sandbox.snapshot(), &progress).await?;
         self.driver.prepare(&spec, self.forward(&progress, "template")).await.map_err(errors::vm)?;
@@ -156,6 +156,15 @@ impl ControlPlane {
             Err(error) => failed("disk", errors::io("looking at the disk", &error.into())),
         }
     }
+}
+
+/// A path as a request names it: what directory the daemon is in means nothing to whoever asks.
+fn on_this_machine(path: &str) -> Result<PathBuf, ApiError> {
+    if path.starts_with('/') && !path.contains('\0') {
+        return Ok(path.into());
+    }
+    Err(ApiError::new(ErrorCode::InvalidArgument, format!("path {path:?} is not an absolute path"))
+        .hint("begin it with /: a file or directory on the daemon's machine"))
 }
 
 fn ok(name: &str, message: String) -> Check {

@@ -1,15 +1,19 @@
 //! What a request means: sandboxes and their state machine, names, ports, time-to-live, archives, logs.
 //! Knows no HTTP and no QEMU: `heyvm-server` calls it, it calls a [`heyvm_vm::Driver`], the store and the images.
 //!
-//! - [`record`]: one sandbox and its state machine, drawn.  [`validate`]: what may be asked for.
-//! - [`create`]: the steps of a deploy.  [`replace`]: a new version takes an old one's place.
+//! - [`record`]: one sandbox and its state machine, drawn.  [`validate`]: what may be asked for.  [`who`]: by whom.
+//! - [`create`]: the steps of a deploy.  [`replace`]: a new version takes an old one's place.  [`replace_mount`]: a new
+//!   archive within one.
 //! - [`lifecycle`]: stop, start, remove, and what happens by itself.  [`adoption`]: what a new daemon finds.
+//! - [`mounts`]: directories of this host in a sandbox.
+//! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
 //! - [`guest_command`]: hooks.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
 #![forbid(unsafe_code)]
 
 mod adoption;
 mod archives;
+mod checkpoint;
 mod create;
 mod endpoints;
 mod errors;
@@ -18,10 +22,14 @@ mod images;
 mod lifecycle;
 mod logs;
 mod main_command;
+mod mounts;
 mod ready;
 mod record;
 mod replace;
+mod replace_mount;
+mod resize;
 mod validate;
+mod who;
 
 use std::{
     collections::HashMap,
@@ -38,10 +46,15 @@ use heyvm_store::{EndpointRow, Store};
 use heyvm_vm::{AgentConnection, Driver, Vm};
 use tokio::sync::watch;
 
+pub use archives::id_of as archive_id;
+pub use create::Asked;
 pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
 pub use logs::LogChunk;
 use record::Record;
+pub use record::fingerprint;
+pub use validate::{DEFAULT_WORKING_DIRECTORY, check, made_up_name};
+pub use who::{Account, Who};
 
 /// What the control plane is told at its start.
 #[derive(Debug, Clone)]
@@ -66,7 +79,7 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 /// Takes progress events of a long call. Sending never blocks.
 pub type ProgressSink = tokio::sync::mpsc::UnboundedSender<ProgressEvent>;
 
-/// The one owner of every sandbox's state. `who` below is an id, a name or a slug: the living one, else the newest.
+/// The one owner of every sandbox's state.
 pub struct ControlPlane {
     config: Config,
     store: Store,
@@ -154,9 +167,10 @@ impl Sandbox {
 }
 
 impl ControlPlane {
-    /// Sandboxes, newest first.
-    pub async fn list(&self, filter: ListFilter) -> Result<Vec<SandboxInfo>, ApiError> {
+    /// Sandboxes of one account, or of all; newest first.
+    pub async fn list(&self, filter: ListFilter, of: Option<&Account>) -> Result<Vec<SandboxInfo>, ApiError> {
         let mut records: Vec<Record> = self.all().iter().map(|sandbox| sandbox.snapshot()).collect();
+        records.retain(|record| of.is_none_or(|account| record.account == *account));
         records.retain(|record| match filter {
             ListFilter::Living => record.holds_its_name(),
             ListFilter::Stopped => matches!(record.status, Status::Stopped | Status::Failed),
@@ -167,12 +181,12 @@ impl ControlPlane {
     }
 
     /// One sandbox; also one removed within the last day.
-    pub async fn get(&self, who: &str) -> Result<SandboxInfo, ApiError> {
+    pub async fn get(&self, who: &Who) -> Result<SandboxInfo, ApiError> {
         Ok(self.info(&self.find(who)?.snapshot()))
     }
 
     /// The agent of a running sandbox, for exec and files.
-    pub async fn agent(&self, who: &str) -> Result<AgentConnection, ApiError> {
+    pub async fn agent(&self, who: &Who) -> Result<AgentConnection, ApiError> {
         let sandbox = self.find(who)?;
         let record = sandbox.snapshot();
         match sandbox.vm().filter(|_| record.status != Status::Stopping) {
@@ -182,7 +196,7 @@ impl ControlPlane {
     }
 
     /// `error`, or why the sandbox ended where that is what is behind it: its end is known a moment after its agent's.
-    pub async fn explain(&self, who: &str, error: ApiError) -> ApiError {
+    pub async fn explain(&self, who: &Who, error: ApiError) -> ApiError {
         let Ok(sandbox) = self.find(who) else { return error };
         let mut changes = sandbox.changed.subscribe();
         let ended = changes.wait_for(|()| !sandbox.record().is_living());
@@ -225,17 +239,23 @@ impl ControlPlane {
         self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(id);
     }
 
-    /// By id, else the living one of that name or slug, else the newest.
-    fn find(&self, who: &str) -> Result<Arc<Sandbox>, ApiError> {
-        let all = self.all();
-        if let Some(found) = all.iter().find(|sandbox| sandbox.record().id == who) {
-            return Ok(Arc::clone(found));
+    fn with_id(&self, id: &str) -> Option<Arc<Sandbox>> {
+        self.sandboxes.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(id).cloned()
+    }
+
+    /// By id, else the living one of that name or slug, else the newest. An id of another account is told of as that.
+    fn find(&self, who: &Who) -> Result<Arc<Sandbox>, ApiError> {
+        if let Some(found) = self.with_id(&who.sandbox) {
+            let is_theirs = found.record().account == who.account;
+            return if is_theirs { Ok(found) } else { Err(not_theirs(who)) };
         }
-        let mut named: Vec<_> = all
+        let mut named: Vec<_> = self
+            .all()
             .into_iter()
             .filter(|sandbox| {
                 let record = sandbox.record();
-                !record.waiting_to_replace && (record.name == who || record.slug == who)
+                let is_called_so = record.name == who.sandbox || record.slug == who.sandbox;
+                is_called_so && record.account == who.account && !record.waiting_to_replace
             })
             .collect();
         named.sort_by_key(|sandbox| {
@@ -243,7 +263,7 @@ impl ControlPlane {
             (record.is_living(), record.status != Status::Removed, record.created_at)
         });
         named.pop().ok_or_else(|| {
-            ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {who:?}"))
+            ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {:?}", who.sandbox))
                 .hint("heyvm list --all shows them all, also those removed within a day")
         })
     }
@@ -268,6 +288,11 @@ async fn apart<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
     tokio::spawn(work).await.map_err(|error| errors::internal(&error))?
+}
+
+fn not_theirs(who: &Who) -> ApiError {
+    ApiError::new(ErrorCode::Forbidden, format!("sandbox {who} is another account's"))
+        .hint("heyvm list --all shows those of yours; is this the account you meant?")
 }
 
 fn not_running(record: &Record) -> ApiError {

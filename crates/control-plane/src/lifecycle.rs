@@ -14,7 +14,7 @@ use heyvm_api::{
 use heyvm_vm::{Exit, ExitCause, Vm};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, apart,
+    ControlPlane, ProgressSink, Sandbox, Who, apart,
     create::cut_short,
     errors,
     guest_command::shown,
@@ -33,7 +33,7 @@ const REMEMBERED: chrono::Duration = chrono::Duration::days(1);
 
 impl ControlPlane {
     /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
-    pub async fn stop(self: &Arc<Self>, who: &str) -> Result<SandboxInfo, ApiError> {
+    pub async fn stop(self: &Arc<Self>, who: &Who) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
         apart(async move {
             let _one_transition = sandbox.transition.lock().await;
@@ -43,7 +43,7 @@ impl ControlPlane {
     }
 
     /// The transition lock is held.
-    async fn stop_now(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<SandboxInfo, ApiError> {
+    pub(crate) async fn stop_now(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<SandboxInfo, ApiError> {
         // One that was running before this daemon may not have been found yet.
         if sandbox.record().status == Status::Running && sandbox.vm().is_none() {
             self.adopt(sandbox).await?;
@@ -73,7 +73,7 @@ impl ControlPlane {
     }
 
     /// Goes on from the disk and runs the start command again. Starting a running one succeeds.
-    pub async fn start(self: &Arc<Self>, who: &str, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
+    pub async fn start(self: &Arc<Self>, who: &Who, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
         apart(async move {
             let _one_transition = sandbox.transition.lock().await;
@@ -83,7 +83,7 @@ impl ControlPlane {
     }
 
     /// The transition lock is held.
-    async fn start_now(
+    pub(crate) async fn start_now(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
         progress: &ProgressSink,
@@ -134,6 +134,7 @@ impl ControlPlane {
         }
         let vm = self.driver.start(&record.id, &spec).await.map_err(|error| errors::vm(error).step("vm"))?;
         sandbox.set_vm(Some(Arc::clone(&vm)));
+        self.mount_all(sandbox, &vm).await.map_err(|error| error.step("mount"))?;
         let mut main = self.run_start_command(sandbox, &vm, progress).await?;
         self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
         self.save(sandbox, Record::run).await?;
@@ -142,7 +143,7 @@ impl ControlPlane {
     }
 
     /// Stop, then start, with nothing in between.
-    pub async fn restart(self: &Arc<Self>, who: &str, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
+    pub async fn restart(self: &Arc<Self>, who: &Who, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
         apart(async move {
             let _one_transition = sandbox.transition.lock().await;
@@ -153,7 +154,7 @@ impl ControlPlane {
     }
 
     /// Destroys it with disk and URLs; told of for a day. Removing a removed one succeeds.
-    pub async fn remove(self: &Arc<Self>, who: &str) -> Result<SandboxInfo, ApiError> {
+    pub async fn remove(self: &Arc<Self>, who: &Who) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
         let reason = record::reason(ReasonCode::Removed, "removed by a request");
         apart(async move {
@@ -178,7 +179,7 @@ impl ControlPlane {
     }
 
     /// Sets the time-to-live anew, from now on.
-    pub async fn set_ttl(&self, who: &str, ttl_seconds: Option<i64>) -> Result<SandboxInfo, ApiError> {
+    pub async fn set_ttl(&self, who: &Who, ttl_seconds: Option<i64>) -> Result<SandboxInfo, ApiError> {
         let ttl = validate::check_ttl(ttl_seconds)?;
         let sandbox = self.find(who)?;
         let _one_transition = sandbox.transition.lock().await;
@@ -209,6 +210,7 @@ impl ControlPlane {
         self.unbind_all(&record.id).await;
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
+        self.forget_mounts(&record.id);
         self.save(sandbox, |record| record.enter(Status::Removed, record.reason.clone())).await?;
         self.prune_images().await;
         self.store.remove_keys(&record.id).await.map_err(errors::store)

@@ -18,7 +18,7 @@ use heyvm_store::SandboxRow;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{ControlPlane, Sandbox, errors, guest_command::Tail};
+use crate::{ControlPlane, Sandbox, Who, errors, guest_command::Tail};
 
 /// A piece of what a start command printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,7 +103,7 @@ impl ControlPlane {
     }
 
     /// What the start command printed, kept until a day after the end of the sandbox; with `follow` until it ends.
-    pub async fn logs(&self, who: &str, follow: bool) -> Result<BoxStream<'static, io::Result<LogChunk>>, ApiError> {
+    pub async fn logs(&self, who: &Who, follow: bool) -> Result<BoxStream<'static, io::Result<LogChunk>>, ApiError> {
         let sandbox = self.find(who)?;
         let mut reader = Reader::new(self.log_path(&sandbox.record().id.clone()));
         let mut changed = sandbox.changed.subscribe();

@@ -11,7 +11,7 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, lifecycle,
+    ControlPlane, ProgressSink, Sandbox, Who, lifecycle,
     main_command::{Main, tail_of_this_run},
     record::Record,
     tell,
@@ -68,7 +68,7 @@ impl ControlPlane {
     /// Waits until something listens on the port in the sandbox, and answers 2xx or 3xx on `path` where given. `false` at the deadline.
     pub async fn wait_for_port(
         &self,
-        who: &str,
+        who: &Who,
         port: i64,
         path: Option<&str>,
         timeout: Duration,

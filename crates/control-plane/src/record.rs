@@ -18,15 +18,20 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use heyvm_api::sandbox::{CreateRequest, Endpoint, Reason, ReasonCode, SandboxInfo, SizeClass, Status};
+use heyvm_api::sandbox::{CreateRequest, Endpoint, Mount, Reason, ReasonCode, SandboxInfo, SizeClass, Status};
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
+
+use crate::Account;
 
 /// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// A UUID.
     pub id: String,
+    /// Whose it is.
+    #[serde(default)]
+    pub account: Account,
     /// Its name.
     pub name: String,
     /// Its slug.
@@ -51,8 +56,14 @@ pub struct Record {
     pub size_class: SizeClass,
     /// Its disk.
     pub disk_gib: u32,
+    /// When the copy of its disk was made that it can go back to.
+    #[serde(default)]
+    pub checkpoint_at: Option<DateTime<Utc>>,
     /// The archive it was made from.
     pub archive_id: Option<String>,
+    /// Which directory of it.
+    #[serde(default)]
+    pub archive_root: Option<String>,
     /// When it was asked for.
     pub created_at: DateTime<Utc>,
     /// When its status last changed.
@@ -77,6 +88,15 @@ pub struct Record {
     pub health_timeout_ms: u64,
     /// Ports whose readiness counts, in the order asked for.
     pub open_ports: Vec<u16>,
+    /// Whether they answer everyone, where that was said.
+    #[serde(default)]
+    pub ports_are_public: Option<bool>,
+    /// What it was asked for with: a repeated request is told from another one.
+    #[serde(default)]
+    pub fingerprint: String,
+    /// Directories of this host in it.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// Why it does not run.
     pub reason: Option<Reason>,
     /// What was done otherwise than asked for.
@@ -129,6 +149,7 @@ impl Record {
     pub fn row(&self) -> SandboxRow {
         SandboxRow {
             id: self.id.clone(),
+            account: self.account.as_str().to_owned(),
             name: self.name.clone(),
             slug: self.slug.clone(),
             living: self.holds_its_name(),
@@ -150,6 +171,7 @@ impl Record {
         let uptime = self.started_at.map_or(0, |at| (Utc::now() - at).num_seconds().max(0).unsigned_abs());
         SandboxInfo {
             id: self.id.clone(),
+            account_id: Some(self.account.as_str()).filter(|id| !id.is_empty()).map(str::to_owned),
             name: self.name.clone(),
             slug: self.slug.clone(),
             status: self.status,
@@ -159,6 +181,7 @@ impl Record {
             region: self.region.clone(),
             size_class: self.size_class,
             disk_size_gb: self.disk_gib,
+            checkpoint_at: self.checkpoint_at,
             is_deployed: self.archive_id.is_some(),
             archive_id: self.archive_id.clone(),
             created_at: self.created_at,
@@ -170,6 +193,7 @@ impl Record {
             start_command: self.start_command.clone(),
             working_directory: self.working_directory.clone(),
             setup_hooks: self.setup_hooks.clone(),
+            mounts: self.mounts.clone(),
             error_message: self.reason.as_ref().map(|reason| reason.message.clone()),
             reason: self.reason.clone(),
             urls,

@@ -7,16 +7,16 @@ use heyvm_api::{
     sandbox::{ReasonCode, Status},
 };
 
-use crate::{ControlPlane, Sandbox, errors, record};
+use crate::{Account, ControlPlane, Sandbox, errors, record};
 
 /// Answers of the old one that are on their way get this long.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
 impl ControlPlane {
-    pub(crate) fn living_named(&self, name: &str) -> Option<Arc<Sandbox>> {
+    pub(crate) fn living_named(&self, name: &str, account: &Account) -> Option<Arc<Sandbox>> {
         self.all().into_iter().find(|sandbox| {
             let record = sandbox.record();
-            record.name == name && record.holds_its_name()
+            record.name == name && record.account == *account && record.holds_its_name()
         })
     }
 
@@ -25,11 +25,8 @@ impl ControlPlane {
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
     ) -> Result<bool, ApiError> {
-        let (name, waiting) = {
-            let record = sandbox.record();
-            (record.name.clone(), record.waiting_to_replace)
-        };
-        while let Some(old) = self.living_named(&name).filter(|_| waiting) {
+        let record = sandbox.snapshot();
+        while let Some(old) = self.living_named(&record.name, &record.account).filter(|_| record.waiting_to_replace) {
             let _no_transition_of_the_old = old.transition.lock().await;
             // It may have ended while it was waited for.
             if old.record().holds_its_name() {
@@ -48,8 +45,10 @@ impl ControlPlane {
         old_record.enter(Status::Stopping, Some(reason.clone()));
         new_record.waiting_to_replace = false;
         new_record.run();
-        let moved: Vec<_> =
-            self.rows_of(&old_record.id).into_iter().filter(|row| new_record.open_ports.contains(&row.port)).collect();
+        let mut moved = self.rows_of(&old_record.id);
+        moved.retain(|row| new_record.open_ports.contains(&row.port));
+        // A private one is not opened by leaving it out.
+        moved.iter_mut().for_each(|row| row.is_public = new_record.ports_are_public.unwrap_or(row.is_public));
         self.store.replace(&old_record.row(), &new_record.row(), &moved).await.map_err(errors::store)?;
         *old.record() = old_record;
         *new.record() = new_record;

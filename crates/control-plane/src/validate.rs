@@ -3,20 +3,21 @@
 use chrono::Utc;
 use heyvm_api::{
     ApiError, ErrorCode, names,
-    sandbox::{CreateRequest, Status},
+    sandbox::{CreateRequest, ResizeRequest, SizeClass, Status},
 };
 use rand::seq::IndexedRandom;
 
-use crate::{Config, record::Record};
+use crate::{Account, Config, archives, mounts, record::Record};
 
 const DEFAULT_DISK_GIB: u32 = 10;
-const DEFAULT_WORKING_DIRECTORY: &str = "/workspace";
+/// Where commands run and archives go when nobody says otherwise.
+pub const DEFAULT_WORKING_DIRECTORY: &str = "/workspace";
 const DEFAULT_HEALTH_TIMEOUT: f64 = 120.0;
 const MAX_HEALTH_TIMEOUT: f64 = 24.0 * 3600.0;
 const TYPES: [&str; 3] = ["shell", "python", "node"];
 
 /// A record in its first state; nothing has been done yet.
-pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiError> {
+pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Result<Record, ApiError> {
     let name = match &request.name {
         Some(name) => {
             names::check_name(name)?;
@@ -31,7 +32,7 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
         }
         None => names::slugify(&name),
     };
-    supported(request)?;
+    supported(request, account)?;
     let ports = request.open_ports.iter().map(|port| names::check_port(*port)).collect::<Result<Vec<_>, _>>()?;
     for (name, value) in &request.env_vars {
         names::check_env_name(name)?;
@@ -56,6 +57,7 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
     let now = Utc::now();
     Ok(Record {
         id: uuid::Uuid::new_v4().to_string(),
+        account: account.clone(),
         name,
         slug,
         status: Status::Provisioning,
@@ -66,8 +68,10 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
         image_requested: None,
         region: region(request, config)?,
         size_class,
-        disk_gib: disk(request)?,
+        disk_gib: request.disk_size_gb.map_or(Ok(DEFAULT_DISK_GIB), disk)?,
+        checkpoint_at: None,
         archive_id: request.archive_id.clone(),
+        archive_root: request.archive_root.as_deref().map(archives::root).transpose()?,
         created_at: now,
         status_changed_at: now,
         started_at: None,
@@ -80,31 +84,51 @@ pub fn record(request: &CreateRequest, config: &Config) -> Result<Record, ApiErr
         health_path: request.health_path.clone(),
         health_timeout_ms: health_timeout(request)?,
         open_ports: ports,
+        ports_are_public: request.is_public,
+        fingerprint: String::new(),
+        mounts: mounts::check(&request.mounts, &config.home)?,
         reason: None,
         warnings: Vec::new(),
         has_run: false,
     })
 }
 
+/// Whether a request can be carried out anywhere; where, is not looked at.
+pub fn check(request: &CreateRequest, account: &Account) -> Result<(), ApiError> {
+    let nowhere = Config {
+        home: "/nonexistent".into(),
+        base_domain: String::new(),
+        url_scheme: String::new(),
+        url_port: 0,
+        regions: request.region.clone().into_iter().collect(),
+        default_image: String::new(),
+    };
+    record(request, account, &nowhere).map(drop)
+}
+
 /// What is asked for and cannot be given is an error, never left out in silence.
-fn supported(request: &CreateRequest) -> Result<(), ApiError> {
+fn supported(request: &CreateRequest, account: &Account) -> Result<(), ApiError> {
     let unsupported = |what: &str, hint: &str| Err(ApiError::new(ErrorCode::Unsupported, what).hint(hint));
     if let Some(backend) = request.backend_type.as_deref().filter(|backend| *backend != "qemu") {
         return unsupported(&format!("there is no backend {backend:?}"), "leave it out, or use qemu");
     }
-    if !request.mounts.is_empty() {
-        return unsupported(
-            "directories of the host cannot be mounted yet",
-            "deploy the directory, or copy it in with heyvm cp",
-        );
+    if let [_, ..] = request.mounts.as_slice() {
+        account.must_be_owner("mounting a directory of the host")?;
     }
-    if request.is_public == Some(false) {
-        return unsupported("private endpoints need accounts, which this version does not have", "leave --private out");
-    }
+    check_privacy(request.is_public, account)?;
     if let Some(kind) = request.sandbox_type.as_deref().filter(|kind| !TYPES.contains(kind)) {
         return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python or node"));
     }
     Ok(())
+}
+
+/// A private endpoint answers the members of an account.
+pub fn check_privacy(is_public: Option<bool>, account: &Account) -> Result<(), ApiError> {
+    if is_public != Some(false) || !account.is_owner() {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::Unsupported, "private endpoints need a server, which knows who may use them")
+        .hint("log in to one with heyvm login, or leave --private out"))
 }
 
 fn invalid(message: String, hint: &str) -> ApiError {
@@ -121,12 +145,31 @@ fn region(request: &CreateRequest, config: &Config) -> Result<String, ApiError> 
     }
 }
 
-fn disk(request: &CreateRequest) -> Result<u32, ApiError> {
-    let Some(gb) = request.disk_size_gb else { return Ok(DEFAULT_DISK_GIB) };
+fn disk(gb: i64) -> Result<u32, ApiError> {
     u32::try_from(gb)
         .ok()
         .filter(|_| names::DISK_GB.contains(&gb))
         .ok_or_else(|| invalid(format!("disk_size_gb {gb} cannot be had"), "use 1 to 250"))
+}
+
+/// What a sandbox is to become.
+#[derive(Debug, Clone, Copy)]
+pub enum Resize {
+    /// Another size class.
+    Class(SizeClass),
+    /// A disk of so many GiB.
+    Disk(u32),
+}
+
+/// Exactly one of the two.
+pub fn resize(request: &ResizeRequest) -> Result<Resize, ApiError> {
+    match (&request.size_class, request.disk_size_gb) {
+        (Some(class), None) => names::parse_size_class(class).map(Resize::Class),
+        (None, Some(gb)) => disk(gb).map(Resize::Disk),
+        _ => {
+            Err(invalid("a resize is of the size class or of the disk".into(), "give one of size_class, disk_size_gb"))
+        }
+    }
 }
 
 fn ttl(request: &CreateRequest) -> Result<Option<i64>, ApiError> {
@@ -156,7 +199,7 @@ fn health_timeout(request: &CreateRequest) -> Result<u64, ApiError> {
 }
 
 /// Three words that nobody has to remember, as long as they are different.
-fn made_up_name() -> String {
+pub fn made_up_name() -> String {
     const HOW: [&str; 16] = [
         "brave", "calm", "clever", "eager", "fast", "gentle", "happy", "keen", "kind", "lucky", "merry", "quiet",
         "sharp", "steady", "swift", "warm",
@@ -189,7 +232,8 @@ mod tests {
 
     #[test]
     fn every_bad_field_has_its_code() {
-        let bad: [(CreateRequest, ErrorCode); 10] = [
+        let bad: [(CreateRequest, ErrorCode); 11] = [
+            (CreateRequest { archive_root: Some("a/../..".into()), ..Default::default() }, ErrorCode::InvalidArgument),
             (CreateRequest { name: Some("a b".into()), ..Default::default() }, ErrorCode::InvalidName),
             (CreateRequest { slug: Some("A".into()), ..Default::default() }, ErrorCode::InvalidName),
             (CreateRequest { open_ports: vec![0], ..Default::default() }, ErrorCode::InvalidPort),
@@ -202,7 +246,7 @@ mod tests {
             (CreateRequest { backend_type: Some("docker".into()), ..Default::default() }, ErrorCode::Unsupported),
         ];
         for (request, code) in bad {
-            let error = record(&request, &config()).unwrap_err();
+            let error = record(&request, &Account::owner(), &config()).unwrap_err();
             assert_eq!(error.code, code, "{request:?}");
             assert!(error.hint.is_some(), "{request:?}");
         }
@@ -210,7 +254,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_has_a_default() {
-        let record = record(&CreateRequest::default(), &config()).unwrap();
+        let record = record(&CreateRequest::default(), &Account::owner(), &config()).unwrap();
         assert_eq!((record.disk_gib, record.working_directory.as_str()), (10, "/workspace"));
         assert_eq!(record.slug, names::slugify(&record.name));
         assert_eq!(record.expires_at(), None);

@@ -13,7 +13,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{Ran, Refusal, Vm, eventually, leaks};
+use crate::{Ran, Refusal, Vm, eventually, leaks, network::Namespace};
 
 /// What hosts share: these take long to make and are only read.
 const SHARED: [&str; 4] = ["images", "kernels", "templates", "jail"];
@@ -29,6 +29,8 @@ pub struct Host {
     root: tempfile::TempDir,
     /// Where the programs are, for a user who may not look into the project's own directory.
     programs: Option<PathBuf>,
+    /// The network it is in, where that is not the machine's.
+    namespace: Option<Namespace>,
 }
 
 impl Default for Host {
@@ -49,14 +51,14 @@ impl Host {
         host
     }
 
-    /// A fresh home with images of its own (a copy of the prepared ones), for tests that add or remove images.
+    /// A fresh home with images and kernels of its own (copies of the prepared ones), for tests that add or remove some.
     pub fn with_own_images() -> Self {
         let host = Self::bare();
         for name in SHARED {
             let shared = test_home().join(name);
             fs::create_dir_all(&shared).expect("test home");
-            if name == "images" {
-                copy(&shared, &host.home.join(name));
+            if ["images", "kernels"].contains(&name) {
+                copy_finished(&shared, &host.home.join(name));
             } else {
                 symlink(&shared, host.home.join(name)).expect("link");
             }
@@ -70,7 +72,7 @@ impl Host {
         let mut host = Self::bare();
         host.configure("[network]\nenabled = false\n");
         for name in ["images", "kernels"] {
-            copy(&test_home().join(name), &host.home.join(name));
+            copy_finished(&test_home().join(name), &host.home.join(name));
         }
         let programs = host.root.path().join("bin");
         fs::create_dir(&programs).expect("directory");
@@ -89,9 +91,30 @@ impl Host {
         let home = root.path().join("h");
         fs::create_dir(&home).expect("home");
         fs::create_dir(root.path().join("user")).expect("user's home");
-        let host = Self { home, root, programs: None };
+        let host = Self { home, root, programs: None, namespace: None };
         host.configure("");
         host
+    }
+
+    /// The same in another network.
+    pub fn within(mut self, namespace: &Namespace) -> Self {
+        self.namespace = Some(namespace.clone());
+        self
+    }
+
+    /// A bare one in the same network.
+    pub fn another(&self) -> Self {
+        let mut host = Self::bare();
+        host.namespace.clone_from(&self.namespace);
+        host
+    }
+
+    /// Runs some of the test's own code in its network.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.namespace {
+            None => work(),
+            Some(namespace) => namespace.enter(work),
+        }
     }
 
     /// Writes config.toml, `settings` below `[edge]` or in tables of their own; takes effect when the daemon starts next.
@@ -118,9 +141,10 @@ impl Host {
 
     /// The program with this home, ready for arguments; nothing of the caller's own settings reaches it.
     pub fn command(&self) -> Command {
-        let mut command = match &self.programs {
-            None => Command::new(program()),
-            Some(programs) => {
+        let mut command = match (&self.programs, &self.namespace) {
+            (None, None) => Command::new(program()),
+            (None, Some(namespace)) => namespace.command(program()),
+            (Some(programs), _) => {
                 let mut command = Command::new("setpriv");
                 let ids = ["--reuid", ORDINARY_USER, "--regid", ORDINARY_USER, "--clear-groups"];
                 command.args(ids).arg(programs.join("heyvm"));
@@ -281,6 +305,21 @@ impl Drop for Host {
 /// With what it holds and how it is.
 fn copy(from: &Path, to: &Path) {
     Ran::of(Command::new("cp").args(["-a", "--reflink=auto"]).arg(from).arg(to), b"").succeeded();
+}
+
+/// A directory of the test home without what another test is half-way through making there. The index comes first, so
+/// that it names nothing that is not copied.
+fn copy_finished(from: &Path, to: &Path) {
+    fs::create_dir(to).expect("directory");
+    let mut names: Vec<_> =
+        fs::read_dir(from).expect("test home").map(|entry| entry.expect("entry").file_name()).collect();
+    names.retain(|name| !name.to_string_lossy().contains("half") && !name.to_string_lossy().starts_with(".tmp"));
+    if let Some(index) = names.iter().position(|name| name == "index.json") {
+        names.swap(0, index);
+    }
+    for name in names {
+        copy(&from.join(&name), &to.join(&name));
+    }
 }
 
 /// The program under test: HEYVM_BIN, else what `cargo build --release -p heyvm` has made.

@@ -14,14 +14,19 @@
 //! - [`http`]: requests to a sandbox's URL as a browser would send them.
 //! - [`apps`]: directories to deploy.
 //! - [`registry`]: a real OCI registry on loopback.
+//! - [`cloud`]: a heyvm server, and machines that are logged in to it.
+//! - [`network`]: networks of their own, and a link that can be cut.  [`regions`]: a cloud in two of them.
 //!
 //! Kernel, default image and templates come from the test home that `./test` prepares; all of a host's own state lies
 //! in a directory of its own below /tmp, because a Unix socket's path is short.
 
 pub mod apps;
+pub mod cloud;
 pub mod host;
 pub mod http;
 pub mod leaks;
+pub mod network;
+pub mod regions;
 pub mod registry;
 pub mod run;
 pub mod vm;

@@ -16,10 +16,10 @@ use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
-use crate::pool::Lease;
-
-/// A visitor may be slow, but one who sends nothing of a body for this long holds a place that others want.
-const VISITOR_LIMIT: Duration = Duration::from_secs(300);
+use crate::{
+    pool::Lease,
+    site::{BodyError, SiteBody},
+};
 
 /// A visitor's body on its way to the sandbox, or none.
 pub struct RequestBody {
@@ -30,15 +30,37 @@ pub struct RequestBody {
 /// How far a request's body has come.
 pub struct Progress {
     waiting_for_visitor: AtomicBool,
+    broken: AtomicBool,
     last: Mutex<Instant>,
+}
+
+/// Who does not go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stalled {
+    /// Sends nothing of its body.
+    Visitor,
+    /// Does not answer.
+    Sandbox,
 }
 
 impl RequestBody {
     /// The body of a request.
     pub fn new(inner: Incoming) -> (Self, Arc<Progress>) {
-        let progress =
-            Arc::new(Progress { waiting_for_visitor: AtomicBool::new(false), last: Mutex::new(Instant::now()) });
         let inner = (!inner.is_end_stream()).then_some(inner);
+        Self::of(inner)
+    }
+
+    /// No body.
+    pub fn none() -> (Self, Arc<Progress>) {
+        Self::of(None)
+    }
+
+    fn of(inner: Option<Incoming>) -> (Self, Arc<Progress>) {
+        let progress = Arc::new(Progress {
+            waiting_for_visitor: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            last: Mutex::new(Instant::now()),
+        });
         (Self { inner, progress: Arc::clone(&progress) }, progress)
     }
 
@@ -49,17 +71,23 @@ impl RequestBody {
 }
 
 impl Progress {
-    /// Resolves when the sandbox has done nothing for `limit`, or the visitor has sent nothing for [`VISITOR_LIMIT`].
-    pub async fn stalled(&self, limit: Duration) {
+    /// Resolves when the sandbox has done nothing for `sandbox`, or the visitor has sent nothing for `visitor`; says who
+    /// is waited for.
+    pub async fn stalled(&self, sandbox: Duration, visitor: Duration) -> Stalled {
         loop {
             let waiting_for_visitor = self.waiting_for_visitor.load(Ordering::Relaxed);
-            let end = *self.lock() + if waiting_for_visitor { limit.max(VISITOR_LIMIT) } else { limit };
+            let end = *self.lock() + if waiting_for_visitor { visitor } else { sandbox };
             if end <= Instant::now() {
-                return;
+                return if waiting_for_visitor { Stalled::Visitor } else { Stalled::Sandbox };
             }
             // Who is waited for may change meanwhile.
-            tokio::time::sleep_until(end.min(Instant::now() + limit)).await;
+            tokio::time::sleep_until(end.min(Instant::now() + sandbox.min(visitor))).await;
         }
+    }
+
+    /// Whether the visitor's body was not what its head promised, or came to no end.
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Instant> {
@@ -77,6 +105,9 @@ impl Body for RequestBody {
         let polled = Pin::new(inner).poll_frame(cx);
         this.progress.waiting_for_visitor.store(polled.is_pending(), Ordering::Relaxed);
         *this.progress.lock() = Instant::now();
+        if matches!(polled, Poll::Ready(Some(Err(_)))) {
+            this.progress.broken.store(true, Ordering::Relaxed);
+        }
         polled
     }
 
@@ -100,6 +131,8 @@ pub enum AnswerBody {
         /// The sandbox's room for this request.
         _permit: OwnedSemaphorePermit,
     },
+    /// A site's.
+    Site(SiteBody),
     /// Ours.
     Own(Full<Bytes>),
 }
@@ -131,20 +164,21 @@ impl AnswerBody {
 
 impl Body for AnswerBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
         match this {
             Self::Own(inner) => {
                 Pin::new(inner).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(|e| match e {})))
             }
+            Self::Site(inner) => Pin::new(inner).poll_frame(cx),
             Self::Sandbox { inner, .. } => {
                 let frame = ready!(Pin::new(&mut *inner).poll_frame(cx));
                 if frame.is_none() || inner.is_end_stream() {
                     this.give_back();
                 }
-                Poll::Ready(frame)
+                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }
         }
     }
@@ -152,6 +186,7 @@ impl Body for AnswerBody {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Sandbox { inner, .. } => inner.is_end_stream(),
+            Self::Site(inner) => inner.is_end_stream(),
             Self::Own(inner) => inner.is_end_stream(),
         }
     }
@@ -159,6 +194,7 @@ impl Body for AnswerBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Sandbox { inner, .. } => inner.size_hint(),
+            Self::Site(inner) => inner.size_hint(),
             Self::Own(inner) => inner.size_hint(),
         }
     }

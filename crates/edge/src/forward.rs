@@ -1,8 +1,8 @@
 //! One request on its way to a sandbox, and the answer on its way back.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc};
+use std::{convert::Infallible, sync::Arc};
 
-use http::{Method, Request, Response, StatusCode, Uri, Version, request, uri};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header::CONNECTION, request, uri};
 use hyper::{
     body::Incoming,
     client::conn::{TrySendError, http1, http2},
@@ -11,13 +11,12 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    ByteStream, Edge, Route,
-    body::{AnswerBody, Progress, RequestBody},
-    headers::{self, Visitor},
-    host,
+    ByteStream, Edge, Route, Visitor,
+    body::{AnswerBody, Progress, RequestBody, Stalled},
+    headers, host,
     pool::{Lease, Sender1, Sender2},
     refusal::{Form, Refusal},
-    tunnel,
+    site, tunnel, websocket,
 };
 
 /// Largest head of a sandbox's answer, in bytes.
@@ -31,53 +30,75 @@ struct Target {
 }
 
 impl Edge {
-    /// Answers one request, whatever comes of it.
+    /// Answers one request, whatever comes of it. `peer` is the other end of the connection.
     pub(crate) async fn answer(
         self: &Arc<Self>,
         request: Request<Incoming>,
-        peer: SocketAddr,
+        peer: Visitor,
     ) -> Result<Response<AnswerBody>, Infallible> {
-        let form = Form::of(request.headers());
-        let answered = self.forward(request, peer).await;
-        Ok(answered.unwrap_or_else(|refusal| {
-            tracing::debug!(?refusal, "refused");
+        let form = Form::of(request.headers(), self.unasked);
+        let visitor = peer.behind(&self.settings.trusted_proxies, request.headers());
+        let is_framing_known = headers::is_framing_known(request.headers());
+        let ends_connection = !is_framing_known && request.version() < Version::HTTP_2;
+        let answered = match host::authority(&request) {
+            _ if !is_framing_known => Err(Refusal::BadRequest("has another transfer coding than chunked")),
+            Ok(authority) => match self.site.as_ref().filter(|site| site.has(host::name(&authority))) {
+                Some(site) => site::answer(site.as_ref(), request, &authority, visitor).await,
+                None => self.forward(request, authority, visitor).await,
+            },
+            Err(refusal) => Err(refusal),
+        };
+        let mut response = answered.unwrap_or_else(|refusal| {
+            tracing::debug!(code = refusal.code(), "refused");
             refusal.response(form)
-        }))
+        });
+        if ends_connection {
+            // Nobody can tell where such a request ends: what follows it is not taken for another.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        Ok(response)
     }
 
     async fn forward(
         self: &Arc<Self>,
         mut request: Request<Incoming>,
-        peer: SocketAddr,
+        authority: String,
+        visitor: Visitor,
     ) -> Result<Response<AnswerBody>, Refusal> {
-        let target = self.target(&request).await?;
-        let permit = self.limits.enter(&target.route.sandbox).ok_or(Refusal::Busy)?;
+        let connects = is_websocket_connect(&request)?;
+        let target = self.target(authority).await?;
         let wanted = headers::upgrade(request.headers()).filter(|_| request.version() == Version::HTTP_11);
-        let visitor_upgrade = wanted.is_some().then(|| hyper::upgrade::on(&mut request));
+        let visitor_upgrade = (wanted.is_some() || connects).then(|| hyper::upgrade::on(&mut request));
         let is_grpc = request.version() == Version::HTTP_2 && headers::is_grpc(request.headers());
 
         let (mut head, body) = request.into_parts();
         head.extensions = http::Extensions::new();
-        headers::to_sandbox(&mut head, &Visitor { address: peer.ip(), authority: &target.authority }, wanted);
-        let (body, progress) = RequestBody::new(body);
+        self.admit(&target.route.access, &mut head, &format!("{}://{}", visitor.scheme(), target.authority)).await?;
+        let permit = self.limits.enter(&target.route.sandbox).ok_or(Refusal::Busy)?;
+        let wanted = if connects { Some(websocket::to_upgrade(&mut head)) } else { wanted };
+        headers::to_sandbox(&mut head, visitor, &target.authority, wanted);
+        // What follows an extended CONNECT is the tunnel's.
+        let (body, progress) = if connects { RequestBody::none() } else { RequestBody::new(body) };
         let exchange = async {
             if is_grpc { self.exchange2(&target, head, body).await } else { self.exchange1(&target, head, body).await }
         };
-        let (response, lease) = self.in_time(&progress, exchange).await?;
+        let exchanged = self.in_time(&progress, exchange).await;
+        // A visitor's broken body breaks the connection to the sandbox, which is not the sandbox's fault.
+        let (response, lease) = exchanged
+            .map_err(|refusal| if progress.is_broken() { Refusal::BadRequest("has a broken body") } else { refusal })?;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return self.switch(response, visitor_upgrade, permit);
+            return self.switch(response, visitor_upgrade, permit, &target.authority, connects);
+        }
+        if connects && response.status().is_success() {
+            return Err(Refusal::BadAnswer("it does not speak WebSocket here".into()));
         }
         let (mut head, body) = response.into_parts();
-        headers::to_visitor(&mut head.headers, false);
+        headers::to_visitor(&mut head.headers, &target.authority, false);
         head.version = Version::HTTP_11;
         Ok(Response::from_parts(head, AnswerBody::from_sandbox(body, lease, permit)))
     }
 
-    async fn target(&self, request: &Request<Incoming>) -> Result<Target, Refusal> {
-        let authority = host::authority(request)?;
-        if request.method() == Method::CONNECT {
-            return Err(Refusal::BadRequest("wants a tunnel to elsewhere"));
-        }
+    async fn target(&self, authority: String) -> Result<Target, Refusal> {
         let subdomain = host::subdomain(&authority, &self.settings.base_domain)
             .ok_or(Refusal::NoConnection(crate::ConnectError::UnknownSubdomain))?;
         let route = self.upstreams.route(subdomain).await?;
@@ -91,7 +112,10 @@ impl Edge {
     ) -> Result<T, Refusal> {
         tokio::select! {
             done = exchange => done,
-            () = progress.stalled(self.settings.response_timeout) => Err(Refusal::TimedOut),
+            stalled = progress.stalled(self.settings.response_timeout, self.settings.body_timeout) => Err(match stalled {
+                Stalled::Sandbox => Refusal::TimedOut,
+                Stalled::Visitor => Refusal::SlowVisitor,
+            }),
         }
     }
 
@@ -172,6 +196,8 @@ impl Edge {
         mut response: Response<Incoming>,
         visitor: Option<hyper::upgrade::OnUpgrade>,
         permit: OwnedSemaphorePermit,
+        authority: &str,
+        connects: bool,
     ) -> Result<Response<AnswerBody>, Refusal> {
         let visitor = visitor.ok_or_else(|| Refusal::BadAnswer("it changes the protocol unasked".into()))?;
         let sandbox = hyper::upgrade::on(&mut response);
@@ -185,8 +211,23 @@ impl Edge {
             drop(permit);
         });
         let (mut head, _) = response.into_parts();
-        headers::to_visitor(&mut head.headers, true);
+        headers::to_visitor(&mut head.headers, authority, true);
+        if connects {
+            head.status = StatusCode::OK;
+            head.version = Version::HTTP_2;
+            websocket::to_connected(&mut head.headers);
+        }
         Ok(Response::from_parts(head, AnswerBody::from(bytes::Bytes::new())))
+    }
+}
+
+/// Whether this is WebSocket over HTTP/2. Every other CONNECT wants a tunnel to elsewhere.
+fn is_websocket_connect<B>(request: &Request<B>) -> Result<bool, Refusal> {
+    match websocket::asked(request) {
+        Some(protocol) if protocol.eq_ignore_ascii_case("websocket") => Ok(true),
+        Some(_) => Err(Refusal::BadRequest("wants another protocol than WebSocket")),
+        None if request.method() == Method::CONNECT => Err(Refusal::BadRequest("wants a tunnel to elsewhere")),
+        None => Ok(false),
     }
 }
 

@@ -1,12 +1,12 @@
 //! What of a message's head goes on: hop-by-hop headers stay behind, the visitor's address is added.
 
-use std::net::IpAddr;
-
 use http::{
     HeaderMap, HeaderName, HeaderValue,
-    header::{CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, TE, UPGRADE},
+    header::{CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     request,
 };
+
+use crate::{Visitor, cookies, host};
 
 const HOP_BY_HOP: [&str; 10] = [
     "connection",
@@ -21,12 +21,11 @@ const HOP_BY_HOP: [&str; 10] = [
     "x-real-ip",
 ];
 
-/// Who asks, and for what.
-pub struct Visitor<'a> {
-    /// The other end of the connection.
-    pub address: IpAddr,
-    /// Host and port the visitor asked for.
-    pub authority: &'a str,
+/// Whether a body's framing is one that is passed on: `chunked`, once, and nothing else. Another coding would get lost,
+/// since each connection has its own framing.
+pub fn is_framing_known(headers: &HeaderMap) -> bool {
+    let mut values = headers.get_all(TRANSFER_ENCODING).iter();
+    values.next().is_none_or(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked")) && values.next().is_none()
 }
 
 /// The protocol a request wants to change to; `h2c` is not offered.
@@ -44,8 +43,8 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Makes a visitor's headers those that the sandbox gets.
-pub fn to_sandbox(head: &mut request::Parts, visitor: &Visitor<'_>, upgrade: Option<HeaderValue>) {
+/// Makes a visitor's headers those that the sandbox gets; `authority` is the host and port the visitor asked for.
+pub fn to_sandbox(head: &mut request::Parts, visitor: Visitor, authority: &str, upgrade: Option<HeaderValue>) {
     let wants_trailers = tokens(&head.headers, &TE).any(|token| token.eq_ignore_ascii_case("trailers"));
     strip(&mut head.headers);
     // The edge has answered "100 Continue" by the time it reads the body.
@@ -59,14 +58,15 @@ pub fn to_sandbox(head: &mut request::Parts, visitor: &Visitor<'_>, upgrade: Opt
         head.headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         head.headers.insert(UPGRADE, protocol);
     }
-    tell_of(&mut head.headers, visitor);
-    if let Ok(host) = HeaderValue::from_str(visitor.authority) {
+    tell_of(&mut head.headers, visitor, authority);
+    if let Ok(host) = HeaderValue::from_str(authority) {
         head.headers.insert(HOST, host);
     }
 }
 
-/// Makes a sandbox's headers those that the visitor gets.
-pub fn to_visitor(headers: &mut HeaderMap, upgraded: bool) {
+/// Makes a sandbox's headers those that the visitor gets; `authority` is the sandbox's host as the visitor knows it.
+pub fn to_visitor(headers: &mut HeaderMap, authority: &str, upgraded: bool) {
+    cookies::confine(headers, host::name(authority));
     let protocol = headers.get(UPGRADE).filter(|_| upgraded).cloned();
     strip(headers);
     if let Some(protocol) = protocol {
@@ -92,20 +92,21 @@ fn strip(headers: &mut HeaderMap) {
     }
 }
 
-fn tell_of(headers: &mut HeaderMap, visitor: &Visitor<'_>) {
+fn tell_of(headers: &mut HeaderMap, visitor: Visitor, host: &str) {
     let claimed: Vec<HeaderName> =
         headers.keys().filter(|name| name.as_str().starts_with("x-forwarded-")).cloned().collect();
     for name in claimed {
         headers.remove(name);
     }
-    let address = visitor.address.to_canonical();
+    let (address, scheme) = (visitor.address.to_canonical(), visitor.scheme());
     let node = if address.is_ipv6() { format!("\"[{address}]\"") } else { address.to_string() };
-    let host = visitor.authority;
+    let port = host::port(host).unwrap_or(visitor.default_port());
     let told = [
         (HeaderName::from_static("x-forwarded-for"), address.to_string()),
-        (HeaderName::from_static("x-forwarded-proto"), "http".to_owned()),
+        (HeaderName::from_static("x-forwarded-proto"), scheme.to_owned()),
         (HeaderName::from_static("x-forwarded-host"), host.to_owned()),
-        (FORWARDED, format!("for={node};host=\"{host}\";proto=http")),
+        (HeaderName::from_static("x-forwarded-port"), port.to_string()),
+        (FORWARDED, format!("for={node};host=\"{host}\";proto={scheme}")),
     ];
     for (name, value) in told {
         if let Ok(value) = HeaderValue::from_str(&value) {
@@ -142,8 +143,8 @@ mod tests {
             request = request.header(*name, *value);
         }
         let (mut head, ()) = request.body(()).unwrap().into_parts();
-        let visitor = Visitor { address: "::ffff:127.0.0.1".parse().unwrap(), authority: "abc.localhost:8480" };
-        to_sandbox(&mut head, &visitor, upgrade);
+        let visitor = Visitor { address: "::ffff:127.0.0.1".parse().unwrap(), secure: false };
+        to_sandbox(&mut head, visitor, "abc.localhost:8480", upgrade);
         head.headers
     }
 
@@ -166,7 +167,19 @@ mod tests {
         );
         let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
-        assert_eq!(names, ["forwarded", "host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-mine"]);
+        assert_eq!(
+            names,
+            [
+                "forwarded",
+                "host",
+                "x-forwarded-for",
+                "x-forwarded-host",
+                "x-forwarded-port",
+                "x-forwarded-proto",
+                "x-mine"
+            ]
+        );
+        assert_eq!(headers["x-forwarded-port"], "8480");
         assert_eq!(headers["x-forwarded-for"], "127.0.0.1");
         assert_eq!(headers["forwarded"], "for=127.0.0.1;host=\"abc.localhost:8480\";proto=http");
     }

@@ -1,17 +1,15 @@
 //! Which subdomain a request means.
 
-use http::{HeaderMap, Request, Version, header::HOST, uri::Authority};
+use http::{HeaderMap, Request, header::HOST, uri::Authority};
 
 use crate::refusal::Refusal;
 
 /// The host (and port) a request is for, in lower case: the `:authority` or absolute URI where there is one, else the
-/// `Host` header.
+/// `Host` header. Where there are both they are the same: a proxy that goes by the other one means another host.
 pub fn authority<B>(request: &Request<B>) -> Result<String, Refusal> {
     let header = host_header(request.headers())?;
     let text = match (request.uri().authority(), header) {
-        (Some(authority), Some(header))
-            if request.version() == Version::HTTP_2 && !header.eq_ignore_ascii_case(authority.as_str()) =>
-        {
+        (Some(authority), Some(header)) if !header.eq_ignore_ascii_case(authority.as_str()) => {
             return Err(Refusal::BadHost("two different hosts"));
         }
         (Some(authority), _) => authority.as_str(),
@@ -21,11 +19,20 @@ pub fn authority<B>(request: &Request<B>) -> Result<String, Refusal> {
     checked(text)
 }
 
+/// The host without its port and without the dot that may end it.
+pub fn name(authority: &str) -> &str {
+    let host = if authority.starts_with('[') { authority } else { authority.split(':').next().unwrap_or_default() };
+    host.strip_suffix('.').unwrap_or(host)
+}
+
+/// The port, where one is named.
+pub fn port(authority: &str) -> Option<u16> {
+    authority.rsplit_once(':').and_then(|(_, port)| port.parse().ok())
+}
+
 /// The label below the base domain; `None` when the host is not exactly one label below it.
 pub fn subdomain<'a>(authority: &'a str, base_domain: &str) -> Option<&'a str> {
-    let host = if authority.starts_with('[') { authority } else { authority.split(':').next().unwrap_or_default() };
-    let host = host.strip_suffix('.').unwrap_or(host);
-    let label = host.strip_suffix(base_domain)?.strip_suffix('.')?;
+    let label = name(authority).strip_suffix(base_domain)?.strip_suffix('.')?;
     (!label.is_empty() && !label.contains('.')).then_some(label)
 }
 
@@ -65,7 +72,9 @@ mod tests {
     #[test]
     fn the_host_is_taken_from_where_it_stands() {
         assert_eq!(of("/", &["ABC.localhost:8480"]).unwrap(), "abc.localhost:8480");
-        assert_eq!(of("http://abc.localhost/x", &["other.localhost"]).unwrap(), "abc.localhost");
+        assert_eq!(of("http://abc.localhost/x", &["Abc.localhost"]).unwrap(), "abc.localhost");
+        assert_eq!(of("http://abc.localhost/x", &[]).unwrap(), "abc.localhost");
+        assert!(of("http://abc.localhost/x", &["other.localhost"]).is_err());
         assert_eq!(of("/", &["[::1]:80"]).unwrap(), "[::1]:80");
         for bad in ["", "a b", "user@abc.localhost", "abc.localhost:x", "abc.localhost:70000", "a\"b.localhost", "a/b"]
         {

@@ -1,7 +1,11 @@
 //! The edge proxy: the host name of a request decides which port of which sandbox answers it.
 //!
-//! - [`Edge`]: accepts connections and serves them.  `host`: which subdomain a request means.
+//! - [`Edge`] (`serve`): accepts connections.  [`serve_connection`] (`connection`): serves one, for any service.
+//!   `host`: which subdomain a request means.
+//! - [`Tls`] (`tls`): the certificate, given or got by ACME.  `redirect`: the plain port beside it.
 //! - `forward`: one request on its way to a sandbox and its answer back.  `headers`: what is left out and what is set.
+//! - [`Doorkeeper`] (`door`): who may come in at a private endpoint.  `cookies`: what stays within one sandbox's host.
+//! - [`Site`] (`site`): hosts of our own.  [`Visitor`] (`visitor`): who asks.  `websocket`: WebSocket over HTTP/2.
 //! - `pool`: connections that are kept for later requests.  `body`: bodies on their way.  `tunnel`: upgraded connections.
 //! - `limits`: what one sandbox may take of the host.  `refusal`: what is answered where no sandbox does.
 //!
@@ -10,19 +14,34 @@
 #![forbid(unsafe_code)]
 
 mod body;
+mod connection;
+mod cookies;
+mod door;
 mod forward;
 mod headers;
 mod host;
 mod limits;
 mod pool;
+mod redirect;
 mod refusal;
 mod serve;
+mod site;
+mod tls;
 mod tunnel;
+mod visitor;
+mod websocket;
 
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
+
+pub use connection::serve_connection;
+pub use door::{Access, Doorkeeper, TOKEN_COOKIE, Verdict};
+pub use ipnet::IpNet;
+pub use site::{BodyError, Site, SiteBody};
+pub use tls::{AcmeSettings, LETS_ENCRYPT, Tls, TlsError, TlsSettings};
+pub use visitor::Visitor;
 
 /// A byte stream to a port.
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -35,6 +54,8 @@ pub struct Route {
     pub sandbox: String,
     /// Port in the sandbox.
     pub port: u16,
+    /// Who may use it.
+    pub access: Access,
 }
 
 /// Why a request could not reach a sandbox.
@@ -68,10 +89,18 @@ pub trait Upstreams: Send + Sync + 'static {
 pub struct Settings {
     /// Host names end with a dot and this.
     pub base_domain: String,
+    /// Proxies in front of this one, whose word on who asks is taken.
+    pub trusted_proxies: Vec<IpNet>,
     /// How long a sandbox may take until the head of its answer; bodies may take any time.
     pub response_timeout: Duration,
     /// How long a visitor may take for the head of a request.
     pub header_timeout: Duration,
+    /// A visitor may be slow, but one who sends nothing of a body for this long holds a place that others want.
+    pub body_timeout: Duration,
+    /// How long a visitor may take for a TLS handshake.
+    pub handshake_timeout: Duration,
+    /// TLS handshakes at a time.
+    pub handshakes: usize,
     /// How long an upgraded connection may be silent.
     pub tunnel_idle: Duration,
     /// Requests and upgraded connections that one sandbox may have at a time.
@@ -90,8 +119,12 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             base_domain: "localhost".into(),
+            trusted_proxies: Vec::new(),
             response_timeout: Duration::from_secs(60),
             header_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(300),
+            handshake_timeout: Duration::from_secs(10),
+            handshakes: 512,
             tunnel_idle: Duration::from_secs(60 * 60),
             requests_per_sandbox: 512,
             connections: 4096,
@@ -105,24 +138,80 @@ impl Default for Settings {
 /// The proxy. Serves any number of listeners.
 pub struct Edge {
     upstreams: Arc<dyn Upstreams>,
+    doorkeeper: Option<Arc<dyn Doorkeeper>>,
+    site: Option<Arc<dyn Site>>,
+    /// The form of our own answers where none is asked for.
+    unasked: refusal::Form,
     settings: Settings,
     pool: Arc<pool::Pool>,
     limits: limits::Limits,
     visitors: Arc<tokio::sync::Semaphore>,
+    handshakes: Arc<tokio::sync::Semaphore>,
+    /// Listeners that are served.
+    listeners: std::sync::atomic::AtomicUsize,
     /// Ends tunnels and connections that outlast the grace time.
     ending: tokio_util::sync::CancellationToken,
 }
 
 impl Edge {
-    /// A proxy in front of `upstreams`.
-    pub fn new(upstreams: Arc<dyn Upstreams>, settings: Settings) -> Arc<Self> {
-        Arc::new(Self {
+    /// A proxy in front of `upstreams`. Without a doorkeeper nobody comes in at private endpoints.
+    pub fn new(
+        upstreams: Arc<dyn Upstreams>,
+        doorkeeper: Option<Arc<dyn Doorkeeper>>,
+        settings: Settings,
+    ) -> Arc<Self> {
+        Self::with_site(upstreams, doorkeeper, None, settings)
+    }
+
+    /// The same, with hosts of our own.
+    pub fn with_site(
+        upstreams: Arc<dyn Upstreams>,
+        doorkeeper: Option<Arc<dyn Doorkeeper>>,
+        site: Option<Arc<dyn Site>>,
+        settings: Settings,
+    ) -> Arc<Self> {
+        Arc::new(Self::build(upstreams, doorkeeper, site, settings))
+    }
+
+    /// No sandboxes, and a site that has every host: an API, say, whose errors are JSON. It is kept from hostile requests
+    /// as sandboxes are.
+    pub fn of_site(site: Arc<dyn Site>, settings: Settings) -> Arc<Self> {
+        let edge = Self::build(Arc::new(NoSandboxes), None, Some(site), settings);
+        Arc::new(Self { unasked: refusal::Form::Json, ..edge })
+    }
+
+    fn build(
+        upstreams: Arc<dyn Upstreams>,
+        doorkeeper: Option<Arc<dyn Doorkeeper>>,
+        site: Option<Arc<dyn Site>>,
+        settings: Settings,
+    ) -> Self {
+        Self {
             pool: pool::Pool::new(settings.idle_per_route, settings.idle_time),
             limits: limits::Limits::new(settings.requests_per_sandbox),
             visitors: Arc::new(tokio::sync::Semaphore::new(settings.connections)),
+            handshakes: Arc::new(tokio::sync::Semaphore::new(settings.handshakes)),
+            listeners: std::sync::atomic::AtomicUsize::new(0),
             ending: tokio_util::sync::CancellationToken::new(),
             upstreams,
+            doorkeeper,
+            site,
+            unasked: refusal::Form::Text,
             settings,
-        })
+        }
+    }
+}
+
+/// What is behind a site alone.
+struct NoSandboxes;
+
+#[async_trait]
+impl Upstreams for NoSandboxes {
+    async fn route(&self, _: &str) -> Result<Route, ConnectError> {
+        Err(ConnectError::UnknownSubdomain)
+    }
+
+    async fn connect(&self, _: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {
+        Err(ConnectError::UnknownSubdomain)
     }
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Response, StatusCode,
-    header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER},
+    header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RETRY_AFTER, VARY, WWW_AUTHENTICATE},
 };
 
 use crate::{ConnectError, body::AnswerBody};
@@ -15,12 +15,27 @@ pub enum Refusal {
     BadHost(&'static str),
     /// The request is nothing a proxy passes on; says why.
     BadRequest(&'static str),
+    /// A private endpoint, a browser, no token: the login page.
+    LoginNeeded(String),
+    /// A private endpoint and no token, or one that is not valid.
+    Unauthorized {
+        /// Whether there was one.
+        shown: bool,
+        /// The login page, for people.
+        login: Option<String>,
+    },
+    /// A private endpoint of another account.
+    Forbidden,
+    /// A private endpoint, and another site's page that uses its visitor's cookie.
+    ForeignPage,
     /// No way to the sandbox.
     NoConnection(ConnectError),
     /// The sandbox has as many requests as it may.
     Busy,
     /// The sandbox took too long.
     TimedOut,
+    /// The visitor took too long.
+    SlowVisitor,
     /// The sandbox broke the connection off or did not speak HTTP; says how.
     BadAnswer(String),
 }
@@ -43,8 +58,9 @@ pub enum Form {
 }
 
 impl Form {
-    /// What a request's `Accept` asks for. JSON goes before a page only where it is named first.
-    pub fn of(headers: &HeaderMap) -> Self {
+    /// What a request's `Accept` asks for; `unasked` where it asks for none of them. JSON goes before a page only where it
+    /// is named first.
+    pub fn of(headers: &HeaderMap, unasked: Self) -> Self {
         let accepts = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
         for kind in accepts.flat_map(|value| value.split(',')) {
             match kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
@@ -54,7 +70,7 @@ impl Form {
                 _ => {}
             }
         }
-        Self::Text
+        unasked
     }
 }
 
@@ -64,12 +80,31 @@ impl Refusal {
         let sentence = |text: &str| text.to_owned();
         match self {
             Self::BadHost(why) => {
-                let hint = "use the URL that `heyvm list` shows";
+                let hint = "the host is the one of the URL; `heyvm list` shows those of sandboxes";
                 (StatusCode::BAD_REQUEST, "bad_host", format!("The request has {why}."), hint)
             }
             Self::BadRequest(why) => {
-                let hint = "sandboxes are reached with plain HTTP requests and upgrades";
+                let hint = "plain HTTP requests and upgrades are passed on";
                 (StatusCode::BAD_REQUEST, "bad_request", format!("The request {why}."), hint)
+            }
+            Self::LoginNeeded(_) => {
+                let hint = "log in, and you are led back";
+                (StatusCode::SEE_OTHER, "login_needed", sentence("This address is private."), hint)
+            }
+            Self::Unauthorized { shown, .. } => {
+                let hint = "send Authorization: Bearer with a token or an API key of the account that owns the sandbox";
+                let text =
+                    if *shown { "The credentials are not valid, or have expired." } else { "This address is private." };
+                (StatusCode::UNAUTHORIZED, "unauthorized", sentence(text), hint)
+            }
+            Self::Forbidden => {
+                let hint = "log in as a member of the account that owns the sandbox";
+                (StatusCode::FORBIDDEN, "forbidden", sentence("This address is another account's."), hint)
+            }
+            Self::ForeignPage => {
+                let hint = "a page of another address may link here; for more it needs Authorization: Bearer";
+                let text = "A page of another address asked for this private one.";
+                (StatusCode::FORBIDDEN, "foreign_page", sentence(text), hint)
             }
             Self::NoConnection(UnknownSubdomain) => {
                 let hint = "`heyvm list` shows every sandbox with its URLs";
@@ -96,6 +131,11 @@ impl Refusal {
                 let hint = "`heyvm logs` shows what the app is doing";
                 (StatusCode::GATEWAY_TIMEOUT, "timeout", sentence("The app did not answer in time."), hint)
             }
+            Self::SlowVisitor => {
+                let hint = "send the request again";
+                let text = sentence("Nothing more of the request's body came for a long time.");
+                (StatusCode::REQUEST_TIMEOUT, "request_timeout", text, hint)
+            }
             Self::BadAnswer(how) => {
                 let hint = "does the app speak HTTP on this port? `heyvm logs` shows what it printed";
                 (StatusCode::BAD_GATEWAY, "bad_answer", format!("The app's answer is not valid: {how}."), hint)
@@ -103,15 +143,21 @@ impl Refusal {
         }
     }
 
+    /// The stable code. What a refusal says may name a URL, which is the visitor's own matter; the code is not.
+    pub fn code(&self) -> &'static str {
+        self.told().1
+    }
+
     /// The answer.
     pub fn response(&self, form: Form) -> Response<AnswerBody> {
         let (status, code, message, hint) = self.told();
         let (kind, body) = match form {
             Form::Json => {
-                let error = serde_json::json!({"error": {"code": code, "message": message, "hint": hint}});
+                let error = serde_json::json!({"code": code, "message": message, "hint": hint});
+                let error = serde_json::json!({"error": error, "message": message});
                 ("application/json", format!("{error}\n"))
             }
-            Form::Page => ("text/html; charset=utf-8", page(status, &message, hint)),
+            Form::Page => ("text/html; charset=utf-8", page(status, &message, hint, self.login())),
             Form::Text => ("text/plain; charset=utf-8", format!("{message}\n{hint}\n")),
         };
         let mut response = Response::new(AnswerBody::from(Bytes::from(body)));
@@ -120,19 +166,42 @@ impl Refusal {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert("heyvm-error", HeaderValue::from_static(code));
-        if *self == Self::Busy {
-            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        match self {
+            Self::Busy => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Self::Unauthorized { shown, .. } => {
+                // RFC 6750, section 3.
+                let challenge =
+                    if *shown { "Bearer realm=\"heyvm\", error=\"invalid_token\"" } else { "Bearer realm=\"heyvm\"" };
+                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+            }
+            Self::LoginNeeded(login) => {
+                headers.insert(VARY, HeaderValue::from_static("Accept, Authorization, Cookie"));
+                if let Ok(login) = HeaderValue::from_str(login) {
+                    headers.insert(LOCATION, login);
+                }
+            }
+            _ => {}
         }
         response
     }
+
+    fn login(&self) -> Option<&str> {
+        match self {
+            Self::LoginNeeded(login) | Self::Unauthorized { login: Some(login), .. } => Some(login),
+            _ => None,
+        }
+    }
 }
 
-fn page(status: StatusCode, message: &str, hint: &str) -> String {
+fn page(status: StatusCode, message: &str, hint: &str, login: Option<&str>) -> String {
     let (title, message, hint) = (escape(status.as_str()), escape(message), escape(hint));
+    let login = login.map(|login| format!("<p><a href=\"{}\">Log in</a></p>", escape(login))).unwrap_or_default();
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>\
          body{{font:16px/1.5 system-ui,sans-serif;max-width:34em;margin:15vh auto;padding:0 1em;color:#222}}\
-         small{{color:#777}}</style></head><body><h1>{title}</h1><p>{message}</p><p>{hint}</p><small>heyvm</small>\
+         small{{color:#777}}</style></head><body><h1>{title}</h1><p>{message}</p><p>{hint}</p>{login}<small>heyvm</small>\
          </body></html>\n"
     )
 }
@@ -157,7 +226,7 @@ mod tests {
     use super::*;
 
     fn form(accept: &str) -> Form {
-        Form::of(&[(ACCEPT, accept.parse().unwrap())].into_iter().collect())
+        Form::of(&[(ACCEPT, accept.parse().unwrap())].into_iter().collect(), Form::Text)
     }
 
     #[test]
@@ -166,12 +235,13 @@ mod tests {
         assert_eq!(form("application/problem+json, */*"), Form::Json);
         assert_eq!(form("text/html,application/xhtml+xml,application/json;q=0.9"), Form::Page);
         assert_eq!(form("*/*"), Form::Text);
-        assert_eq!(Form::of(&HeaderMap::new()), Form::Text);
+        assert_eq!(Form::of(&HeaderMap::new(), Form::Text), Form::Text);
+        assert_eq!(Form::of(&HeaderMap::new(), Form::Json), Form::Json);
     }
 
     #[test]
     fn a_page_escapes_what_the_guest_wrote() {
-        let page = page(StatusCode::BAD_GATEWAY, "<script>alert('x')</script> & \"more\"", "hint");
+        let page = page(StatusCode::BAD_GATEWAY, "<script>alert('x')</script> & \"more\"", "hint", None);
         assert!(page.contains("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &quot;more&quot;"));
         assert!(!page.contains("<script>"));
     }

@@ -1,51 +1,77 @@
-//! Visitors' connections: accepted, served by HTTP/1.1 or HTTP/2 as their first bytes say, ended in order.
+//! Visitors' connections: accepted within limits, served, ended in order.
 
 use std::{
+    convert::Infallible,
     io,
     net::SocketAddr,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use hyper::service::service_fn;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
+use http::{Request, Response};
+use hyper::{body::Incoming, service::service_fn};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::OwnedSemaphorePermit,
 };
-use tokio::net::{TcpListener, TcpStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::Edge;
+use crate::{Edge, Tls, Visitor, body::AnswerBody, connection::serve_connection};
 
-/// Largest head of a request, in bytes; above it the answer is 431.
-const REQUEST_HEAD: usize = 64 << 10;
-const REQUEST_HEADERS: usize = 200;
-/// Requests that one HTTP/2 connection may have at a time.
-const HTTP2_STREAMS: u32 = 128;
-const HTTP2_WINDOW: u32 = 1 << 20;
-const HTTP2_PING: Duration = Duration::from_secs(30);
 /// How long to wait after an accept failed, as it does when there are no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const SWEEP: Duration = Duration::from_secs(5);
 
+/// What a listener is for.
+#[derive(Clone)]
+enum Port {
+    Plain,
+    Tls(Arc<Tls>),
+    /// Leads to TLS on this port.
+    Redirect(Arc<Tls>, u16),
+}
+
+/// A connection that was accepted, and the room it takes.
+struct Accepted {
+    stream: TcpStream,
+    peer: SocketAddr,
+    _room: OwnedSemaphorePermit,
+    handshake: Option<OwnedSemaphorePermit>,
+}
+
 impl Edge {
-    /// Serves a listener until `shutdown`; requests that are under way then have the grace time to end.
+    /// Serves a listener by plain HTTP until `shutdown`; requests that are under way then have the grace time to end.
     pub async fn serve(self: &Arc<Self>, listener: TcpListener, shutdown: CancellationToken) {
+        self.serve_port(listener, Port::Plain, shutdown).await;
+    }
+
+    /// The same by TLS.
+    pub async fn serve_tls(self: &Arc<Self>, listener: TcpListener, tls: Arc<Tls>, shutdown: CancellationToken) {
+        self.serve_port(listener, Port::Tls(tls), shutdown).await;
+    }
+
+    /// Serves the plain port beside a TLS listener on the port `https`: redirects, and a certificate authority's
+    /// questions.
+    pub async fn serve_redirects(
+        self: &Arc<Self>,
+        listener: TcpListener,
+        tls: Arc<Tls>,
+        https: u16,
+        shutdown: CancellationToken,
+    ) {
+        self.serve_port(listener, Port::Redirect(tls, https), shutdown).await;
+    }
+
+    async fn serve_port(self: &Arc<Self>, listener: TcpListener, port: Port, shutdown: CancellationToken) {
+        self.listeners.fetch_add(1, Ordering::SeqCst);
         let connections = TaskTracker::new();
         let mut sweep = tokio::time::interval(SWEEP);
         loop {
             tokio::select! {
-                accepted = self.accept(&listener) => match accepted {
-                    Ok((stream, peer, permit)) => {
-                        let (edge, shutdown) = (Arc::clone(self), shutdown.clone());
-                        connections.spawn(async move {
-                            edge.connection(stream, peer, shutdown).await;
-                            drop(permit);
-                        });
+                accepted = self.accept(&listener, &port) => match accepted {
+                    Ok(accepted) => {
+                        connections.spawn(Arc::clone(self).connection(accepted, port.clone(), shutdown.clone()));
                     }
                     Err(error) => {
                         tracing::warn!(%error, "accepting a connection failed");
@@ -58,75 +84,71 @@ impl Edge {
         }
         drop(listener);
         connections.close();
-        let _ = tokio::time::timeout(self.settings.grace, connections.wait()).await;
-        self.ending.cancel();
+        let in_time = tokio::time::timeout(self.settings.grace, connections.wait()).await.is_ok();
+        let last = self.listeners.fetch_sub(1, Ordering::SeqCst) == 1;
+        if last || !in_time {
+            self.ending.cancel();
+        }
         connections.wait().await;
     }
 
-    async fn accept(
-        &self,
-        listener: &TcpListener,
-    ) -> io::Result<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-        // Beyond the limit visitors wait in the listener's queue.
-        let permit = Arc::clone(&self.visitors).acquire_owned().await.map_err(io::Error::other)?;
+    async fn accept(&self, listener: &TcpListener, port: &Port) -> io::Result<Accepted> {
+        // Beyond the limits visitors wait in the listener's queue.
+        let room = Arc::clone(&self.visitors).acquire_owned().await.map_err(io::Error::other)?;
+        let handshake = match port {
+            Port::Tls(_) => Some(Arc::clone(&self.handshakes).acquire_owned().await.map_err(io::Error::other)?),
+            Port::Plain | Port::Redirect(..) => None,
+        };
         let (stream, peer) = listener.accept().await?;
         // Small pieces go out as they come.
         stream.set_nodelay(true)?;
-        Ok((stream, peer, permit))
+        Ok(Accepted { stream, peer, _room: room, handshake })
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, shutdown: CancellationToken) {
-        let heard = Arc::new(AtomicBool::new(false));
-        let service = service_fn(|request| {
-            heard.store(true, Ordering::Relaxed);
-            let edge = Arc::clone(&self);
-            async move { edge.answer(request, peer).await }
-        });
-        let builder = self.protocol();
-        let mut connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
-        let mut first_request = pin!(tokio::time::sleep(self.settings.header_timeout));
-        let mut listening = true;
-        let mut closing = false;
-        loop {
-            tokio::select! {
-                served = connection.as_mut() => {
-                    if let Err(error) = served {
-                        tracing::debug!(%peer, error = %error, "a visitor's connection broke");
-                    }
-                    return;
+    async fn connection(self: Arc<Self>, accepted: Accepted, port: Port, shutdown: CancellationToken) {
+        let Accepted { stream, peer, _room, handshake } = accepted;
+        let visitor = Visitor { address: peer.ip(), secure: matches!(port, Port::Tls(_)) };
+        let edge = Arc::clone(&self);
+        let answer = move |request| {
+            let edge = Arc::clone(&edge);
+            async move { edge.answer(request, visitor).await }
+        };
+        match port {
+            Port::Plain => self.http(stream, peer, answer, shutdown).await,
+            Port::Tls(tls) => {
+                let shaken = tokio::select! {
+                    shaken = tokio::time::timeout(self.settings.handshake_timeout, tls.accept(stream)) => shaken,
+                    () = shutdown.cancelled() => return,
+                };
+                drop(handshake);
+                match shaken {
+                    Ok(Ok(stream)) => self.http(stream, peer, answer, shutdown).await,
+                    Ok(Err(error)) => tracing::debug!(%peer, %error, "a handshake failed"),
+                    Err(_) => tracing::debug!(%peer, "a handshake took too long"),
                 }
-                () = first_request.as_mut(), if listening => {
-                    // Covers the bytes before HTTP/1.1 or HTTP/2 is known; afterwards each has its own time-out.
-                    listening = false;
-                    if !heard.load(Ordering::Relaxed) {
-                        return;
-                    }
-                }
-                () = shutdown.cancelled(), if !closing => {
-                    closing = true;
-                    connection.as_mut().graceful_shutdown();
-                }
-                () = self.ending.cancelled() => return,
+            }
+            Port::Redirect(tls, https) => {
+                let edge = Arc::clone(&self);
+                let answer = move |request: Request<Incoming>| {
+                    std::future::ready(Ok(edge.redirect(&request, tls.challenges(), https)))
+                };
+                self.http(stream, peer, answer, shutdown).await;
             }
         }
     }
 
-    fn protocol(&self) -> auto::Builder<TokioExecutor> {
-        let mut builder = auto::Builder::new(TokioExecutor::new());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(self.settings.header_timeout)
-            .max_headers(REQUEST_HEADERS)
-            .max_buf_size(REQUEST_HEAD);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .keep_alive_interval(HTTP2_PING)
-            .max_concurrent_streams(HTTP2_STREAMS)
-            .max_header_list_size(REQUEST_HEAD as u32)
-            .initial_stream_window_size(HTTP2_WINDOW)
-            .initial_connection_window_size(HTTP2_WINDOW);
-        builder
+    async fn http<S, F, R>(self: Arc<Self>, stream: S, peer: SocketAddr, answer: F, shutdown: CancellationToken)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        F: Fn(Request<Incoming>) -> R,
+        R: Future<Output = Result<Response<AnswerBody>, Infallible>> + Send + 'static,
+    {
+        let served = serve_connection(stream, service_fn(answer), self.settings.header_timeout, shutdown);
+        tokio::select! {
+            served = served => if let Err(error) = served {
+                tracing::debug!(%peer, %error, "a visitor's connection broke");
+            },
+            () = self.ending.cancelled() => {}
+        }
     }
 }

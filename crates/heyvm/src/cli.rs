@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     commands::{
+        archives::{ArchiveArgs, ArchiveDirArgs, DeleteArchiveArgs, UpdateArgs},
         bind::{BindArgs, UnbindArgs},
         completions::CompletionsArgs,
         cp::CpArgs,
@@ -13,9 +14,12 @@ use crate::{
         deploy::{CreateArgs, DeployArgs},
         exec::ExecArgs,
         images::{ImagesArgs, PullArgs},
-        lifecycle::RmArgs,
+        lifecycle::{ResizeArgs, RmArgs},
         list::ListArgs,
+        login::LoginArgs,
         logs::LogsArgs,
+        mount::MountAddArgs,
+        server::ServerArgs,
         wait_for::WaitForArgs,
     },
     output::Format,
@@ -40,15 +44,18 @@ pub struct Global {
     /// For people (text) or for programs (json): one JSON document on standard output, errors as JSON on standard error
     #[arg(long, global = true, value_enum, default_value = "text")]
     pub format: Format,
-    /// A heyvm server to use instead of this machine (not in this version)
+    /// The heyvm server to use, as HEYO_CLOUD_URL names it, too; else that of `heyvm login`, else this machine
     #[arg(long, global = true, value_name = "URL", hide_short_help = true)]
     pub cloud_url: Option<String>,
-    /// Where to log in; without a heyvm server it has no effect
+    /// Where to log in, if not at the server itself
     #[arg(long, global = true, value_name = "URL", hide_short_help = true)]
     pub auth_url: Option<String>,
-    /// Credentials for a heyvm server, like HEYO_API_KEY; without a server they have no effect
+    /// Token or API key for a heyvm server, like HEYO_API_KEY; without a server it has no effect
     #[arg(long, global = true, env = "HEYO_ARCHIVE_TOKEN", hide_env_values = true, hide_short_help = true)]
     pub token: Option<String>,
+    /// Use this machine, whatever server there is a login for
+    #[arg(long, global = true, conflicts_with = "cloud_url", hide_short_help = true)]
+    pub local: bool,
     /// Say on standard error what is being done; a daemon that is started meanwhile does so in its log
     #[arg(long, global = true)]
     pub debug: bool,
@@ -111,6 +118,15 @@ pub enum Command {
     /// Stop and start
     #[command(after_help = RESTART_EXAMPLES)]
     Restart(Who),
+    /// Give a sandbox another size class, or a larger disk
+    #[command(after_help = RESIZE_EXAMPLES)]
+    Resize(ResizeArgs),
+    /// Keep a copy of a sandbox's disk as it is now, to go back to
+    #[command(after_help = CHECKPOINT_EXAMPLES)]
+    Checkpoint(Who),
+    /// Go back to the checkpoint: stop, put the disk back, start
+    #[command(after_help = RESTORE_EXAMPLES)]
+    Restore(Who),
     /// Remove a sandbox with its disk and URLs
     #[command(after_help = RM_EXAMPLES)]
     Rm(RmArgs),
@@ -123,12 +139,42 @@ pub enum Command {
     /// Copy files and directories into a sandbox or out of it
     #[command(after_help = CP_EXAMPLES)]
     Cp(CpArgs),
+    /// Let a sandbox use a directory of this machine, live
+    #[command(after_help = MOUNT_ADD_EXAMPLES)]
+    MountAdd(MountAddArgs),
+    /// Keep a directory of a sandbox as an archive
+    #[command(after_help = ARCHIVE_EXAMPLES)]
+    Archive(ArchiveArgs),
+    /// Keep a directory of this machine as an archive, to be deployed or to update sandboxes
+    #[command(after_help = ARCHIVE_DIR_EXAMPLES)]
+    ArchiveDir(ArchiveDirArgs),
+    /// List archives
+    #[command(after_help = LIST_ARCHIVES_EXAMPLES)]
+    ListArchives,
+    /// Remove an archive; sandboxes that were made from it go on
+    #[command(after_help = DELETE_ARCHIVE_EXAMPLES)]
+    DeleteArchive(DeleteArchiveArgs),
+    /// Put an archive in place of what a sandbox's app is, and restart it
+    #[command(after_help = UPDATE_EXAMPLES)]
+    Update(UpdateArgs),
+    /// Log in to a heyvm server: commands then use it instead of this machine
+    #[command(after_help = LOGIN_EXAMPLES)]
+    Login(LoginArgs),
+    /// Forget the login, here and at the server
+    #[command(after_help = LOGOUT_EXAMPLES)]
+    Logout,
+    /// Tell who commands are to the server
+    #[command(after_help = WHOAMI_EXAMPLES)]
+    Whoami,
     /// Say whether this machine can run sandboxes, how well, and what to do about it
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor,
     /// Look after the background daemon, which starts by itself
     #[command(after_help = DAEMON_EXAMPLES)]
     Daemon(DaemonArgs),
+    /// Look after a heyvm server's accounts
+    #[command(after_help = SERVER_EXAMPLES)]
+    Server(ServerArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -200,6 +246,16 @@ Example:
 const RESTART_EXAMPLES: &str = "\
 Example:
   heyvm restart web";
+const RESIZE_EXAMPLES: &str = "\
+Examples:
+  heyvm resize my-app --size-class medium
+  heyvm resize my-app --disk-size-gb 50";
+const CHECKPOINT_EXAMPLES: &str = "\
+Example:
+  heyvm checkpoint my-app      # and later, to go back: heyvm restore my-app";
+const RESTORE_EXAMPLES: &str = "\
+Example:
+  heyvm restore my-app";
 const RM_EXAMPLES: &str = "\
 Examples:
   heyvm rm web
@@ -218,6 +274,44 @@ A target that is a directory gets a copy in it; any other target becomes the cop
 Examples:
   heyvm cp ./data web:/workspace/data
   heyvm cp web:/var/log/app.log .";
+const MOUNT_ADD_EXAMPLES: &str = "\
+What the sandbox writes belongs to the directory's owner. A stopped sandbox has it when it starts.
+
+Example:
+  heyvm mount-add --id web --host-path ./data --sandbox-path /data --read-only";
+const ARCHIVE_EXAMPLES: &str = "\
+Example:
+  heyvm archive web --path /workspace --name web-2026-11";
+const ARCHIVE_DIR_EXAMPLES: &str = "\
+Left behind is what deploy leaves behind.
+
+Example:
+  heyvm archive-dir ./my-app --name my-app";
+const LIST_ARCHIVES_EXAMPLES: &str = "\
+Example:
+  heyvm list-archives --format json";
+const DELETE_ARCHIVE_EXAMPLES: &str = "\
+Example:
+  heyvm delete-archive ar-0123456789abcdef0123456789abcdef";
+const UPDATE_EXAMPLES: &str = "\
+All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay.
+
+Example:
+  heyvm update web --archive ar-0123456789abcdef0123456789abcdef";
+const LOGIN_EXAMPLES: &str = "\
+The credentials are kept in ~/.heyo/token.json, for you alone to read.
+`--local` uses this machine all the same.
+
+Examples:
+  heyvm login --cloud-url https://api.example.org
+  heyvm login --cloud-url https://api.example.org --email me@example.org < password-file
+  heyvm login --cloud-url https://api.example.org --api-key - < key-file";
+const LOGOUT_EXAMPLES: &str = "\
+Example:
+  heyvm logout";
+const WHOAMI_EXAMPLES: &str = "\
+Example:
+  heyvm whoami --format json";
 const DOCTOR_EXAMPLES: &str = "\
 Example:
   heyvm doctor --format json";
@@ -225,6 +319,9 @@ const DAEMON_EXAMPLES: &str = "\
 Examples:
   heyvm daemon status
   heyvm daemon stop --all";
+const SERVER_EXAMPLES: &str = "\
+Example:
+  heyvm server admin user add ada@example.com --store ~/.heyo/server.db";
 const COMPLETIONS_EXAMPLES: &str = "\
 Example:
   heyvm completions bash > ~/.local/share/bash-completion/completions/heyvm";

@@ -1,7 +1,7 @@
 //! heyvm: the command line, the daemon, the jail launcher and the egress holder, chosen by the first argument.
 //!
 //! - [`cli`]: what can be asked for.  [`arguments`]: from words to that.  [`commands`]: one module per command.
-//! - [`background`]: finding or starting the daemon.  [`archive`]: a directory as an archive.
+//! - [`background`]: finding or starting the daemon.  [`credentials`], [`password`]: of a heyvm server.  [`archive`]: a directory as an archive.
 //! - [`output`]: text and JSON.  [`spool`]: output too large for memory.  [`progress`]: on a terminal.
 #![forbid(unsafe_code)]
 
@@ -10,7 +10,9 @@ mod arguments;
 mod background;
 mod cli;
 mod commands;
+mod credentials;
 mod output;
+mod password;
 mod progress;
 mod spool;
 

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::ValueEnum;
-use heyvm_api::{ApiError, ErrorCode, error::ErrorBody};
+use heyvm_api::{ApiError, ErrorCode};
 use serde::Serialize;
 
 /// For people or for programs.
@@ -66,7 +66,7 @@ pub fn answer(format: Format, value: &impl Serialize, text: impl FnOnce() -> Str
 /// An error, on standard error.
 pub fn error(format: Format, error: &ApiError) {
     let text = match format {
-        Format::Json => serde_json::to_string(&ErrorBody { error: error.clone() }).unwrap_or_default(),
+        Format::Json => serde_json::json!({"error": error}).to_string(),
         Format::Text => {
             let mut text = format!("error: {}", printable(&error.message));
             for line in &error.log_tail {

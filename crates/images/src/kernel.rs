@@ -14,8 +14,8 @@ use sha2::{Digest, Sha256};
 use crate::{Error, Kernel, cpio::Archive};
 
 /// Drivers and file systems that every guest needs, by their file's name.
-const MODULES: [&str; 8] =
-    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "erofs", "overlay", "ext4"];
+const MODULES: [&str; 9] =
+    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "erofs", "overlay", "ext4", "fuse"];
 /// Where the agent is looked for when it is not named.
 const AGENT: &str = "heyvm-agent";
 
@@ -53,13 +53,8 @@ fn prepared(dir: &Path) -> Result<&Path, Error> {
 
 fn newest(tree: &Path) -> Result<String, Error> {
     let boot = tree.join("boot");
-    let entries = fs::read_dir(&boot).map_err(|error| match error.kind() {
-        // It is not where the caller said.
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-            Error::invalid(format!("{}: {error}", boot.display()))
-        }
-        _ => Error::io("looking for a kernel in", &boot)(error),
-    })?;
+    // It is not where the caller said.
+    let entries = fs::read_dir(&boot).map_err(|error| Error::invalid(format!("{}: {error}", boot.display())))?;
     let mut versions: Vec<String> = entries
         .filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
         .filter(|version| !version.contains("rescue"))

@@ -27,7 +27,7 @@ use futures::{
     Stream, StreamExt,
     stream::{self, BoxStream},
 };
-use heyvm_api::{ApiError, error::ErrorBody, system::ProgressEvent};
+use heyvm_api::{ApiError, ErrorCode, error::ErrorBody, system::ProgressEvent};
 use heyvm_control_plane::ProgressSink;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
@@ -64,6 +64,14 @@ where
     Sse::new(events(Box::pin(call(sink)), progress)).keep_alive(keep_alive).into_response()
 }
 
+/// What has begun to change a sandbox goes on when its caller goes away.
+pub async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|error| Err(ApiError::new(ErrorCode::Internal, format!("heyvm failed: {error}"))))
+}
+
 struct Running<F> {
     call: Option<Pin<Box<F>>>,
     progress: UnboundedReceiver<ProgressEvent>,
@@ -85,7 +93,7 @@ where
                 Some(told) = state.progress.recv() => return Some((Ok(event("progress", &told)), state)),
                 result = call => match result {
                     Ok(result) => event("result", &result),
-                    Err(error) => event("error", &ErrorBody { error: Problem::from(error).into_error() }),
+                    Err(error) => event("error", &ErrorBody::from(Problem::from(error).into_error())),
                 },
             };
             (state.call, state.end) = (None, Some(end));

@@ -1,9 +1,13 @@
 //! `config.toml`: what the user may decide. All of it is optional; a key nobody knows is an error that names it.
 
-use std::{io, net::IpAddr, path::Path};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
 
 use heyvm_images::RegistryConfig;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::Error;
 
@@ -25,6 +29,8 @@ pub struct Config {
     pub network: NetworkConfig,
     /// Registries: mirrors, credentials.
     pub registries: RegistryConfig,
+    /// Present: this daemon is a region of a cloud.
+    pub region: Option<RegionConfig>,
 }
 
 /// `[edge]`
@@ -39,6 +45,8 @@ pub struct EdgeConfig {
     pub base_domain: String,
     /// How long an app may take until the head of its answer.
     pub timeout_seconds: f64,
+    /// Proxies in front of the edge, as addresses with prefix lengths, whose word on who asks is taken.
+    pub trusted_proxies: Vec<String>,
 }
 
 /// `[network]`
@@ -51,6 +59,21 @@ pub struct NetworkConfig {
     pub allow: Vec<String>,
 }
 
+/// `[region]`: where a cloud's servers are listened to, and how the two know each other. Every key is needed; paths are
+/// absolute, or begin at the home.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionConfig {
+    /// Address and port to listen at.
+    pub listen: SocketAddr,
+    /// Our certificate and what leads to its authority, in PEM.
+    pub certificate: PathBuf,
+    /// Its private key, in PEM.
+    pub key: PathBuf,
+    /// Authorities whose clients may ask for accounts, in PEM.
+    pub client_ca: PathBuf,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -61,6 +84,7 @@ impl Default for Config {
             edge: EdgeConfig::default(),
             network: NetworkConfig::default(),
             registries: RegistryConfig::default(),
+            region: None,
         }
     }
 }
@@ -72,7 +96,15 @@ impl Default for EdgeConfig {
             port: 8480,
             base_domain: "localhost".into(),
             timeout_seconds: 60.0,
+            trusted_proxies: Vec::new(),
         }
+    }
+}
+
+impl EdgeConfig {
+    /// The ranges of `trusted_proxies`; `None` if one of them is none.
+    pub fn trusted_proxies(&self) -> Option<Vec<heyvm_edge::IpNet>> {
+        self.trusted_proxies.iter().map(|range| range.parse().ok()).collect()
     }
 }
 
@@ -87,15 +119,12 @@ impl Config {
     pub fn read(home: &Path) -> Result<Self, Error> {
         let path = home.join("config.toml");
         let problem = |problem: String| Error::Config { path: path.clone(), problem };
-        let text = match std::fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            other => other.map_err(|error| problem(error.to_string()))?,
-        };
-        // The parser's own text quotes the line, which may hold a password.
-        let config: Self = toml::from_str(&text).map_err(|error| {
-            let place = error.span().map(|span| place(&text, span.start)).unwrap_or_default();
-            problem(format!("{place}{}", error.message()))
-        })?;
+        let mut config: Self = read_toml(&path, false)?;
+        if let Some(region) = &mut config.region {
+            for file in [&mut region.certificate, &mut region.key, &mut region.client_ca] {
+                *file = home.join(&file);
+            }
+        }
         if let Some(exposed) = config.registries.exposed_by(&path) {
             tracing::warn!("{exposed}");
         }
@@ -103,13 +132,12 @@ impl Config {
     }
 
     fn checked(self) -> Result<Self, &'static str> {
-        let domain = &self.edge.base_domain;
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
-        if domain.is_empty() || domain.starts_with('.') || domain.ends_with('.') || !domain.chars().all(allowed) {
-            return Err("edge.base_domain is no domain name in lower case");
-        }
+        check_domain(&self.edge.base_domain)?;
         if !(self.edge.timeout_seconds > 0.0 && self.edge.timeout_seconds <= 86_400.0) {
             return Err("edge.timeout_seconds must be more than 0 and at most 86400");
+        }
+        if self.edge.trusted_proxies().is_none() {
+            return Err("edge.trusted_proxies must hold ranges such as \"10.0.0.0/8\"");
         }
         if self.regions.is_empty() || self.regions.iter().any(String::is_empty) {
             return Err("regions must name at least one region");
@@ -119,6 +147,29 @@ impl Config {
         }
         Ok(self)
     }
+}
+
+/// A file of settings; the defaults where there is none and none must be.
+pub fn read_toml<T: DeserializeOwned + Default>(path: &Path, must_be_there: bool) -> Result<T, Error> {
+    let problem = |problem: String| Error::Config { path: path.to_owned(), problem };
+    let text = match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !must_be_there => return Ok(T::default()),
+        other => other.map_err(|error| problem(error.to_string()))?,
+    };
+    // The parser's own text quotes the line, which may hold a password.
+    toml::from_str(&text).map_err(|error| {
+        let place = error.span().map(|span| place(&text, span.start)).unwrap_or_default();
+        problem(format!("{place}{}", error.message()))
+    })
+}
+
+/// A base domain, as URLs have it.
+pub fn check_domain(domain: &str) -> Result<(), &'static str> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
+    if domain.is_empty() || domain.starts_with('.') || domain.ends_with('.') || !domain.chars().all(allowed) {
+        return Err("edge.base_domain is no domain name in lower case");
+    }
+    Ok(())
 }
 
 /// Line and key of a byte of the file, without the value.
@@ -155,7 +206,14 @@ mod tests {
             let error = read(text).unwrap_err();
             assert!(error.contains(key) && error.contains("config.toml"), "{error}");
         }
+        let incomplete = read("[region]\nlisten = \"127.0.0.1:1\"\ncertificate = \"a\"\nkey = \"b\"").unwrap_err();
+        assert!(incomplete.contains("client_ca"), "{incomplete}");
         assert!(read("[edge]\nbase_domain = \"Bad Domain\"").is_err());
         assert!(read("[edge]\ntimeout_seconds = 0").is_err());
+        assert!(read("[edge]\ntrusted_proxies = [\"10.0.0.1\"]").unwrap_err().contains("trusted_proxies"));
+        assert_eq!(
+            read("[edge]\ntrusted_proxies = [\"10.0.0.0/8\"]").unwrap().edge.trusted_proxies().unwrap().len(),
+            1
+        );
     }
 }

@@ -27,6 +27,7 @@ use crate::{
     config::Config,
     home::Home,
     proxy,
+    region::Region,
     routes::{Api, router},
 };
 
@@ -48,12 +49,18 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     let config = Config::read(home.path())?;
     let edge_listener = proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
     let edge_address = edge_listener.local_addr().map_err(Error::io("listening for the proxy"))?;
+    let region = match &config.region {
+        Some(config) => Some(Region::listen(config).await?),
+        None => None,
+    };
     let api_listener = home.listen().map_err(Error::io("listening on run/daemon.sock"))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), home = %home.path().display(), edge = %edge_address, "started");
 
     // Answers from here on: those who come early wait for the control plane.
     let (opened, plane) = watch::channel(None);
-    let api = serve_api(api_listener, Api::new(home.path().join("run"), plane), ending.clone());
+    let routes = Api::new(home.path().join("run"), plane);
+    let region = region.map(|region| tokio::spawn(region.serve(router(routes.clone()), ending.clone())));
+    let api = serve_api(api_listener, routes, ending.clone());
     let outcome = tokio::select! {
         outcome = open(home.path(), &config, edge_address.port()) => outcome,
         () = ending.cancelled() => Err(ApiError::new(ErrorCode::DaemonUnavailable, "the daemon is ending").hint("try again")),
@@ -64,7 +71,9 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
             let edge = tokio::spawn(serve_edge(Arc::clone(&plane), edge_listener, config, ending.clone()));
             until_end(&home, &plane, &ending).await;
             let _ = edge.await;
-            let _ = tokio::time::timeout(GRACE, api).await;
+            let _ =
+                tokio::time::timeout(GRACE, async { (api.await, futures::future::OptionFuture::from(region).await) })
+                    .await;
             plane.shutdown().await;
             Ok(())
         }
@@ -81,14 +90,14 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     ended
 }
 
-fn begin_log() {
+pub(crate) fn begin_log() {
     let filter = EnvFilter::try_from_env("HEYVM_LOG").unwrap_or_else(|_| EnvFilter::new(LOG));
     // A second daemon in one process, as in tests, keeps the first one's.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
 }
 
 /// Cancelled at SIGTERM and SIGINT. A terminal that is closed does not end a daemon.
-fn end_asked_for() -> Result<CancellationToken, Error> {
+pub(crate) fn end_asked_for() -> Result<CancellationToken, Error> {
     let caught =
         || Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?));
     let (mut terminate, mut interrupt, mut hangup) = caught().map_err(Error::io("catching signals"))?;
@@ -108,7 +117,7 @@ fn end_asked_for() -> Result<CancellationToken, Error> {
 }
 
 /// Each sandbox and each visitor costs a few descriptors.
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     let raised =
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
     if let Err(error) = raised {
@@ -116,7 +125,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn open(home: &Path, config: &Config, url_port: u16) -> Result<Arc<ControlPlane>, ApiError> {
+pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<Arc<ControlPlane>, ApiError> {
     let failed = |what: &str, error: &dyn std::error::Error| {
         ApiError::new(ErrorCode::Internal, format!("{what} cannot be opened: {error}"))
             .hint("the daemon's log has the details; HEYO_HOME names another directory")
@@ -143,7 +152,7 @@ async fn open(home: &Path, config: &Config, url_port: u16) -> Result<Arc<Control
     ControlPlane::open(config, store, driver, Arc::new(images)).await
 }
 
-fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> JoinHandle<()> {
+pub(crate) fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> JoinHandle<()> {
     tokio::spawn(async move {
         let served = axum::serve(listener, router(api)).with_graceful_shutdown(ending.cancelled_owned());
         if let Err(error) = served.await {
@@ -154,11 +163,13 @@ fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> Joi
 
 async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Config, ending: CancellationToken) {
     let settings = heyvm_edge::Settings {
+        // Checked when the configuration was read.
+        trusted_proxies: config.edge.trusted_proxies().unwrap_or_default(),
         base_domain: config.edge.base_domain,
         response_timeout: Duration::from_secs_f64(config.edge.timeout_seconds),
         ..heyvm_edge::Settings::default()
     };
-    Edge::new(Arc::new(proxy::Sandboxes(plane)), settings).serve(listener, ending).await;
+    Edge::new(Arc::new(proxy::Sandboxes(plane)), None, settings).serve(listener, ending).await;
 }
 
 /// Returns when the end is asked for, or when the home is gone: then nobody can ask for the sandboxes any more, and they

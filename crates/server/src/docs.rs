@@ -7,12 +7,15 @@ use serde_json::{Map, Value};
 
 /// The page, made once.
 pub fn page() -> &'static str {
-    static PAGE: LazyLock<String> = LazyLock::new(|| {
-        let document = serde_json::to_value(crate::routes::document()).unwrap_or_default();
-        // A template that compiles fails on a broken writer alone, and a string is none.
-        Page::of(&document).render().unwrap_or_default()
-    });
+    static PAGE: LazyLock<String> = LazyLock::new(|| page_of(&crate::routes::document()));
     &PAGE
+}
+
+/// A document as a page.
+pub fn page_of(document: &utoipa::openapi::OpenApi) -> String {
+    let document = serde_json::to_value(document).unwrap_or_default();
+    // A template that compiles fails on a broken writer alone, and a string is none.
+    Page::of(&document).render().unwrap_or_default()
 }
 
 #[derive(Template)]
@@ -98,7 +101,7 @@ impl Call {
             description: text(&body["description"]),
         });
         let answers = entries(&operation["responses"]).map(|(status, answer)| Field {
-            name: if status == "default" { "otherwise".into() } else { status.clone() },
+            name: status.clone(),
             kind: entries(&answer["content"]).next().map_or_else(Kind::nothing, |(m, c)| Kind::of_content(m, c)),
             description: text(&answer["description"]),
         });

@@ -11,19 +11,20 @@ use axum::{
     extract::{Request, State},
     response::{IntoResponse, Response},
 };
-use heyvm_api::{ApiError, ErrorCode};
-use http::{HeaderMap, HeaderValue, StatusCode, header, uri::Authority};
+use heyvm_api::{ApiError, ErrorCode, headers};
+use heyvm_edge::Edge;
+use http::{HeaderMap, HeaderValue, header, uri::Authority};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode};
 use subtle::ConstantTimeEq;
 use tokio::{
-    io::copy_bidirectional,
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
+use tokio_util::sync::CancellationToken;
 
-use crate::{Error, home, problem::Problem};
+use crate::{Error, home, pages::Pages, problem::Problem, relay};
 
 #[derive(Clone)]
 struct Gate {
@@ -52,20 +53,24 @@ pub async fn run_api(
     eprintln!("heyvm: the REST API is at http://{listen} (its description: /docs); Ctrl-C ends it");
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::io("catching signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::io("catching signals"))?;
-    let served = axum::serve(listener, Router::new().fallback(forward).with_state(gate));
+    let edge = gate.edge();
     // Open streams end with the listener: nobody is to wait for them.
     tokio::select! {
-        served = served.into_future() => served.map_err(Error::io("serving")),
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        () = edge.serve(listener, CancellationToken::new()) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
+    Ok(())
 }
 
 async fn forward(State(gate): State<Gate>, request: Request) -> Response {
-    match gate.admit(request.headers(), request.uri().path()) {
-        Ok(()) => gate.pass_on(request).await.unwrap_or_else(|error| unavailable(error.as_ref()).into_response()),
-        Err(problem) => problem.into_response(),
+    if let Err(problem) = gate.admit(request.headers(), request.uri().path()) {
+        return problem.into_response();
     }
+    let (head, body) = request.into_parts();
+    let (body, broken) = relay::Passing::new(body);
+    let answered = gate.pass_on(Request::from_parts(head, body)).await;
+    answered.unwrap_or_else(|error| broken.explain(unavailable(error.as_ref())).into_response())
 }
 
 fn unavailable(error: &dyn std::error::Error) -> Problem {
@@ -75,6 +80,12 @@ fn unavailable(error: &dyn std::error::Error) -> Problem {
 }
 
 impl Gate {
+    /// What serves it: a hostile request gets no further there.
+    fn edge(self) -> Arc<Edge> {
+        let routes = Router::new().fallback(forward).with_state(self);
+        Edge::of_site(Arc::new(Pages::on_every_host(routes)), heyvm_edge::Settings::default())
+    }
+
     fn admit(&self, headers: &HeaderMap, path: &str) -> Result<(), Problem> {
         if path == "/health" {
             return Ok(());
@@ -104,25 +115,24 @@ impl Gate {
     }
 
     /// One request, one connection to the daemon: bodies stream both ways, upgrades become tunnels.
-    async fn pass_on(&self, mut request: Request) -> Result<Response, Box<dyn std::error::Error + Send + Sync>> {
+    async fn pass_on(
+        &self,
+        mut request: Request<relay::Passing>,
+    ) -> Result<Response, Box<dyn std::error::Error + Send + Sync>> {
         let stream = home::connect(&self.home).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection.with_upgrades());
-        request.headers_mut().remove(header::AUTHORIZATION);
+        // Clients of this listener are all the owner, and nobody else.
+        for untrusted in [header::AUTHORIZATION.as_str(), headers::ACCOUNT, headers::SANDBOX_ID] {
+            request.headers_mut().remove(untrusted);
+        }
         *request.version_mut() = http::Version::HTTP_11;
         let path = request.uri().path_and_query().map_or("/", |path| path.as_str()).to_owned();
         *request.uri_mut() = path.parse()?;
         request.headers_mut().entry(header::HOST).or_insert(HeaderValue::from_static("localhost"));
         let visitor = hyper::upgrade::on(&mut request);
         let mut response = sender.send_request(request).await?;
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            let daemon = hyper::upgrade::on(&mut response);
-            tokio::spawn(async move {
-                if let (Ok(visitor), Ok(daemon)) = tokio::join!(visitor, daemon) {
-                    let _ = copy_bidirectional(&mut TokioIo::new(visitor), &mut TokioIo::new(daemon)).await;
-                }
-            });
-        }
+        relay::upgraded(visitor, &mut response);
         Ok(response.map(Body::new))
     }
 }
@@ -213,6 +223,16 @@ mod tests {
         assert!(!admitted("eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIn0."));
         assert!(!admitted("") && !admitted("s3cre") && !admitted("s3cret2"));
         assert!(gate.admit(&HeaderMap::new(), "/sandboxes").is_err());
+    }
+
+    #[tokio::test]
+    async fn hostile_requests_get_nowhere() {
+        let daemon = crate::trials::Daemon::start().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let gate = Gate { home: Arc::new(daemon.home.path().to_owned()), ..gate("127.0.0.1:0", None) };
+        tokio::spawn(async move { gate.edge().serve(listener, CancellationToken::new()).await });
+        crate::trials::hostile::is_stood(address, "/sandboxes").await;
     }
 
     #[tokio::test]

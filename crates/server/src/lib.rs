@@ -5,25 +5,35 @@
 //!   `config`: what the user may decide.  `home`: the directory all of it lives in.  `proxy`: the edge's way in.
 //! - `routes`: one module per noun; the OpenAPI document is made from them.  `extract`, `problem`: what comes in and
 //!   every way it can be wrong.  `answer`: progress, and answers too large for memory.  `docs`: the document as a page.
+//! - `region`: the same routes over TLS, for the servers of a cloud that ask for accounts.
+//! - [`cloud`]: what `heyvm server` has beside that.
 //! - [`run_api`] (`gate`): `heyvm --api`, which checks who asks and forwards to the daemon's socket.
+//! - [`pages`]: routers behind the edge's connections, which hostile requests do not get past.
 //!
 //! ```text
 //! heyvm ────────────▶ run/daemon.sock ─▶ routes ─▶ control plane
 //! curl ─▶ gate :3000 ─┘                               ▲
+//! server ─mTLS─▶ region ──────────────▶ routes ────────┤
 //! browser ─▶ :8480 edge ──────────────── proxy ───────┘
 //! ```
 #![forbid(unsafe_code)]
 
 mod answer;
+pub mod cloud;
 pub mod config;
 mod daemon;
 mod docs;
 mod extract;
 mod gate;
 mod home;
+pub mod pages;
 mod problem;
 mod proxy;
+mod region;
+mod relay;
 mod routes;
+#[cfg(test)]
+mod trials;
 
 pub use daemon::run_daemon;
 pub use gate::run_api;
@@ -52,6 +62,9 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// There is no certificate to serve with.
+    #[error("{0}")]
+    Tls(String),
     /// The listener would be open to others.
     #[error("{0}")]
     Exposed(String),

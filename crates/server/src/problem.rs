@@ -2,11 +2,11 @@
 
 use axum::{
     Json,
-    extract::rejection::{PathRejection, QueryRejection},
+    extract::rejection::{PathRejection, QueryRejection, RawPathParamsRejection},
     response::{IntoResponse, Response},
 };
 use heyvm_api::{ApiError, ErrorCode, error::ErrorBody};
-use http::StatusCode;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 /// An error on its way out. The status is the code's own, unless HTTP has a better one.
 #[derive(Debug)]
@@ -19,6 +19,11 @@ impl Problem {
     /// A malformed request.
     pub fn invalid(message: impl Into<String>, hint: &str) -> Self {
         ApiError::new(ErrorCode::InvalidArgument, message).hint(hint).into()
+    }
+
+    /// A body that did not come to its end.
+    pub fn broke_off(why: impl std::fmt::Display) -> Self {
+        Self::invalid(format!("the body broke off: {why}"), "send it again")
     }
 
     /// With another status than the code's.
@@ -64,6 +69,12 @@ impl From<PathRejection> for Problem {
     }
 }
 
+impl From<RawPathParamsRejection> for Problem {
+    fn from(rejection: RawPathParamsRejection) -> Self {
+        Self::invalid(format!("the path is not as it should be: {}", rejection.body_text()), "see GET /openapi.json")
+    }
+}
+
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = self
@@ -73,7 +84,14 @@ impl IntoResponse for Problem {
         if status.is_server_error() {
             tracing::warn!(code = self.error.code.as_str(), message = self.error.message, "answered with an error");
         }
-        (status, Json(ErrorBody { error: with_hint(self.error) })).into_response()
+        let mut headers = HeaderMap::new();
+        if let Some(seconds) = self.error.retry_after_seconds {
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        (status, headers, Json(ErrorBody::from(with_hint(self.error)))).into_response()
     }
 }
 

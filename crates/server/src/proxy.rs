@@ -4,7 +4,7 @@ use std::{fs, io, net::SocketAddr, path::Path, sync::Arc};
 
 use async_trait::async_trait;
 use heyvm_control_plane::{ConnectError as Failure, ControlPlane};
-use heyvm_edge::{ByteStream, ConnectError, Route, Upstreams};
+use heyvm_edge::{Access, ByteStream, ConnectError, Route, Upstreams};
 use tokio::net::TcpListener;
 
 use crate::config::EdgeConfig;
@@ -18,8 +18,9 @@ pub struct Sandboxes(pub Arc<ControlPlane>);
 #[async_trait]
 impl Upstreams for Sandboxes {
     async fn route(&self, subdomain: &str) -> Result<Route, ConnectError> {
-        let (sandbox, port) = self.0.route(subdomain).map_err(told)?;
-        Ok(Route { sandbox, port })
+        let route = self.0.route(subdomain).map_err(told)?;
+        let access = if route.is_public { Access::Public } else { Access::Members { account: route.account_id } };
+        Ok(Route { sandbox: route.sandbox_id, port: route.port, access })
     }
 
     async fn connect(&self, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {

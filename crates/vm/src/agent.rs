@@ -101,9 +101,13 @@ impl AgentConnection {
 
 /// A failed call as the error the rest of the host knows.
 pub fn unreachable_agent(status: &tonic::Status) -> Error {
-    // The guest writes the message: it is cut and stripped before anyone sees it.
-    let clean: String = status.message().chars().filter(|c| !c.is_control()).take(200).collect();
-    Error::Unreachable(if clean.is_empty() { status.code().to_string() } else { clean })
+    let text = told(status);
+    Error::Unreachable(if text.is_empty() { status.code().to_string() } else { text })
+}
+
+/// The message of a failed call. The guest writes it: it is cut and stripped before anyone sees it.
+pub(crate) fn told(status: &tonic::Status) -> String {
+    status.message().chars().filter(|c| !c.is_control()).take(200).collect()
 }
 
 /// Connects to a Unix socket whose path may be longer than an address holds.

@@ -64,6 +64,13 @@ pub trait Driver: Send + Sync {
     /// Why a VM that no longer runs ended, as far as its remains tell.
     async fn post_mortem(&self, id: &VmId) -> Exit;
 
+    /// Keeps a copy of the disk as it is now, in place of the one that was kept before. Where the VM runs, its agent holds
+    /// the disk still meanwhile. On an error the copy from before is still there.
+    async fn checkpoint(&self, id: &VmId, running: Option<AgentConnection>) -> Result<(), Error>;
+
+    /// Makes the kept copy the disk. The VM must not run; the copy stays. On an error the disk is as it was.
+    async fn restore(&self, id: &VmId) -> Result<(), Error>;
+
     /// Ends the VM, if it runs, and removes its disk and everything else of it. Succeeds when nothing is there.
     async fn destroy(&self, id: &VmId) -> Result<(), Error>;
 
@@ -91,6 +98,9 @@ pub trait Vm: Send + Sync {
 
     /// Ends the VM in order: processes get `grace` to end, the disk is unmounted; then the process is killed if need be.
     async fn stop(&self, grace: std::time::Duration) -> Result<(), Error>;
+
+    /// Makes the disk larger, and the file system on it. A stopped VM's grows at its next start.
+    async fn grow_disk(&self, gib: u32) -> Result<(), Error>;
 
     /// The host's view of its cost.
     async fn usage(&self) -> Result<Usage, Error>;
@@ -186,6 +196,15 @@ pub enum Error {
         /// The last lines of its console.
         console_tail: Vec<String>,
     },
+    /// Nothing was kept that could be gone back to.
+    #[error("there is no checkpoint")]
+    NoCheckpoint,
+    /// The disk could not be copied in the time in which it may be held still.
+    #[error("the disk could not be copied within {0} seconds")]
+    TooSlow(u64),
+    /// The guest's kernel did not make the file system on the disk larger.
+    #[error("the file system stays as large as it is: {0}")]
+    NotGrown(String),
     /// The VM's agent does not answer.
     #[error("the sandbox's agent does not answer: {0}")]
     Unreachable(String),

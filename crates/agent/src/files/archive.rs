@@ -19,7 +19,7 @@ use super::{
     absolute, blocking,
     content::Chunks,
     failed,
-    unpack::{self, Limits},
+    unpack::{self, Limits, Wanted},
 };
 
 /// Chunks that may wait for whoever is slower.
@@ -29,10 +29,10 @@ const QUEUE: usize = 4;
 pub async fn unpack(mut requests: Streaming<UnpackInput>) -> Result<UnpackReply, Status> {
     let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("no directory was named"))?;
     let dir = absolute(&first.path)?;
-    let limits = Limits::new(first.max_bytes, first.max_entries);
+    let wanted = Wanted::new(&first.root, Limits::new(first.max_bytes, first.max_entries))?;
     let (chunks, receiver) = mpsc::channel(QUEUE);
     let unpacking = tokio::task::spawn_blocking(move || {
-        unpack::unpack(&dir, first.clean, limits, Incoming { chunks: receiver, current: io::Cursor::default() })
+        unpack::unpack(&dir, first.clean, wanted, Incoming { chunks: receiver, current: io::Cursor::default() })
     });
     let mut next = Ok(Some(first.data));
     loop {

@@ -45,33 +45,92 @@ impl Limits {
     }
 }
 
-/// Unpacks `archive` below `dir`, which is made when missing and, with `clean`, emptied before.
-pub fn unpack(dir: &Path, clean: bool, limits: Limits, archive: impl Read) -> Result<UnpackReply, Status> {
-    let made = fs::create_dir_all(dir).and_then(|()| if clean { empty(dir) } else { Ok(()) });
-    made.map_err(|error| failed("cannot prepare", dir, &error))?;
+/// What of an archive is unpacked, and how much it may be.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Only what lies below this directory of the archive, named from there; all of it when empty.
+    pub root: PathBuf,
+    /// How much.
+    pub limits: Limits,
+}
+
+impl Wanted {
+    /// An error when `root` is not a relative path that stays below.
+    pub fn new(root: &str, limits: Limits) -> Result<Self, Status> {
+        Ok(Self { root: inside(Path::new(root))?, limits })
+    }
+}
+
+/// Unpacks `archive` below `dir`, which is made when missing. With `clean` nothing else is left in it afterwards; an
+/// archive that fails then leaves the directory as it was.
+pub fn unpack(dir: &Path, clean: bool, wanted: Wanted, archive: impl Read) -> Result<UnpackReply, Status> {
+    fs::create_dir_all(dir).map_err(|error| failed("cannot prepare", dir, &error))?;
+    if !clean {
+        return unpack_into(dir, wanted, archive);
+    }
+    let aside = dir.join(ASIDE);
+    let prepared = remove_if_there(&aside).and_then(|()| fs::create_dir(&aside));
+    prepared.map_err(|error| failed("cannot prepare", &aside, &error))?;
+    let done = unpack_into(&aside, wanted, archive).and_then(|reply| {
+        take_over(dir, &aside).map_err(|error| failed("cannot replace what is in", dir, &error))?;
+        Ok(reply)
+    });
+    if done.is_err() {
+        let _ = remove_if_there(&aside);
+    }
+    done
+}
+
+/// Where an archive waits until all of it is there. In the directory itself: the same file system, and the directory
+/// stays the one in which programs run.
+const ASIDE: &str = ".heyvm-new";
+
+fn remove_if_there(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// What is in `aside` takes the place of everything else in `dir`.
+fn take_over(dir: &Path, aside: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()? {
+            _ if entry.path() == aside => {}
+            kind if kind.is_dir() => fs::remove_dir_all(entry.path())?,
+            _ => fs::remove_file(entry.path())?,
+        }
+    }
+    for entry in fs::read_dir(aside)? {
+        let entry = entry?;
+        fs::rename(entry.path(), dir.join(entry.file_name()))?;
+    }
+    fs::remove_dir(aside)
+}
+
+fn unpack_into(dir: &Path, wanted: Wanted, archive: impl Read) -> Result<UnpackReply, Status> {
     let root = File::open(dir).map_err(|error| failed("cannot open", dir, &error))?;
-    let mut unpacking =
-        Unpacking { root: root.into(), parent: None, limits, done: UnpackReply::default(), buffer: vec![0; CHUNK] };
+    let mut unpacking = Unpacking {
+        root: root.into(),
+        parent: None,
+        found: wanted.root.as_os_str().is_empty(),
+        wanted,
+        done: UnpackReply::default(),
+        buffer: vec![0; CHUNK],
+    };
     let allowance = Rc::new(Cell::new(0));
     let mut archive = tar::Archive::new(Metered { inner: archive, allowance: Rc::clone(&allowance) });
     let broken = |error: io::Error| Status::invalid_argument(format!("the archive cannot be read: {error}"));
     let mut entries = archive.entries().map_err(broken)?;
     loop {
         allowance.set(MAX_HEADER);
-        let Some(entry) = entries.next() else { return Ok(unpacking.done) };
+        let Some(entry) = entries.next() else { return unpacking.ended() };
         let mut entry = entry.map_err(broken)?;
         allowance.set(usize::MAX);
         unpacking.entry(&mut entry)?;
         io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
     }
-}
-
-fn empty(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
-    }
-    Ok(())
 }
 
 /// Gives only as much as is allowed: the tar reader holds headers in memory whatever their size.
@@ -99,41 +158,56 @@ struct Unpacking {
     root: OwnedFd,
     /// The directory of the last entry: the next one is mostly in the same.
     parent: Option<(PathBuf, OwnedFd)>,
-    limits: Limits,
+    wanted: Wanted,
+    /// Whether something of what is wanted was there.
+    found: bool,
     done: UnpackReply,
     buffer: Vec<u8>,
 }
 
 impl Unpacking {
+    fn ended(self) -> Result<UnpackReply, Status> {
+        if self.found {
+            return Ok(self.done);
+        }
+        Err(Status::invalid_argument(format!("the archive has no directory {}", self.wanted.root.display())))
+    }
+
     fn entry(&mut self, entry: &mut tar::Entry<'_, impl Read>) -> Result<(), Status> {
         use tar::EntryType::*;
         self.done.entries += 1;
-        if self.done.entries > self.limits.entries {
-            return Err(Status::resource_exhausted(format!("more than {} entries", self.limits.entries)));
+        let limits = self.wanted.limits;
+        if self.done.entries > limits.entries {
+            return Err(Status::resource_exhausted(format!("more than {} entries", limits.entries)));
         }
         let kind = entry.header().entry_type();
         if kind == XGlobalHeader {
             return Ok(());
         }
         let named = entry.path_bytes();
-        let path = inside(Path::new(OsStr::from_bytes(&named)))?;
+        let named = inside(Path::new(OsStr::from_bytes(&named)))?;
+        let Ok(path) = named.strip_prefix(&self.wanted.root) else { return Ok(()) };
+        self.found = true;
         let link = entry.link_name_bytes().map(|link| PathBuf::from(OsStr::from_bytes(&link)));
         let link = || link.ok_or_else(|| Status::invalid_argument(format!("{} leads nowhere", path.display())));
         let mode = Mode::from_bits_truncate(entry.header().mode().unwrap_or(0o644));
         let done = match kind {
             Regular | Continuous | GNUSparse => {
                 let mtime = entry.header().mtime().unwrap_or(0);
-                return self.file(&path, mode, mtime, entry);
+                return self.file(path, mode, mtime, entry);
             }
-            Directory => self.directory(&path, mode),
-            Symlink => self.symlink(&path, &link()?),
-            Link => self.hard_link(&path, &inside(&link()?)?),
+            Directory => self.directory(path, mode),
+            Symlink => self.symlink(path, &link()?),
+            Link => match inside(&link()?)?.strip_prefix(&self.wanted.root) {
+                Ok(target) => self.hard_link(path, target),
+                Err(_) => Err(Problem::LeadsOut),
+            },
             _ => {
                 let what = format!("{} is a device, a pipe or a socket", path.display());
                 return Err(Status::invalid_argument(what));
             }
         };
-        done.map_err(|problem| problem.status(&path))
+        done.map_err(|problem| problem.status(path))
     }
 
     fn file(&mut self, path: &Path, mode: Mode, mtime: u64, content: &mut impl Read) -> Result<(), Status> {
@@ -147,8 +221,9 @@ impl Unpacking {
                 break;
             }
             self.done.bytes += length as u64;
-            if self.done.bytes > self.limits.bytes {
-                return Err(Status::resource_exhausted(format!("more than {} bytes unpacked", self.limits.bytes)));
+            let most = self.wanted.limits.bytes;
+            if self.done.bytes > most {
+                return Err(Status::resource_exhausted(format!("more than {most} bytes unpacked")));
             }
             file.write_all(&self.buffer[..length]).map_err(failed)?;
         }

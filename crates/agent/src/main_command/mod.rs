@@ -72,13 +72,18 @@ impl MainCommand {
         oom_kills: &Arc<OomKills>,
         spawn: impl FnOnce() -> Result<(Child, Streams), E>,
     ) -> Result<i32, Status> {
-        let mut state = self.lock();
-        if matches!(state.phase, Phase::Running) {
-            return Err(Status::already_exists("the start command is running"));
-        }
-        let (child, streams) = spawn().map_err(Into::into)?;
-        state.phase = Phase::Running;
-        drop(state);
+        // The state is not held meanwhile: its program may lie in a mount, and whoever watches must not wait for that.
+        let before = {
+            let mut state = self.lock();
+            if matches!(state.phase, Phase::Running) {
+                return Err(Status::already_exists("the start command is running"));
+            }
+            std::mem::replace(&mut state.phase, Phase::Running)
+        };
+        let (child, streams) = spawn().map_err(|error| {
+            self.lock().phase = before;
+            error.into()
+        })?;
         let pid = child.pid.as_raw();
         tokio::spawn(Arc::clone(self).follow(child, streams, Arc::clone(oom_kills)));
         Ok(pid)

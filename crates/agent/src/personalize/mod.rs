@@ -54,7 +54,7 @@ pub fn reserve(request: &PersonalizeRequest) -> Result<OldRoot, PersonalizeError
     if request.entropy.len() >= MIN_ENTROPY {
         add_entropy(&request.entropy).map_err(step("entropy"))?;
     }
-    root::mount_disk().map_err(step("disk"))?;
+    root::mount_disk(request.disk_bytes).map_err(step("disk"))?;
     let old_root = root::enter()?;
     make_working_dir(request)?;
     Ok(old_root)
@@ -72,7 +72,7 @@ pub fn personalize(request: &PersonalizeRequest, reserved: Option<OldRoot>) -> R
             old_root
         }
         None => {
-            root::mount_disk().map_err(step("disk"))?;
+            root::mount_disk(request.disk_bytes).map_err(step("disk"))?;
             root::write_identity(&root::upper("etc"), request).map_err(step("identity"))?;
             root::enter()?
         }

@@ -6,7 +6,10 @@
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use nix::{errno::Errno, unistd::Pid};
@@ -20,8 +23,14 @@ use super::ended::{self, Ended};
 type Children = HashMap<i32, oneshot::Sender<Ended>>;
 
 /// The table of living children.
+///
+/// A birth may take long, on another thread, when the child's program lies in a mount that this very agent serves: it
+/// holds up other births, but neither the table nor the collector, which comes again after it.
 pub struct Reaper {
     children: Mutex<Children>,
+    births: Mutex<()>,
+    /// Whether something has ended that is not collected yet.
+    due: AtomicBool,
     orphans: bool,
 }
 
@@ -36,7 +45,7 @@ pub struct Child {
 impl Reaper {
     /// A reaper of our own children and, with `orphans`, of whatever is inherited.
     pub fn new(orphans: bool) -> Arc<Self> {
-        Arc::new(Self { children: Mutex::default(), orphans })
+        Arc::new(Self { children: Mutex::default(), births: Mutex::default(), due: AtomicBool::new(false), orphans })
     }
 
     /// Collects for as long as the runtime lives.
@@ -52,15 +61,24 @@ impl Reaper {
 
     /// Starts a child by `spawn`; its end cannot be missed.
     pub fn adopt<E>(self: &Arc<Self>, spawn: impl FnOnce() -> Result<Pid, E>) -> Result<Child, E> {
-        let mut children = self.lock();
-        let pid = spawn()?;
-        let (say, end) = oneshot::channel();
-        children.insert(pid.as_raw(), say);
-        Ok(Child { pid, reaper: Arc::clone(self), end })
+        let birth = self.births.lock().unwrap_or_else(PoisonError::into_inner);
+        let born = spawn().map(|pid| {
+            let (say, end) = oneshot::channel();
+            self.lock().insert(pid.as_raw(), say);
+            Child { pid, reaper: Arc::clone(self), end }
+        });
+        drop(birth);
+        if self.due.load(Ordering::SeqCst) {
+            self.collect();
+        }
+        born
     }
 
-    /// Collects everything that has ended.
+    /// Collects everything that has ended; after a birth, where one is under way.
     pub fn collect(&self) {
+        self.due.store(true, Ordering::SeqCst);
+        let Ok(_no_birth) = self.births.try_lock() else { return };
+        self.due.store(false, Ordering::SeqCst);
         let mut children = self.lock();
         if self.orphans {
             while let Some((pid, end)) = ended::next(-1) {

@@ -158,8 +158,42 @@ async fn unpacking_again_replaces_and_clean_empties() {
     assert!(target.join("own").is_dir());
     let clean = UnpackInput { clean: true, ..into(&target) };
     unpack(&mut client, clean, &archive(&[(Regular, "c", "", b"3")])).await.unwrap();
-    let left: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, ["c"]);
+    let left = || fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    assert_eq!(left(), ["c"]);
+    let clean = UnpackInput { clean: true, ..into(&target) };
+    let hostile = archive(&[(Regular, "d", "", b"4"), (Regular, "../x", "", b"5")]);
+    unpack(&mut client, clean, &hostile).await.unwrap_err();
+    assert_eq!(left(), ["c"], "an archive that fails leaves everything as it was");
+}
+
+#[tokio::test]
+async fn one_directory_of_an_archive_is_unpacked_without_its_name() {
+    let (dir, mut client) = client().await;
+    let target = dir.path().join("work");
+    let entries = [
+        (Directory, "srv/", "", &b""[..]),
+        (Directory, "srv/app/", "", b""),
+        (Regular, "./srv/app/a", "", b"1"),
+        (Link, "srv/app/b", "srv/app/a", b""),
+        (Symlink, "srv/app/down/c", "../a", b""),
+        (Regular, "srv/apple", "", b"beside"),
+        (Regular, "x", "", b"beside"),
+    ];
+    let below = |root: &str| UnpackInput { root: root.into(), clean: true, ..into(&target) };
+    unpack(&mut client, below("srv/app"), &archive(&entries)).await.unwrap();
+    let mut left: Vec<_> = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["a", "b", "down"]);
+    assert_eq!(
+        (fs::read(target.join("b")).unwrap(), fs::read(target.join("down/c")).unwrap()),
+        (b"1".into(), b"1".into())
+    );
+    for root in ["srv/ap", "none", "../work", "/srv"] {
+        unpack(&mut client, below(root), &archive(&entries)).await.unwrap_err();
+    }
+    let leads_out = [(Regular, "x", "", &b"1"[..]), (Link, "srv/app/y", "x", b"")];
+    unpack(&mut client, below("srv/app"), &archive(&leads_out)).await.unwrap_err();
+    assert!(target.join("a").exists(), "what is refused changes nothing");
 }
 
 #[tokio::test]

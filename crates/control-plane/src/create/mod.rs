@@ -5,15 +5,14 @@ mod steps;
 use std::sync::Arc;
 
 use heyvm_api::{
-    ApiError, ErrorCode,
+    ApiError, ErrorCode, names,
     sandbox::{CreateRequest, Reason, ReasonCode, SandboxInfo, Status},
 };
 use heyvm_store::KeyRow;
-use rand::Rng;
 use tokio::sync::oneshot;
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, apart, archives, errors,
+    Account, ControlPlane, ProgressSink, Sandbox, apart, archives, errors,
     record::{self, Record},
     validate,
 };
@@ -22,35 +21,58 @@ use steps::Prepared;
 /// How often a slug that nobody asked for may give way to another.
 const SLUG_TRIES: u32 = 8;
 
+/// For whom a sandbox is made, and what makes the same request give the same one again.
+#[derive(Debug, Clone, Default)]
+pub struct Asked {
+    /// Whose it will be.
+    pub account: Account,
+    /// The caller's own mark of the request.
+    pub idempotency_key: Option<String>,
+    /// The id it is to have.
+    pub sandbox_id: Option<uuid::Uuid>,
+}
+
+impl Asked {
+    fn may_be_repeated(&self) -> bool {
+        self.idempotency_key.is_some() || self.sandbox_id.is_some()
+    }
+
+    /// The key in the store: accounts do not share keys. No header holds a line's end.
+    fn key(&self) -> Option<String> {
+        let key = self.idempotency_key.as_ref()?;
+        Some(if self.account.is_owner() { key.clone() } else { format!("{}\n{key}", self.account.as_str()) })
+    }
+}
+
 impl ControlPlane {
     /// Makes a sandbox and returns when it is running (or healthy, where that was asked for).
-    /// Dropping the future without an idempotency key undoes it; with a key it goes on.
+    /// Dropping the future undoes it, unless the request can be repeated: then it goes on.
     pub async fn create(
         self: &Arc<Self>,
         request: CreateRequest,
-        idempotency_key: Option<String>,
+        asked: Asked,
         progress: ProgressSink,
     ) -> Result<SandboxInfo, ApiError> {
         let plane = Arc::clone(self);
         // All of it apart: what is begun is never nobody's, wherever the caller leaves.
-        let Some(key) = idempotency_key else {
+        if !asked.may_be_repeated() {
             let (has_its_answer, caller) = oneshot::channel();
             let made = apart(async move {
-                let sandbox = plane.begin(&request).await?;
+                let sandbox = plane.begin(&request, &asked).await?;
                 plane.undo_without(caller, &sandbox);
                 plane.make(sandbox, request, progress).await
             })
             .await;
             let _ = has_its_answer.send(());
             return made;
-        };
+        }
         apart(async move {
             let one_at_a_time = plane.keys.lock().await;
-            if let Some(known) = plane.made_with(&key, &request).await? {
+            if let Some(known) = plane.made_before(&asked, &request).await? {
                 drop(one_at_a_time);
                 return plane.wait_until_made(&known).await;
             }
-            let sandbox = plane.begin_with_key(&request, &key).await?;
+            let sandbox = plane.begin_with_key(&request, &asked).await?;
             drop(one_at_a_time);
             plane.make(sandbox, request, progress).await
         })
@@ -70,10 +92,26 @@ impl ControlPlane {
         });
     }
 
+    /// What this key, or this id, has given before.
+    async fn made_before(&self, asked: &Asked, request: &CreateRequest) -> Result<Option<Arc<Sandbox>>, ApiError> {
+        if let Some(key) = asked.key()
+            && let Some(known) = self.made_with(&key, request).await?
+        {
+            return Ok(Some(known));
+        }
+        let Some(known) = asked.sandbox_id.and_then(|id| self.with_id(&id.to_string())) else { return Ok(None) };
+        let record = known.snapshot();
+        if record.account == asked.account && record.fingerprint == record::fingerprint(request) {
+            return Ok(Some(known));
+        }
+        Err(ApiError::new(ErrorCode::IdempotencyKeyReused, "this sandbox id came with another request")
+            .hint("use a new id for a new request"))
+    }
+
     /// What this key has given before, as long as that is not gone.
     async fn made_with(&self, key: &str, request: &CreateRequest) -> Result<Option<Arc<Sandbox>>, ApiError> {
         let Some(known) = self.store.key(key).await.map_err(errors::store)? else { return Ok(None) };
-        let sandbox = self.find(&known.sandbox_id).ok();
+        let sandbox = self.with_id(&known.sandbox_id);
         let gone = sandbox.as_ref().is_none_or(|sandbox| {
             let record = sandbox.record();
             (record.status == Status::Removed || record.removing) && sandbox.failure.get().is_none()
@@ -92,11 +130,12 @@ impl ControlPlane {
         Ok(sandbox)
     }
 
-    async fn begin_with_key(&self, request: &CreateRequest, key: &str) -> Result<Arc<Sandbox>, ApiError> {
-        let sandbox = self.begin(request).await?;
+    async fn begin_with_key(&self, request: &CreateRequest, asked: &Asked) -> Result<Arc<Sandbox>, ApiError> {
+        let sandbox = self.begin(request, asked).await?;
+        let Some(key) = asked.key() else { return Ok(sandbox) };
         let record = sandbox.snapshot();
-        let row = KeyRow { request: record::fingerprint(request), sandbox_id: record.id };
-        if let Err(error) = self.store.add_key(key, &row, record.created_at.timestamp_millis()).await {
+        let row = KeyRow { request: record.fingerprint, sandbox_id: record.id };
+        if let Err(error) = self.store.add_key(&key, &row, record.created_at.timestamp_millis()).await {
             let reason = record::reason(ReasonCode::FailedStep, "its idempotency key could not be written down");
             self.destroy(&sandbox, reason).await?;
             return Err(errors::store(error));
@@ -105,12 +144,16 @@ impl ControlPlane {
     }
 
     /// The row, before anything is done.
-    async fn begin(&self, request: &CreateRequest) -> Result<Arc<Sandbox>, ApiError> {
-        let mut record = validate::record(request, &self.config)?;
+    async fn begin(&self, request: &CreateRequest, asked: &Asked) -> Result<Arc<Sandbox>, ApiError> {
+        let mut record = validate::record(request, &asked.account, &self.config)?;
+        record.fingerprint = record::fingerprint(request);
+        if let Some(id) = asked.sandbox_id {
+            record.id = id.to_string();
+        }
         if let Some(archive) = &record.archive_id {
             archives::check(&self.config.home, archive)?;
         }
-        if let Some(old) = self.living_named(&record.name).filter(|_| request.replace) {
+        if let Some(old) = self.living_named(&record.name, &record.account).filter(|_| request.replace) {
             record.waiting_to_replace = true;
             if request.slug.is_none() {
                 record.slug.clone_from(&old.record().slug);
@@ -129,8 +172,7 @@ impl ControlPlane {
             match self.store.insert(&record.row()).await {
                 Ok(()) => return Ok(()),
                 Err(heyvm_store::Error::SlugTaken) if slug_may_change => {
-                    let kept: String = made_up.chars().take(MAX_SLUG - 5).collect();
-                    record.slug = format!("{kept}-{:04x}", rand::rng().random::<u16>());
+                    record.slug = names::another_slug(&made_up, rand::random());
                 }
                 Err(error) => return Err(self.refused(error, record)),
             }
@@ -144,7 +186,8 @@ impl ControlPlane {
         let answer = errors::store(error);
         let in_the_way = self.all().into_iter().find(|other| {
             let other = other.record();
-            other.holds_its_name() && (other.name == record.name || other.slug == record.slug)
+            let same = other.name == record.name || other.slug == record.slug;
+            same && other.account == record.account && other.holds_its_name()
         });
         match in_the_way.filter(|_| taken) {
             Some(other) => answer.sandbox(&other.record().id),
@@ -159,6 +202,7 @@ impl ControlPlane {
             let record = sandbox.snapshot();
             match sandbox.failure.get() {
                 Some(failure) => return Err(failure.clone()),
+                None if record.status == Status::Removed => return Ok(self.info(&record)),
                 None if record.status != Status::Provisioning && !record.removing => return Ok(self.info(&record)),
                 None => {}
             }
@@ -235,9 +279,6 @@ impl ControlPlane {
         error
     }
 }
-
-/// Longest label of a host name.
-const MAX_SLUG: usize = 63;
 
 /// What the one who made it is told when another one removed it meanwhile.
 pub(crate) fn cut_short(reason: &Reason) -> ApiError {

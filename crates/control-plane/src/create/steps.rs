@@ -41,15 +41,18 @@ impl ControlPlane {
         check_type(&vm, request.sandbox_type.as_deref()).await.map_err(|error| error.step("image"))?;
         if let Some(archive) = &record.archive_id {
             tell(progress, "unpack", "unpacking the archive");
-            self.unpack(&vm, archive, &record.working_directory).await.map_err(|error| error.step("unpack"))?;
+            let unpacked = self.unpack(&vm, archive, record.archive_root.as_deref(), &record.working_directory, false);
+            unpacked.await.map_err(|error| error.step("unpack"))?;
         }
+        // Behind the archive: what lies below a mount stays in the sandbox, and nothing is unpacked to this host.
+        self.mount_all(sandbox, &vm).await.map_err(|error| error.step("mount"))?;
         for hook in &record.setup_hooks {
             tell(progress, "setup_hook", hook);
             run_hook(&vm, hook).await.map_err(|error| error.step("setup_hook"))?;
         }
         let mut main = self.run_start_command(sandbox, &vm, progress).await?;
         for port in &record.open_ports {
-            self.bind_port(&record.id, *port).await.map_err(|error| error.step("bind"))?;
+            self.bind_port(&record.id, *port, record.ports_are_public).await.map_err(|error| error.step("bind"))?;
         }
         self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
         Ok(Prepared { vm, main })
@@ -57,6 +60,8 @@ impl ControlPlane {
 
     /// Image and kernel, and from them what the VM is made from.
     async fn prepare_image(&self, sandbox: &Sandbox, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
+        // Fetching or building an image takes a minute; that there is no kernel for it is known at once.
+        let kernel = self.images.kernel().await.map_err(errors::image)?;
         let asked = sandbox.record().image.clone();
         let resolved = self.claim_image(sandbox, &asked, progress).await?;
         let record = self
@@ -69,16 +74,15 @@ impl ControlPlane {
                 }
             })
             .await?;
-        let kernel = self.images.kernel().await.map_err(errors::image)?;
         Ok(vm_spec(&record, kernel, resolved.image))
     }
 
     /// The VM that a sandbox of nothing but defaults would have.
     pub(crate) async fn default_spec(&self, record: &Record, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
+        let kernel = self.images.kernel().await.map_err(errors::image)?;
         let forward = self.forward(progress, "image");
         let resolved =
             self.images.resolve(&record.image, &self.config.default_image, forward).await.map_err(errors::image)?;
-        let kernel = self.images.kernel().await.map_err(errors::image)?;
         Ok(vm_spec(record, kernel, resolved.image))
     }
 
@@ -102,12 +106,22 @@ impl ControlPlane {
         })
     }
 
-    async fn unpack(&self, vm: &Arc<dyn Vm>, archive: &str, directory: &str) -> Result<(), ApiError> {
+    /// Unpacks an archive, or one directory of it, into a directory; with `clean`, nothing else is left in it.
+    pub(crate) async fn unpack(
+        &self,
+        vm: &Arc<dyn Vm>,
+        archive: &str,
+        root: Option<&str>,
+        directory: &str,
+        clean: bool,
+    ) -> Result<(), ApiError> {
         let pieces = archives::read(&self.config.home, archive)?;
         let first = UnpackInput {
             path: directory.to_owned(),
-            max_bytes: archives::MAX_UNPACKED,
-            max_entries: archives::MAX_ENTRIES,
+            root: root.unwrap_or_default().to_owned(),
+            clean,
+            max_bytes: archives::LIMITS.unpacked,
+            max_entries: archives::LIMITS.entries,
             ..UnpackInput::default()
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);

@@ -6,11 +6,12 @@ use std::{
 };
 
 use heyvm_api::sandbox::*;
+use heyvm_control_plane::Who;
 use heyvm_store::Store;
 use heyvm_vm::ExitCause;
 
 use crate::{
-    daemon::{Daemon, eventually, sink},
+    daemon::{Daemon, eventually, keyed, sink},
     machines::Finding,
 };
 
@@ -32,14 +33,15 @@ fn ticks(daemon: &Daemon, name: &str) -> usize {
 fn a_running_one_runs_on_and_its_log_has_neither_gap_nor_repetition() {
     let mut daemon = Daemon::new();
     daemon.create(ticking(&daemon, "web")).unwrap();
-    daemon.run(daemon.plane().restart("web", sink())).unwrap();
+    daemon.run(daemon.plane().restart(&Who::owners("web"), sink())).unwrap();
     // The first run's output is not the second's.
     let first_run = daemon.log("web").lines().position(|line| line == "tick 1").unwrap();
     assert_eq!(first_run, 0);
-    daemon.run(daemon.plane().remove("web")).unwrap();
+    daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
 
     let made = daemon.create(ticking(&daemon, "web")).unwrap();
-    let bound = daemon.run(daemon.plane().bind("web", BindRequest { port: 80, is_public: None })).unwrap();
+    let bound =
+        daemon.run(daemon.plane().bind(&Who::owners("web"), BindRequest { port: 80, is_public: None })).unwrap();
     for _ in 0..3 {
         let before = ticks(&daemon, "web");
         daemon.die();
@@ -71,7 +73,7 @@ fn the_log_of_a_second_run_goes_on_where_it_ended() {
         count if count > 20 => Ok(()),
         count => Err(count.to_string()),
     });
-    daemon.run(daemon.plane().restart("web", sink())).unwrap();
+    daemon.run(daemon.plane().restart(&Who::owners("web"), sink())).unwrap();
     eventually("the second run prints", || if second_run(&daemon) > 0 { Ok(()) } else { Err(daemon.log("web")) });
     daemon.die();
     daemon.revive();
@@ -102,10 +104,10 @@ fn one_that_ended_meanwhile_is_judged() {
 fn half_made_ones_and_strays_are_removed() {
     let mut daemon = Daemon::new();
     let stopped = daemon.create(daemon.request("stopped")).unwrap();
-    daemon.run(daemon.plane().stop("stopped")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("stopped"))).unwrap();
     let request = CreateRequest { setup_hooks: vec!["sleep 60".into()], ..daemon.request("half-made") };
     let plane = daemon.plane().clone();
-    let call = daemon.spawn(async move { plane.create(request, Some("k".into()), sink()).await });
+    let call = daemon.spawn(async move { plane.create(request, keyed("k"), sink()).await });
     eventually("it has begun", || if daemon.machines.running().len() == 1 { Ok(()) } else { Err(String::new()) });
     daemon.die();
     drop(call);
@@ -128,9 +130,9 @@ fn one_that_was_being_started_keeps_its_disk() {
         ..daemon.request("web")
     };
     let made = daemon.create(request).unwrap();
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     let plane = daemon.plane().clone();
-    let call = daemon.spawn(async move { plane.start("web", sink()).await });
+    let call = daemon.spawn(async move { plane.start(&Who::owners("web"), sink()).await });
     eventually("it has begun", || if daemon.machines.running().len() == 1 { Ok(()) } else { Err(String::new()) });
     daemon.die();
     drop(call);
@@ -138,7 +140,7 @@ fn one_that_was_being_started_keeps_its_disk() {
     let info = daemon.get("web");
     assert!(matches!(info.status, Status::Stopped | Status::Failed | Status::Running), "{info:?}");
     assert_eq!(daemon.machines.disks(), [made.id]);
-    assert_eq!(daemon.run(daemon.plane().start("web", sink())).unwrap().status, Status::Running);
+    assert_eq!(daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap().status, Status::Running);
 }
 
 /// While no daemon runs, the data of a row is changed.
@@ -169,7 +171,7 @@ fn what_another_version_has_written_is_read_or_left_alone() {
     rewrite(&daemon, &newer.id, |data| data.replace("\"running\"", "\"hibernating\""));
     daemon.revive();
     assert_eq!(daemon.get("older").status, Status::Running);
-    assert!(daemon.run(daemon.plane().get("newer")).is_err());
+    assert!(daemon.run(daemon.plane().get(&Who::owners("newer"))).is_err());
     assert!(daemon.machines.running().contains(&newer.id), "nobody ends what he cannot read");
     assert!(daemon.machines.disks().contains(&newer.id));
     daemon.die();
@@ -186,11 +188,13 @@ fn one_that_cannot_be_found_now_is_not_dead() {
     *daemon.machines.finding.lock().unwrap() = Finding::Fails;
     daemon.revive();
     assert_eq!(daemon.get("web").status, Status::Running);
-    assert!(daemon.run(daemon.plane().stop("web")).is_err(), "it would run on");
+    assert!(daemon.run(daemon.plane().stop(&Who::owners("web"))).is_err(), "it would run on");
     assert_eq!((daemon.get("web").status, daemon.machines.running()), (Status::Running, vec![made.id]));
     *daemon.machines.finding.lock().unwrap() = Finding::Works;
-    eventually("it is found", || daemon.run(daemon.plane().agent("web")).map(drop).map_err(|error| error.to_string()));
-    assert_eq!(daemon.run(daemon.plane().stop("web")).unwrap().status, Status::Stopped);
+    eventually("it is found", || {
+        daemon.run(daemon.plane().agent(&Who::owners("web"))).map(drop).map_err(|error| error.to_string())
+    });
+    assert_eq!(daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap().status, Status::Stopped);
     assert!(daemon.machines.running().is_empty());
 }
 
@@ -215,7 +219,7 @@ fn a_removed_one_is_forgotten_after_a_day() {
     });
     daemon.run(async {
         for id in [&old, &young] {
-            daemon.plane().remove(id).await.unwrap();
+            daemon.plane().remove(&Who::owners(id)).await.unwrap();
         }
     });
     daemon.die();
@@ -228,7 +232,7 @@ fn a_removed_one_is_forgotten_after_a_day() {
         });
     }
     daemon.revive();
-    assert!(daemon.run(daemon.plane().get(&old)).is_err());
+    assert!(daemon.run(daemon.plane().get(&Who::owners(&old))).is_err());
     assert_eq!(daemon.get(&young).status, Status::Removed);
     assert_eq!(fs::read_dir(daemon.home().join("logs")).unwrap().count(), 1);
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use heyvm_api::{ApiError, sandbox::*};
-use heyvm_control_plane::{Config, ControlPlane};
+use heyvm_control_plane::{Asked, Config, ControlPlane, Who};
 use heyvm_store::Store;
 use heyvm_vm::Driver;
 use tokio::runtime::Runtime;
@@ -99,15 +99,15 @@ impl Daemon {
     }
 
     pub fn create_with(&self, request: CreateRequest, key: Option<&str>) -> Result<SandboxInfo, ApiError> {
-        self.run(self.plane().create(request, key.map(str::to_owned), sink()))
+        self.run(self.plane().create(request, key.map(keyed).unwrap_or_default(), sink()))
     }
 
     pub fn get(&self, who: &str) -> SandboxInfo {
-        self.run(self.plane().get(who)).unwrap()
+        self.run(self.plane().get(&Who::owners(who))).unwrap()
     }
 
     pub fn list(&self, filter: ListFilter) -> Vec<SandboxInfo> {
-        self.run(self.plane().list(filter)).unwrap()
+        self.run(self.plane().list(filter, None)).unwrap()
     }
 
     /// Waits until the sandbox has this status.
@@ -122,7 +122,7 @@ impl Daemon {
     pub fn log(&self, who: &str) -> String {
         use futures::TryStreamExt;
         let all = self.run(async {
-            let chunks = self.plane().logs(who, false).await.unwrap();
+            let chunks = self.plane().logs(&Who::owners(who), false).await.unwrap();
             chunks.map_ok(|chunk| chunk.data.to_vec()).try_concat().await.unwrap()
         });
         String::from_utf8(all).unwrap()
@@ -138,6 +138,11 @@ impl Drop for Daemon {
             futures::executor::block_on(self.machines.destroy(&id)).unwrap();
         }
     }
+}
+
+/// Asked by the owner with an idempotency key.
+pub fn keyed(key: &str) -> Asked {
+    Asked { idempotency_key: Some(key.into()), ..Asked::default() }
 }
 
 /// Where nobody looks at the progress.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use heyvm_api::{ErrorCode, sandbox::*};
+use heyvm_control_plane::Who;
 use heyvm_vm::ExitCause;
 
 use crate::daemon::{Daemon, eventually, free_port, server, sink};
@@ -17,27 +18,30 @@ fn stop_and_start_may_be_said_twice() {
     let daemon = Daemon::new();
     let made = daemon.create(with(&daemon, "echo started >> starts; exec sleep 600")).unwrap();
     for _ in 0..2 {
-        let stopped = daemon.run(daemon.plane().stop("web")).unwrap();
+        let stopped = daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
         assert_eq!((stopped.status, stopped.reason.unwrap().code), (Status::Stopped, ReasonCode::Stopped));
     }
     assert!(daemon.machines.running().is_empty());
     assert_eq!(daemon.machines.disks(), std::slice::from_ref(&made.id));
-    let refused = daemon.run(daemon.plane().agent("web")).err().unwrap();
+    let refused = daemon.run(daemon.plane().agent(&Who::owners("web"))).err().unwrap();
     assert_eq!(refused.code, ErrorCode::InvalidState);
     assert!(refused.hint.is_some());
     for _ in 0..2 {
-        let started = daemon.run(daemon.plane().start("web", sink())).unwrap();
+        let started = daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap();
         assert_eq!((started.status, started.reason), (Status::Running, None));
     }
-    daemon.run(daemon.plane().restart("web", sink())).unwrap();
+    daemon.run(daemon.plane().restart(&Who::owners("web"), sink())).unwrap();
     let starts = std::fs::read_to_string(daemon.home().join("work/web/starts")).unwrap();
     assert_eq!(starts, "started\n".repeat(3));
     for _ in 0..2 {
-        let removed = daemon.run(daemon.plane().remove(&made.id)).unwrap();
+        let removed = daemon.run(daemon.plane().remove(&Who::owners(&made.id))).unwrap();
         assert_eq!((removed.status, removed.reason.unwrap().code), (Status::Removed, ReasonCode::Removed));
     }
     assert!(daemon.machines.disks().is_empty());
-    assert_eq!(daemon.run(daemon.plane().start(&made.id, sink())).unwrap_err().code, ErrorCode::InvalidState);
+    assert_eq!(
+        daemon.run(daemon.plane().start(&Who::owners(&made.id), sink())).unwrap_err().code,
+        ErrorCode::InvalidState
+    );
     assert_eq!(daemon.list(ListFilter::All).len(), 1, "told of for a day");
 }
 
@@ -45,9 +49,9 @@ fn stop_and_start_may_be_said_twice() {
 fn a_client_that_goes_away_does_not_stop_a_start() {
     let daemon = Daemon::new();
     daemon.create(with(&daemon, "exec sleep 600")).unwrap();
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     let plane = daemon.plane().clone();
-    let call = daemon.spawn(async move { plane.start("web", sink()).await });
+    let call = daemon.spawn(async move { plane.start(&Who::owners("web"), sink()).await });
     eventually("it has begun", || match daemon.get("web").status {
         Status::Stopped => Err(String::new()),
         _ => Ok(()),
@@ -66,7 +70,7 @@ fn the_end_of_the_start_command_is_the_end_of_the_sandbox() {
         assert_eq!(reason.log_tail, ["last words"]);
         assert!(daemon.machines.running().is_empty(), "no machine without a purpose");
     }
-    assert_eq!(daemon.run(daemon.plane().start("web", sink())).unwrap().status, Status::Running);
+    assert_eq!(daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap().status, Status::Running);
 }
 
 #[test]
@@ -86,8 +90,8 @@ fn a_machine_that_ends_by_itself_is_judged() {
         let reason = info.reason.unwrap();
         assert_eq!((reason.code, info.error_message), (code, Some(reason.message)));
         assert_eq!(reason.log_tail, ["Kernel panic - not [31msyncing"]);
-        assert_eq!(daemon.run(daemon.plane().start(&made.id, sink())).unwrap().status, Status::Running);
-        daemon.run(daemon.plane().remove(&made.id)).unwrap();
+        assert_eq!(daemon.run(daemon.plane().start(&Who::owners(&made.id), sink())).unwrap().status, Status::Running);
+        daemon.run(daemon.plane().remove(&Who::owners(&made.id))).unwrap();
     }
 }
 
@@ -97,7 +101,7 @@ fn at_the_end_of_its_time_it_is_gone_running_or_not() {
     let mortal = |name: &str| CreateRequest { ttl_seconds: Some(1), ..daemon.request(name) };
     daemon.create(mortal("running")).unwrap();
     daemon.create(mortal("stopped")).unwrap();
-    daemon.run(daemon.plane().stop("stopped")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("stopped"))).unwrap();
     let half_made = CreateRequest { setup_hooks: vec!["sleep 60".into()], ..mortal("half-made") };
     let error = daemon.create(half_made).unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidState, "{error:?}");
@@ -123,10 +127,10 @@ fn removal_cuts_a_restart_short_also_while_it_stops() {
     daemon.create(request).unwrap();
     *daemon.machines.tenacity.lock().unwrap() = Duration::from_millis(500);
     let plane = daemon.plane().clone();
-    let call = daemon.spawn(async move { plane.restart("web", sink()).await });
+    let call = daemon.spawn(async move { plane.restart(&Who::owners("web"), sink()).await });
     daemon.becomes("web", Status::Stopping);
     let began = Instant::now();
-    let removed = daemon.run(daemon.plane().remove("web")).unwrap();
+    let removed = daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
     assert_eq!((removed.status, removed.reason.unwrap().code), (Status::Removed, ReasonCode::Removed));
     assert!(began.elapsed() < Duration::from_secs(10), "nobody waits for its health");
     assert_eq!(daemon.run(call).unwrap().unwrap_err().code, ErrorCode::InvalidState);
@@ -141,7 +145,7 @@ fn one_that_is_slow_to_end_keeps_no_other_alive() {
     daemon.create(mortal("other", 2)).unwrap();
     *daemon.machines.tenacity.lock().unwrap() = Duration::from_secs(5);
     let plane = daemon.plane().clone();
-    let stopping = daemon.spawn(async move { plane.stop("slow").await });
+    let stopping = daemon.spawn(async move { plane.stop(&Who::owners("slow")).await });
     daemon.becomes("other", Status::Removed);
     assert_eq!(daemon.get("slow").status, Status::Stopping);
     daemon.run(stopping).unwrap().unwrap();
@@ -169,25 +173,25 @@ fn what_it_printed_is_followed_to_the_end_and_kept() {
     daemon.create(with(&daemon, command)).unwrap();
     let plane = daemon.plane().clone();
     let follower = daemon.spawn(async move {
-        let chunks: Vec<_> = plane.logs("web", true).await.unwrap().collect().await;
+        let chunks: Vec<_> = plane.logs(&Who::owners("web"), true).await.unwrap().collect().await;
         chunks.into_iter().map(Result::unwrap).collect::<Vec<_>>()
     });
     eventually("it is written down", || match daemon.log("web") {
         log if log.contains("tick 3") => Ok(()),
         log => Err(log),
     });
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     let chunks = daemon.run(follower).unwrap();
     let of = |stderr: bool| {
         let data = chunks.iter().filter(|chunk| chunk.stderr == stderr).flat_map(|chunk| chunk.data.to_vec());
         String::from_utf8(data.collect()).unwrap()
     };
     assert_eq!((of(false), of(true)), ("first\ntick 1\ntick 2\ntick 3\n".into(), "problem\n".into()));
-    daemon.run(daemon.plane().start("web", sink())).unwrap();
+    daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap();
     eventually("the second start's output follows the first's", || match daemon.log("web").matches("tick 3").count() {
         2 => Ok(()),
         count => Err(count.to_string()),
     });
-    daemon.run(daemon.plane().remove("web")).unwrap();
+    daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
     assert!(daemon.log("web").contains("tick 3"));
 }

@@ -36,6 +36,8 @@ pub struct Machines {
     pub slowness: Mutex<Duration>,
     /// How long `stop` takes.
     pub tenacity: Arc<Mutex<Duration>>,
+    /// Memory in MiB and disk in GiB of the last one that was booted.
+    pub sizes: Mutex<(u32, u32)>,
     /// Digest of the image that the last one was booted from.
     pub booted: Mutex<String>,
     /// What becomes of `adopt`.
@@ -63,6 +65,7 @@ impl Machines {
             full: AtomicBool::new(false),
             slowness: Mutex::default(),
             tenacity: Arc::default(),
+            sizes: Mutex::default(),
             booted: Mutex::default(),
             finding: Mutex::default(),
         })
@@ -92,8 +95,28 @@ impl Machines {
         fs::create_dir(self.dir.join(id)).unwrap();
     }
 
+    fn kept(&self, id: &str) -> PathBuf {
+        self.dir.with_file_name("kept").join(id)
+    }
+
+    fn copy_disk(&self, from: &Path, to: &Path) {
+        let _ = fs::remove_dir_all(to);
+        fs::create_dir_all(to).unwrap();
+        for entry in fs::read_dir(from).unwrap().flatten() {
+            if entry.file_type().unwrap().is_file() {
+                fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+            }
+        }
+    }
+
+    /// Where a sandbox's disk is.
+    pub fn disk(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+
     fn boot(&self, id: &VmId, spec: &VmSpec) -> Arc<dyn Vm> {
         self.booted.lock().unwrap().clone_from(&spec.image.digest);
+        *self.sizes.lock().unwrap() = (spec.memory_mib, spec.disk_gib);
         let socket = self.dir.join(id).join("agent.sock");
         let _ = fs::remove_file(&socket);
         let mut env = spec.env.clone();
@@ -159,6 +182,18 @@ impl Driver for Machines {
         self.ended.lock().unwrap().get(id).cloned().unwrap_or(lost)
     }
 
+    async fn checkpoint(&self, id: &VmId, running: Option<AgentConnection>) -> Result<(), Error> {
+        assert_eq!(running.is_some(), self.running().contains(id));
+        self.copy_disk(&self.dir.join(id), &self.kept(id));
+        Ok(())
+    }
+
+    async fn restore(&self, id: &VmId) -> Result<(), Error> {
+        assert!(!self.running().contains(id), "a disk in use is not exchanged");
+        self.copy_disk(&self.kept(id), &self.dir.join(id));
+        Ok(())
+    }
+
     async fn destroy(&self, id: &VmId) -> Result<(), Error> {
         if let Some(machine) = self.running.lock().unwrap().remove(id) {
             machine.end(Exit { cause: ExitCause::Lost, console_tail: Vec::new() });
@@ -220,6 +255,10 @@ impl Vm for Machine {
         if self.exit.borrow().is_none() {
             self.end(Exit { cause: ExitCause::GuestShutdown, console_tail: Vec::new() });
         }
+        Ok(())
+    }
+
+    async fn grow_disk(&self, _: u32) -> Result<(), Error> {
         Ok(())
     }
 

@@ -11,3 +11,5 @@ mod images;
 mod names;
 mod ports;
 mod replacing;
+mod sizes;
+mod tenants;

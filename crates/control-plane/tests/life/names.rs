@@ -1,6 +1,7 @@
 //! Who a name means, and who may have it.
 
 use heyvm_api::{ErrorCode, sandbox::*};
+use heyvm_control_plane::{Asked, Who};
 
 use crate::daemon::{Daemon, sink};
 
@@ -10,7 +11,7 @@ fn of_many_at_once_one_gets_the_name() {
     let tries: Vec<_> = (0..12)
         .map(|_| {
             let (plane, request) = (daemon.plane().clone(), daemon.request("web"));
-            daemon.spawn(async move { plane.create(request, None, sink()).await })
+            daemon.spawn(async move { plane.create(request, Asked::default(), sink()).await })
         })
         .collect();
     let outcomes: Vec<_> = tries.into_iter().map(|each| daemon.run(each).unwrap()).collect();
@@ -27,18 +28,18 @@ fn of_many_at_once_one_gets_the_name() {
 fn a_name_means_the_living_one_else_the_newest() {
     let daemon = Daemon::new();
     let first = daemon.create(daemon.request("web")).unwrap();
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     let second = daemon.create(daemon.request("web")).unwrap();
     assert_eq!(daemon.get("web").id, second.id);
     assert_eq!(daemon.get(&first.id).id, first.id);
-    let taken = daemon.run(daemon.plane().start(&first.id, sink())).unwrap_err();
+    let taken = daemon.run(daemon.plane().start(&Who::owners(&first.id), sink())).unwrap_err();
     assert_eq!(taken.code, ErrorCode::NameTaken);
     assert_eq!(daemon.get(&first.id).status, Status::Stopped, "a refusal changes nothing");
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     assert_eq!(daemon.get("web").id, second.id, "the newest of the stopped ones");
-    daemon.run(daemon.plane().remove("web")).unwrap();
+    daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
     assert_eq!(daemon.get("web").id, first.id, "a stopped one before a removed one");
-    let unknown = daemon.run(daemon.plane().get("nobody")).unwrap_err();
+    let unknown = daemon.run(daemon.plane().get(&Who::owners("nobody"))).unwrap_err();
     assert_eq!(unknown.code, ErrorCode::SandboxNotFound);
     assert!(unknown.hint.is_some());
 }

@@ -4,12 +4,13 @@ use std::{collections::HashSet, time::Duration};
 
 use heyvm_api::{ErrorCode, sandbox::*};
 use heyvm_control_plane::ConnectError;
+use heyvm_control_plane::Who;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::daemon::{Daemon, free_port, server, sink};
 
 fn bind(daemon: &Daemon, who: &str, port: i64) -> Result<BoundPort, heyvm_api::ApiError> {
-    daemon.run(daemon.plane().bind(who, BindRequest { port, is_public: None }))
+    daemon.run(daemon.plane().bind(&Who::owners(who), BindRequest { port, is_public: None }))
 }
 
 /// The body of `GET /` by way of a subdomain.
@@ -39,17 +40,17 @@ fn a_subdomain_leads_to_its_port_as_long_as_it_is_bound() {
     let silent = bind(&daemon, "web", 1).unwrap().endpoint.subdomain;
     assert!(matches!(ask(&daemon, &silent), Err(ConnectError::NothingListens(1))));
 
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     assert!(matches!(ask(&daemon, &subdomain), Err(ConnectError::NotRunning(_))));
-    let started = daemon.run(daemon.plane().start("web", sink())).unwrap();
+    let started = daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap();
     assert_eq!(started.urls[0].subdomain, subdomain);
     assert_eq!(ask(&daemon, &subdomain).unwrap(), "here");
 
-    daemon.run(daemon.plane().unbind("web", i64::from(port))).unwrap();
+    daemon.run(daemon.plane().unbind(&Who::owners("web"), i64::from(port))).unwrap();
     assert!(matches!(ask(&daemon, &subdomain), Err(ConnectError::UnknownSubdomain)));
-    let unbound = daemon.run(daemon.plane().unbind("web", i64::from(port))).unwrap_err();
+    let unbound = daemon.run(daemon.plane().unbind(&Who::owners("web"), i64::from(port))).unwrap_err();
     assert_eq!(unbound.code, ErrorCode::PortNotBound);
-    daemon.run(daemon.plane().remove("web")).unwrap();
+    daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
     assert!(matches!(ask(&daemon, &silent), Err(ConnectError::UnknownSubdomain)));
 }
 
@@ -61,8 +62,9 @@ fn many_are_bound_at_once_and_all_of_them_lead_somewhere() {
         .map(|port| {
             let plane = daemon.plane().clone();
             // Each port twice: two requests for one port give one URL.
-            daemon
-                .spawn(async move { plane.bind("web", BindRequest { port: port / 2, is_public: None }).await.unwrap() })
+            daemon.spawn(async move {
+                plane.bind(&Who::owners("web"), BindRequest { port: port / 2, is_public: None }).await.unwrap()
+            })
         })
         .collect();
     let bound: Vec<_> = binding.into_iter().map(|each| daemon.run(each).unwrap().endpoint).collect();
@@ -71,7 +73,7 @@ fn many_are_bound_at_once_and_all_of_them_lead_somewhere() {
     for subdomain in subdomains {
         assert!(matches!(ask(&daemon, &subdomain), Err(ConnectError::NothingListens(_))));
     }
-    assert_eq!(daemon.run(daemon.plane().endpoints("web")).unwrap().len(), 20);
+    assert_eq!(daemon.run(daemon.plane().endpoints(&Who::owners("web"))).unwrap().len(), 20);
     assert_eq!(bind(&daemon, "web", 70000).unwrap_err().code, ErrorCode::InvalidPort);
 }
 
@@ -86,11 +88,16 @@ fn waiting_for_a_port() {
         })
         .unwrap();
     let wait = |path: Option<&str>, seconds| {
-        daemon.run(daemon.plane().wait_for_port("web", i64::from(port), path, Duration::from_secs_f64(seconds)))
+        daemon.run(daemon.plane().wait_for_port(
+            &Who::owners("web"),
+            i64::from(port),
+            path,
+            Duration::from_secs_f64(seconds),
+        ))
     };
     assert!(!wait(None, 0.01).unwrap());
     assert!(wait(Some("/health"), 10.0).unwrap());
     assert!(!wait(Some("/missing"), 0.5).unwrap());
-    daemon.run(daemon.plane().stop("web")).unwrap();
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     assert_eq!(wait(None, 1.0).unwrap_err().code, ErrorCode::InvalidState);
 }

@@ -1,6 +1,7 @@
 //! A new version takes the place of the old one, or changes nothing.
 
 use heyvm_api::{ErrorCode, sandbox::*};
+use heyvm_control_plane::{Asked, Who};
 
 use crate::{
     daemon::{Daemon, eventually, free_port, server, sink},
@@ -23,8 +24,9 @@ fn the_new_one_has_name_slug_and_urls() {
     let daemon = Daemon::new();
     let (first_port, second_port) = (free_port(), free_port());
     let old = daemon.create(version(&daemon, first_port, "one")).unwrap();
-    let shared =
-        daemon.run(daemon.plane().bind("shop", BindRequest { port: i64::from(second_port), is_public: None })).unwrap();
+    let shared = daemon
+        .run(daemon.plane().bind(&Who::owners("shop"), BindRequest { port: i64::from(second_port), is_public: None }))
+        .unwrap();
     let new = daemon.create(version(&daemon, second_port, "two")).unwrap();
     assert_ne!(new.id, old.id);
     assert_eq!((new.name, new.slug), (old.name, old.slug));
@@ -57,7 +59,7 @@ fn while_it_is_built_the_name_means_the_old_one() {
     let old = daemon.create(version(&daemon, port, "old")).unwrap();
     let slow = CreateRequest { setup_hooks: vec!["sleep 60".into()], ..version(&daemon, free_port(), "new") };
     let plane = daemon.plane().clone();
-    let call = daemon.spawn(async move { plane.create(slow, None, sink()).await });
+    let call = daemon.spawn(async move { plane.create(slow, Asked::default(), sink()).await });
     eventually("it has begun", || if daemon.machines.running().len() == 2 { Ok(()) } else { Err(String::new()) });
     assert_eq!(daemon.get("shop").id, old.id);
     assert_eq!(daemon.list(ListFilter::Living).len(), 1);

@@ -4,6 +4,7 @@ use std::{fs, path::PathBuf, process::Command};
 
 use heyvm_e2e::{
     Host, Ran,
+    cloud::{Cloud, Machine},
     registry::{Registry, oci_layout},
 };
 
@@ -106,6 +107,30 @@ fn a_registry_that_does_not_answer_is_told_apart_from_a_missing_image() {
     host.configure(&format!("[registries.\"127.0.0.1:{port}\"]\ninsecure = true\n"));
     let refusal = host.refused(&["pull", &format!("127.0.0.1:{port}/team/app:1")]);
     assert_eq!(refusal.code, "registry_unavailable", "{}", refusal.message);
+}
+
+#[test]
+fn an_account_pulls_an_image_into_its_region_and_runs_it() {
+    let host = Host::with_own_images();
+    let registry = Registry::start(host.scratch());
+    host.configure(&insecure(&registry));
+    let cloud = Cloud::over(&host, None, "");
+    let key = cloud.key("ada", "deploy");
+    let machine = Machine::new(&cloud, &key);
+    let reference = registry.push("team/tiny:1", &small_root(&host, "one"));
+    let names = || {
+        let all = machine.json(&["images"]);
+        all.as_array().expect("array").iter().map(|image| image["name"].as_str().expect("name").to_owned()).collect()
+    };
+    let before: Vec<String> = names();
+    assert!(!before.is_empty() && !before.contains(&reference), "{before:?}");
+    assert_eq!(machine.json(&["pull", &reference])["source"], "registry");
+    let after: Vec<String> = names();
+    assert!(after.contains(&reference), "{after:?}");
+    machine.json(&["create", "--name", "tiny", "--image", &reference, "--size-class", "micro"]);
+    assert_eq!(machine.run(&["exec", "tiny", "--", "cat", "/etc/marker"]).succeeded().out(), "one");
+    assert_eq!(machine.refused(&["pull", &format!("{}/none:1", registry.address)]).code, "image_not_found");
+    assert!(!machine.has_daemon());
 }
 
 #[test]

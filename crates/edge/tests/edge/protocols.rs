@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::support::*;
 
 /// Says how it was asked.
-async fn mirror(request: Request<hyper::body::Incoming>) -> Response<Body> {
+pub async fn mirror(request: Request<hyper::body::Incoming>) -> Response<Body> {
     let headers: Vec<String> =
         request.headers().iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
     full_text(format!("{} {} {:?}\n{}\n", request.method(), request.uri(), request.version(), headers.join("\n")))
@@ -34,7 +34,7 @@ async fn the_host_decides_in_every_form() {
         assert!(told.contains(&format!("host: {}", host.to_lowercase())), "{told}");
     }
     let absolute =
-        proxy.raw(b"GET http://app.localhost/x HTTP/1.1\r\nhost: else.localhost\r\nconnection: close\r\n\r\n").await;
+        proxy.raw(b"GET http://app.localhost/x HTTP/1.1\r\nhost: app.localhost\r\nconnection: close\r\n\r\n").await;
     assert!(absolute.contains("GET /x HTTP/1.1") && absolute.contains("host: app.localhost"), "{absolute}");
     let request = Request::get("http://app.localhost:8480/two").body(empty()).unwrap();
     let response = proxy.http2().await.send_request(request).await.unwrap();
@@ -62,6 +62,7 @@ async fn the_app_is_told_who_asks_and_hop_by_hop_headers_stay_behind_both_ways()
     for line in [
         "x-forwarded-for: 127.0.0.1",
         "x-forwarded-proto: http",
+        "x-forwarded-port: 8480",
         "x-forwarded-host: app.localhost:8480",
         "forwarded: for=127.0.0.1;host=\"app.localhost:8480\";proto=http",
     ] {
@@ -296,4 +297,62 @@ async fn an_upgraded_connection_survives_in_hyper_clients_too() {
     let mut word = [0; 5];
     upgraded.read_exact(&mut word).await.unwrap();
     assert_eq!(&word, b"first", "bytes that came with the head are not lost");
+}
+
+#[tokio::test]
+async fn websocket_over_http2_is_an_upgrade_to_the_app() {
+    let proxy = Proxy::of(
+        bare(|mut stream| async move {
+            let head = read_head(&mut stream).await.unwrap().to_lowercase();
+            assert!(head.starts_with("get /chat?x=1 http/1.1\r\n"), "{head}");
+            for line in
+                ["upgrade: websocket", "connection: upgrade", "sec-websocket-version: 13", "sec-websocket-key: "]
+            {
+                assert!(head.contains(line), "{head}");
+            }
+            let answer = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                sec-websocket-accept: x\r\nsec-websocket-protocol: chat\r\n\r\n";
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            let mut word = [0; 5];
+            stream.read_exact(&mut word).await.unwrap();
+            word.reverse();
+            stream.write_all(&word).await.unwrap();
+        })
+        .await,
+    )
+    .await;
+    let connect = |protocol: &'static str| {
+        Request::connect("http://app.localhost/chat?x=1")
+            .extension(hyper::ext::Protocol::from_static(protocol))
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-protocol", "chat")
+            .body(empty())
+            .unwrap()
+    };
+    let mut sender = proxy.http2().await;
+    // The server's settings must have come before it may be asked so.
+    sender.send_request(Request::get("http://nobody.localhost/").body(empty()).unwrap()).await.unwrap();
+    let response = sender.send_request(connect("websocket")).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["sec-websocket-protocol"], "chat");
+    assert!(!response.headers().contains_key("sec-websocket-accept"));
+    let mut stream = TokioIo::new(hyper::upgrade::on(response).await.unwrap());
+    stream.write_all(b"hello").await.unwrap();
+    let mut word = [0; 5];
+    stream.read_exact(&mut word).await.unwrap();
+    assert_eq!(&word, b"olleh");
+    let other = sender.send_request(connect("connect-ip")).await.unwrap();
+    assert_eq!(other.status(), 400);
+}
+
+#[tokio::test]
+async fn an_app_without_websocket_is_no_tunnel() {
+    let proxy = Proxy::of(app(mirror).await).await;
+    let mut sender = proxy.http2().await;
+    sender.send_request(Request::get("http://nobody.localhost/").body(empty()).unwrap()).await.unwrap();
+    let connect = Request::connect("http://app.localhost/")
+        .extension(hyper::ext::Protocol::from_static("websocket"))
+        .body(empty())
+        .unwrap();
+    assert_eq!(sender.send_request(connect).await.unwrap().status(), 502);
 }

@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use heyvm_edge::{ByteStream, ConnectError, Edge, Route, Settings, Upstreams};
+use heyvm_edge::{Access, ByteStream, ConnectError, Doorkeeper, Edge, Route, Settings, Site, Upstreams};
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, service::service_fn};
@@ -32,6 +32,8 @@ pub type Body = BoxBody<Bytes, hyper::Error>;
 pub enum Place {
     /// A server at this address; the sandbox's name.
     At(SocketAddr, &'static str),
+    /// The same, for members of the account alone.
+    Private(SocketAddr, &'static str, &'static str),
     Fails(ConnectError),
 }
 
@@ -45,8 +47,16 @@ pub struct Sandboxes {
 impl Upstreams for Sandboxes {
     async fn route(&self, subdomain: &str) -> Result<Route, ConnectError> {
         match self.places.lock().unwrap().get(subdomain) {
-            Some(Place::At(address, sandbox)) => Ok(Route { sandbox: (*sandbox).into(), port: address.port() }),
-            Some(Place::Fails(ConnectError::NothingListens(port))) => Ok(Route { sandbox: "f".into(), port: *port }),
+            Some(Place::At(address, sandbox)) => {
+                Ok(Route { sandbox: (*sandbox).into(), port: address.port(), access: Access::Public })
+            }
+            Some(Place::Private(address, sandbox, account)) => {
+                let access = Access::Members { account: (*account).into() };
+                Ok(Route { sandbox: (*sandbox).into(), port: address.port(), access })
+            }
+            Some(Place::Fails(ConnectError::NothingListens(port))) => {
+                Ok(Route { sandbox: "f".into(), port: *port, access: Access::Public })
+            }
             Some(Place::Fails(error)) => Err(error.clone()),
             None => Err(ConnectError::UnknownSubdomain),
         }
@@ -54,12 +64,14 @@ impl Upstreams for Sandboxes {
 
     async fn connect(&self, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {
         let leads_there = |place: &&Place| match place {
-            Place::At(address, sandbox) => *sandbox == route.sandbox && address.port() == route.port,
+            Place::At(address, sandbox) | Place::Private(address, sandbox, _) => {
+                *sandbox == route.sandbox && address.port() == route.port
+            }
             Place::Fails(error) => *error == ConnectError::NothingListens(route.port),
         };
         let place = self.places.lock().unwrap().values().find(leads_there).cloned();
         match place {
-            Some(Place::At(address, _)) => {
+            Some(Place::At(address, _) | Place::Private(address, ..)) => {
                 self.connections.fetch_add(1, Ordering::SeqCst);
                 let stream = TcpStream::connect(address).await.map_err(|e| ConnectError::Unreachable(e.to_string()))?;
                 Ok(Box::new(stream))
@@ -68,6 +80,20 @@ impl Upstreams for Sandboxes {
             None => Err(ConnectError::UnknownSubdomain),
         }
     }
+}
+
+pub fn edge(
+    places: &[(&str, Place)],
+    doorkeeper: Option<Arc<dyn Doorkeeper>>,
+    site: Option<Arc<dyn Site>>,
+    settings: Settings,
+) -> (Arc<Edge>, Arc<Sandboxes>) {
+    let sandboxes = Arc::new(Sandboxes::default());
+    for (subdomain, place) in places {
+        sandboxes.places.lock().unwrap().insert((*subdomain).into(), place.clone());
+    }
+    let edge = Edge::with_site(Arc::clone(&sandboxes) as Arc<dyn Upstreams>, doorkeeper, site, settings);
+    (edge, sandboxes)
 }
 
 /// A proxy that runs as long as its test.
@@ -80,14 +106,19 @@ pub struct Proxy {
 
 impl Proxy {
     pub async fn start(places: &[(&str, Place)], settings: Settings) -> Self {
-        let sandboxes = Arc::new(Sandboxes::default());
-        for (subdomain, place) in places {
-            sandboxes.places.lock().unwrap().insert((*subdomain).into(), place.clone());
-        }
+        Self::with(places, None, None, settings).await
+    }
+
+    pub async fn with(
+        places: &[(&str, Place)],
+        doorkeeper: Option<Arc<dyn Doorkeeper>>,
+        site: Option<Arc<dyn Site>>,
+        settings: Settings,
+    ) -> Self {
+        let (edge, sandboxes) = edge(places, doorkeeper, site, settings);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let edge = Edge::new(Arc::clone(&sandboxes) as Arc<dyn Upstreams>, settings);
         let stop = shutdown.clone();
         let served = tokio::spawn(async move { edge.serve(listener, stop).await });
         Self { address, sandboxes, shutdown, served }

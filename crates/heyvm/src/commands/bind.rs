@@ -17,9 +17,12 @@ pub struct BindArgs {
     /// Port in the sandbox
     #[arg(allow_negative_numbers = true)]
     pub port: String,
-    /// Require authentication (refused: accounts are not in this version)
+    /// Answer members of your account alone (needs a server: heyvm login); a bound port becomes private
     #[arg(long)]
     pub private: bool,
+    /// Answer everyone, as new ones do; a private port becomes public
+    #[arg(long, conflicts_with = "private")]
+    pub public: bool,
 }
 
 /// `unbind`.
@@ -42,7 +45,8 @@ pub fn parse_port(text: &str) -> Result<u16, ApiError> {
 
 /// Gives a port a URL.
 pub async fn bind(context: &Context, args: &BindArgs) -> Outcome {
-    let request = BindRequest { port: parse_port(&args.port)?.into(), is_public: args.private.then_some(false) };
+    let is_public = args.private.then_some(false).or(args.public.then_some(true));
+    let request = BindRequest { port: parse_port(&args.port)?.into(), is_public };
     let bound: BoundPort = context.client().await?.post(&path(&args.sandbox, "/proxy"), &request).await?;
     output::answer(context.format, &bound, || bound.endpoint.url.clone());
     Ok(0)

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use heyvm_api::{
-    ApiError, ErrorCode,
+    ApiError, ErrorCode, headers,
     sandbox::SandboxInfo,
     system::{Check, CheckStatus, DoctorReport},
 };
@@ -62,7 +62,7 @@ pub async fn daemon(context: &Context, command: DaemonCommand) -> Outcome {
         }
         DaemonCommand::Restart => {
             background::stop(&context.home)?;
-            context.client().await?;
+            context.daemon().await?;
             status(context).await
         }
     }
@@ -83,8 +83,13 @@ async fn status(context: &Context) -> Outcome {
 
 async fn stop_all(context: &Context) -> Result<(), ApiError> {
     let Some((client, _)) = background::running(&context.home).await else { return Ok(()) };
-    let all: Vec<SandboxInfo> = client.get("/sandboxes?filter=living").await?;
+    let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
+    let all: Vec<SandboxInfo> = everyones.get("/sandboxes?filter=living").await?;
     for info in all {
+        let client = match &info.account_id {
+            Some(account) => client.clone().for_account(account)?,
+            None => client.clone(),
+        };
         let _: SandboxInfo = client.post(&path(&info.id, "/stop"), &()).await?;
     }
     Ok(())
@@ -92,7 +97,7 @@ async fn stop_all(context: &Context) -> Result<(), ApiError> {
 
 /// Whether this machine can run sandboxes; exit status 1 where it cannot.
 pub async fn doctor(context: &Context) -> Outcome {
-    let report = match context.client().await {
+    let report = match context.daemon().await {
         Ok(client) => client.get("/doctor").await?,
         Err(error) => DoctorReport {
             ok: false,
@@ -124,14 +129,14 @@ pub async fn doctor(context: &Context) -> Outcome {
 
 /// Serves the REST API in the foreground.
 pub async fn api(context: &Context, serve: &Serve) -> Outcome {
-    context.client().await?;
+    context.daemon().await?;
     let secret = std::env::var("JWT_SECRET").ok().filter(|secret| !secret.is_empty());
     let listen = SocketAddr::new(serve.listen, serve.port);
     heyvm_server::run_api(context.home.clone(), listen, secret, serve.allow_remote).await.map_err(told)?;
     Ok(0)
 }
 
-fn told(error: heyvm_server::Error) -> ApiError {
+pub(super) fn told(error: heyvm_server::Error) -> ApiError {
     use heyvm_server::Error;
     let message = error.to_string();
     match error {
@@ -139,6 +144,8 @@ fn told(error: heyvm_server::Error) -> ApiError {
         Error::Config { .. } => {
             ApiError::new(ErrorCode::InvalidArgument, message).hint("correct that key, or take it out of the file")
         }
+        Error::Tls(_) => ApiError::new(ErrorCode::InvalidArgument, message)
+            .hint("[edge.tls] names PEM files that fit each other, [edge.acme] an authority; docs/server.md has both"),
         Error::Exposed(_) => {
             ApiError::new(ErrorCode::InvalidArgument, message).hint("leave --listen out to serve this machine alone")
         }

@@ -13,7 +13,7 @@ use heyvm_api::{
 use serde_json::json;
 use tokio_util::io::ReaderStream;
 
-use super::{Context, Outcome, bind::parse_port, list::word};
+use super::{Context, Outcome, bind::parse_port, encoded, list::word, mount};
 use crate::{
     archive,
     output::{self, Format},
@@ -56,7 +56,7 @@ pub struct MakeArgs {
     /// Disk in GB, 1 to 250
     #[arg(long, allow_negative_numbers = true)]
     pub disk_size_gb: Option<i64>,
-    /// US or EU: where it is to run; refused unless this machine is there
+    /// US or EU: where it is to run; refused where there is no such region
     #[arg(long)]
     pub region: Option<String>,
     /// Environment variable KEY=VALUE (repeatable)
@@ -71,10 +71,10 @@ pub struct MakeArgs {
     /// Keep it until it is removed (the default)
     #[arg(long)]
     pub no_ttl: bool,
-    /// Require authentication on bound ports (refused: accounts are not in this version)
+    /// Require authentication on bound ports: they answer members of your account alone (needs a server: heyvm login)
     #[arg(long)]
     pub private: bool,
-    /// Mount a directory, HOST:SANDBOX (refused: not in this version)
+    /// Let the sandbox use a directory of this machine, live; with :ro behind it for reading alone (repeatable)
     #[arg(long, value_name = "HOST:SANDBOX")]
     pub mount: Vec<String>,
     /// Mount a volume (refused: not in this version)
@@ -121,24 +121,25 @@ pub struct CreateArgs {
 
 /// A directory becomes a running VM with a URL.
 pub async fn deploy(context: &Context, args: DeployArgs) -> Outcome {
-    let mut request = request(&args.make, &args.port)?;
+    let mut request = request(context, &args.make, &args.port)?;
     // Everything that can be refused here is, before a VM is thought of.
     let progress = Progress::new(format!("packing {}", args.directory.display()));
     let archive = archive::pack(&args.directory, args.no_ignore, |done| progress.line().moved("packing", done))?;
     drop(progress);
     let client = context.client().await?;
-    request.archive_id = Some(upload(&client, archive).await?);
+    request.archive_id = Some(send(&client, archive, None).await?.archive_id);
     make(context, &client, request, &args.make).await
 }
 
 /// A sandbox without an app.
 pub async fn create(context: &Context, args: CreateArgs) -> Outcome {
-    let request = request(&args.make, &args.open_port)?;
+    let request = request(context, &args.make, &args.open_port)?;
     let client = context.client().await?;
     make(context, &client, request, &args.make).await
 }
 
-async fn upload(client: &Client, archive: File) -> Result<String, ApiError> {
+/// Passes an archive on to whoever makes sandboxes of it; one with a name is kept.
+pub(super) async fn send(client: &Client, archive: File, name: Option<&str>) -> Result<ArchiveInfo, ApiError> {
     let total = archive.metadata().ok().map(|meta| meta.len());
     let progress = Progress::new("passing the archive on");
     let (line, mut sent) = (progress.line(), 0);
@@ -147,8 +148,8 @@ async fn upload(client: &Client, archive: File) -> Result<String, ApiError> {
         let message = "passing the archive on".into();
         line.tell(&ProgressEvent { step: "archive".into(), message, done: Some(sent), total });
     });
-    let uploaded: ArchiveInfo = client.put("/archives", "application/gzip", bytes).await?;
-    Ok(uploaded.archive_id)
+    let path = name.map_or_else(|| "/archives".into(), |name| format!("/archives?name={}", encoded(name)));
+    client.put(&path, "application/gzip", bytes).await
 }
 
 async fn make(context: &Context, client: &Client, request: CreateRequest, args: &MakeArgs) -> Outcome {
@@ -176,26 +177,23 @@ async fn make(context: &Context, client: &Client, request: CreateRequest, args: 
 }
 
 /// What no daemon of this version can give, before anything is packed or uploaded.
-fn supported(args: &MakeArgs) -> Result<(), ApiError> {
+fn supported(context: &Context, args: &MakeArgs) -> Result<(), ApiError> {
     let unsupported = |what: &str, hint: &str| Err(ApiError::new(ErrorCode::Unsupported, what).hint(hint));
-    if !args.mount.is_empty() {
-        let hint = "deploy the directory, or copy it in with heyvm cp";
-        return unsupported("--mount: directories of the host cannot be mounted in this version", hint);
-    }
     if !args.volume.is_empty() {
         return unsupported(
             "--volume: there are no volumes in this version",
             "stop keeps a sandbox's disk; heyvm cp copies",
         );
     }
-    if args.private {
-        return unsupported("--private: this version has no accounts to let in", "leave --private out");
+    if args.private && context.cloud.is_none() {
+        let hint = "log in to one with heyvm login, or leave --private out";
+        return unsupported("--private: only a heyvm server knows whom to let in", hint);
     }
     Ok(())
 }
 
-fn request(args: &MakeArgs, ports: &[String]) -> Result<CreateRequest, ApiError> {
-    supported(args)?;
+fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<CreateRequest, ApiError> {
+    supported(context, args)?;
     let ports = ports.iter().map(|text| parse_port(text).map(i64::from)).collect::<Result<_, _>>()?;
     if let Some(name) = &args.name {
         names::check_name(name)?;
@@ -219,13 +217,14 @@ fn request(args: &MakeArgs, ports: &[String]) -> Result<CreateRequest, ApiError>
         start_command: args.start_command.clone(),
         working_directory: args.working_directory.clone(),
         open_ports: ports,
-        is_public: None,
+        is_public: args.private.then_some(false),
         env_vars: env,
         setup_hooks: args.setup_hook.clone(),
-        mounts: Vec::new(),
+        mounts: args.mount.iter().map(|text| mount::parse(text)).collect::<Result<_, _>>()?,
         size_class: args.size_class.clone(),
         disk_size_gb: args.disk_size_gb,
         archive_id: None,
+        archive_root: None,
         health_path: args.health_path.clone(),
         health_timeout_seconds: Some(health_timeout.as_secs_f64()),
         keep_on_failure: args.keep_on_failure,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use heyvm_api::{
     ApiError, ErrorCode,
+    client::Client,
     images::{ImageInfo, ImportRequest, PullRequest},
 };
 use serde_json::json;
@@ -25,7 +26,7 @@ pub struct ImagesArgs {
     pub command: Option<ImagesCommand>,
 }
 
-/// What can be done with images.
+/// What can be done with images. All but the list is about this machine, also after `heyvm login`.
 #[derive(Debug, clap::Subcommand)]
 pub enum ImagesCommand {
     /// List images here
@@ -63,21 +64,21 @@ pub async fn images(context: &Context, args: ImagesArgs) -> Outcome {
         ImagesCommand::List => list(context).await,
         ImagesCommand::Import { path, name } => {
             let path = absolute(&path)?;
-            long(context, "/images/import", &ImportRequest { path, name }).await
+            long(context.daemon().await?, context, "/images/import", &ImportRequest { path, name }).await
         }
         ImagesCommand::Rm { name } => {
-            context.client().await?.delete_quietly(&format!("/images/{}", encoded(&name).replace("%2F", "/"))).await?;
+            context.daemon().await?.delete_quietly(&format!("/images/{}", encoded(&name).replace("%2F", "/"))).await?;
             output::answer(context.format, &json!({"name": name, "removed": true}), || format!("{name} is removed"));
             Ok(0)
         }
         ImagesCommand::ImportKernel { directory } => import_kernel(context, &directory),
-        ImagesCommand::Prepare => long(context, "/images/prepare", &()).await,
+        ImagesCommand::Prepare => long(context.daemon().await?, context, "/images/prepare", &()).await,
     }
 }
 
 /// Fetches an image from its registry.
 pub async fn pull(context: &Context, image: &str) -> Outcome {
-    long(context, "/images/pull", &PullRequest { image: image.to_owned() }).await
+    long(context.client().await?, context, "/images/pull", &PullRequest { image: image.to_owned() }).await
 }
 
 fn absolute(path: &Path) -> Result<String, ApiError> {
@@ -107,8 +108,7 @@ async fn list(context: &Context) -> Outcome {
     Ok(0)
 }
 
-async fn long(context: &Context, path: &str, body: &impl serde::Serialize) -> Outcome {
-    let client = context.client().await?;
+async fn long(client: Client, context: &Context, path: &str, body: &impl serde::Serialize) -> Outcome {
     let progress = Progress::new("preparing the image");
     let done = client.post_with_progress(path, body, None, |event| progress.tell(&event)).await;
     drop(progress);

@@ -1,8 +1,12 @@
-//! `stop`, `start`, `restart` and `rm`.
+//! `stop`, `start`, `restart`, `resize`, `checkpoint`, `restore` and `rm`.
 
 use std::io::{BufRead, IsTerminal, Write};
 
-use heyvm_api::{ApiError, ErrorCode, sandbox::SandboxInfo};
+use heyvm_api::{
+    ApiError, ErrorCode,
+    sandbox::{ResizeRequest, SandboxInfo},
+};
+use serde::Serialize;
 
 use super::{Context, Outcome, list::word, path};
 use crate::{output, progress::Progress};
@@ -18,6 +22,19 @@ pub struct RmArgs {
     pub yes: bool,
 }
 
+/// `resize`.
+#[derive(Debug, clap::Args)]
+pub struct ResizeArgs {
+    /// Id, name or slug
+    pub sandbox: String,
+    /// micro, mini, small, medium, large or xlarge; a running sandbox is started again
+    #[arg(long, required_unless_present = "disk_size_gb", conflicts_with = "disk_size_gb")]
+    pub size_class: Option<String>,
+    /// Disk in GB, up to 250; it only grows
+    #[arg(long, allow_negative_numbers = true)]
+    pub disk_size_gb: Option<i64>,
+}
+
 /// Ends the VM, keeps the disk.
 pub async fn stop(context: &Context, who: &str) -> Outcome {
     let info: SandboxInfo = context.client().await?.post(&path(who, "/stop"), &()).await?;
@@ -26,15 +43,59 @@ pub async fn stop(context: &Context, who: &str) -> Outcome {
 }
 
 /// Goes on from the disk.
-pub async fn start(context: &Context, who: &str, verb: &str) -> Outcome {
-    let client = context.client().await?;
-    let progress = Progress::new(format!("{verb}ing {who}"));
-    let started =
-        client.post_with_progress(&path(who, &format!("/{verb}")), &(), None, |event| progress.tell(&event)).await;
-    drop(progress);
-    let info: SandboxInfo = started?;
+pub async fn start(context: &Context, who: &str) -> Outcome {
+    let info = told(context, who, "start", &format!("starting {who}"), &()).await?;
     output::answer(context.format, &info, || format!("{} is {}", info.name, word(&info.status)));
     Ok(0)
+}
+
+/// Stops and starts.
+pub async fn restart(context: &Context, who: &str) -> Outcome {
+    let info = told(context, who, "restart", &format!("restarting {who}"), &()).await?;
+    output::answer(context.format, &info, || format!("{} is {}", info.name, word(&info.status)));
+    Ok(0)
+}
+
+/// Goes back to the checkpoint.
+pub async fn restore(context: &Context, who: &str) -> Outcome {
+    let info = told(context, who, "restore", &format!("restoring {who}"), &()).await?;
+    output::answer(context.format, &info, || format!("{} is {}", info.name, word(&info.status)));
+    Ok(0)
+}
+
+/// Another size class or a larger disk.
+pub async fn resize(context: &Context, args: ResizeArgs) -> Outcome {
+    let request = ResizeRequest { size_class: args.size_class, disk_size_gb: args.disk_size_gb };
+    let info = told(context, &args.sandbox, "resize", &format!("resizing {}", args.sandbox), &request).await?;
+    output::answer(context.format, &info, || {
+        format!("{} is {} with {} GB of disk", info.name, info.size_class.as_str(), info.disk_size_gb)
+    });
+    Ok(0)
+}
+
+/// Keeps a copy of the disk as it is now.
+pub async fn checkpoint(context: &Context, who: &str) -> Outcome {
+    let client = context.client().await?;
+    let progress = Progress::new(format!("copying the disk of {who}"));
+    let kept = client.post(&path(who, "/checkpoint"), &()).await;
+    drop(progress);
+    let info: SandboxInfo = kept?;
+    output::answer(context.format, &info, || format!("{0} can go back to now: heyvm restore {0}", info.name));
+    Ok(0)
+}
+
+/// A long call, its progress shown.
+async fn told(
+    context: &Context,
+    who: &str,
+    verb: &str,
+    doing: &str,
+    body: &impl Serialize,
+) -> Result<SandboxInfo, ApiError> {
+    let client = context.client().await?;
+    let progress = Progress::new(doing.to_owned());
+    let path = path(who, &format!("/{verb}"));
+    client.post_with_progress(&path, body, None, |event| progress.tell(&event)).await
 }
 
 /// Removes one or several; the first that cannot be removed ends it.

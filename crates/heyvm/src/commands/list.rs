@@ -34,7 +34,7 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
             return "no sandboxes; heyvm deploy DIR makes one".into();
         }
         let rows: Vec<Vec<String>> = all.iter().map(row).collect();
-        output::table(&["NAME", "STATUS", "IMAGE", "SIZE", "ENDS", "URL"], &rows)
+        output::table(&["NAME", "STATUS", "REGION", "IMAGE", "SIZE", "ENDS", "URL"], &rows)
     });
     Ok(0)
 }
@@ -46,7 +46,8 @@ fn row(info: &SandboxInfo) -> Vec<String> {
         (None, None) => "-".into(),
     };
     let url = info.urls.first().map_or("-".into(), |url| url.url.clone());
-    vec![info.name.clone(), word(&info.status), info.image.clone(), info.size_class.as_str().into(), ends, url]
+    let (status, size) = (word(&info.status), info.size_class.as_str().into());
+    vec![info.name.clone(), status, info.region.clone(), info.image.clone(), size, ends, url]
 }
 
 /// Everything about one.
@@ -61,6 +62,7 @@ fn text(info: &SandboxInfo) -> String {
         format!("name     {}", info.name),
         format!("id       {}", info.id),
         format!("status   {}", word(&info.status)),
+        format!("region   {}", info.region),
         format!("image    {}", info.image),
         format!("size     {} ({} GB disk)", info.size_class.as_str(), info.disk_size_gb),
         format!("created  {}", info.created_at.format("%Y-%m-%d %H:%M:%SZ")),
@@ -72,6 +74,10 @@ fn text(info: &SandboxInfo) -> String {
         lines.push(format!("start    {command}"));
     }
     lines.extend(info.urls.iter().map(|url| format!("url      {} -> port {}", url.url, url.port)));
+    lines.extend(info.mounts.iter().map(|mount| {
+        let only = if mount.read_only { " (read-only)" } else { "" };
+        format!("mount    {} -> {}{only}", mount.host_path, mount.sandbox_path)
+    }));
     if let Some(reason) = &info.reason {
         lines.push(format!("reason   {}", reason.message));
         lines.extend(reason.log_tail.iter().map(|line| format!("  | {line}")));

@@ -1,6 +1,7 @@
 //! One module per command, its arguments beside it. Each asks the daemon and tells what it answered; none holds logic
 //! of its own.
 
+pub mod archives;
 pub mod bind;
 pub mod completions;
 pub mod cp;
@@ -10,7 +11,10 @@ pub mod exec;
 pub mod images;
 pub mod lifecycle;
 pub mod list;
+pub mod login;
 pub mod logs;
+pub mod mount;
+pub mod server;
 pub mod wait_for;
 
 use std::path::PathBuf;
@@ -20,6 +24,7 @@ use heyvm_api::{ApiError, ErrorCode, client::Client};
 use crate::{
     background,
     cli::{Cli, Command},
+    credentials::Cloud,
     output,
     output::Format,
 };
@@ -29,11 +34,20 @@ pub struct Context {
     format: Format,
     home: PathBuf,
     debug: bool,
+    cloud: Option<Cloud>,
 }
 
 impl Context {
-    /// A client of the daemon, which is started when there is none.
+    /// A client of the server that there is a login for, else of this machine's daemon.
     async fn client(&self) -> Result<Client, ApiError> {
+        match &self.cloud {
+            Some(cloud) => cloud.client(&self.home).await,
+            None => self.daemon().await,
+        }
+    }
+
+    /// A client of this machine's daemon, which is started when there is none.
+    async fn daemon(&self) -> Result<Client, ApiError> {
         background::ensure(&self.home, self.debug).await
     }
 }
@@ -43,7 +57,11 @@ type Outcome = Result<i32, ApiError>;
 /// Runs the command; the answer is the exit status.
 pub fn run(cli: Cli) -> i32 {
     let format = cli.global.format;
-    let is_daemon = matches!(&cli.command, Some(Command::Daemon(args)) if args.is_run());
+    let is_daemon = match &cli.command {
+        Some(Command::Daemon(args)) => args.is_run(),
+        Some(Command::Server(args)) => args.is_run(),
+        _ => false,
+    };
     // The daemon works for many at once; a command asks one question, and starts faster on one thread.
     let runtime = if is_daemon || cli.serve.api {
         tokio::runtime::Builder::new_multi_thread().enable_all().build()
@@ -66,14 +84,16 @@ pub fn run(cli: Cli) -> i32 {
 }
 
 async fn dispatch(cli: Cli) -> Outcome {
-    if cli.global.cloud_url.is_some() {
-        return Err(ApiError::new(ErrorCode::Unsupported, "heyvm servers are not part of this version")
-            .hint("leave --cloud-url out: sandboxes then run on this machine"));
-    }
     if let Some(Command::Completions(args)) = &cli.command {
         return completions::completions(cli.global.format, args);
     }
-    let context = Context { format: cli.global.format, home: background::home()?, debug: cli.global.debug };
+    let home = background::home()?;
+    let cloud = match cli.command {
+        // Neither needs a server that can be understood, to end or to mend a login.
+        Some(Command::Logout | Command::Daemon(_) | Command::Server(_) | Command::Doctor) | None => None,
+        _ => Cloud::of(&cli.global, &home)?,
+    };
+    let context = Context { format: cli.global.format, home, debug: cli.global.debug, cloud };
     let Some(command) = cli.command else { return daemon::api(&context, &cli.serve).await };
     if cli.serve.api {
         return Err(ApiError::new(ErrorCode::InvalidArgument, "--api serves and runs no command")
@@ -90,14 +110,27 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Unbind(args) => bind::unbind(&context, &args).await,
         Command::Logs(args) => logs::logs(&context, &args).await,
         Command::Stop(who) => lifecycle::stop(&context, &who.sandbox).await,
-        Command::Start(who) => lifecycle::start(&context, &who.sandbox, "start").await,
-        Command::Restart(who) => lifecycle::start(&context, &who.sandbox, "restart").await,
+        Command::Start(who) => lifecycle::start(&context, &who.sandbox).await,
+        Command::Restart(who) => lifecycle::restart(&context, &who.sandbox).await,
+        Command::Resize(args) => lifecycle::resize(&context, args).await,
+        Command::Checkpoint(who) => lifecycle::checkpoint(&context, &who.sandbox).await,
+        Command::Restore(who) => lifecycle::restore(&context, &who.sandbox).await,
         Command::Rm(args) => lifecycle::rm(&context, &args).await,
         Command::Images(args) => images::images(&context, args).await,
         Command::Pull(args) => images::pull(&context, &args.image).await,
+        Command::MountAdd(args) => mount::mount_add(&context, &args).await,
         Command::Cp(args) => cp::cp(&context, &args).await,
+        Command::Archive(args) => archives::archive(&context, args).await,
+        Command::ArchiveDir(args) => archives::archive_dir(&context, args).await,
+        Command::ListArchives => archives::list_archives(&context).await,
+        Command::DeleteArchive(args) => archives::delete_archive(&context, &args.archive).await,
+        Command::Update(args) => archives::update(&context, &args).await,
+        Command::Login(args) => login::login(&context, args).await,
+        Command::Logout => login::logout(&context).await,
+        Command::Whoami => login::whoami(&context).await,
         Command::Doctor => daemon::doctor(&context).await,
         Command::Daemon(args) => daemon::daemon(&context, args.command).await,
+        Command::Server(args) => server::server(&context, args).await,
         Command::Completions(_) => Ok(0),
     }
 }

@@ -152,7 +152,7 @@ pub async fn stream(
         .on_upgrade(|socket| run(socket, agent, plane, who)))
 }
 
-async fn run(socket: WebSocket, agent: AgentConnection, plane: Arc<ControlPlane>, who: String) {
+async fn run(socket: WebSocket, agent: AgentConnection, plane: Arc<ControlPlane>, who: heyvm_control_plane::Who) {
     let (mut outgoing, mut incoming) = socket.split();
     let end = match bridge(&mut outgoing, &mut incoming, agent).await {
         Ok(exit) => ServerControl::Exit {

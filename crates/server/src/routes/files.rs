@@ -26,6 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use utoipa::IntoParams;
 
+use super::Binary;
 use crate::{
     answer::{self, ByteStream, base64 as encoded, text},
     extract::{ContentWithFile, Params, Plane, Who, accepts},
@@ -74,7 +75,7 @@ pub async fn list(
 #[utoipa::path(get, path = "/sandboxes/{id}/files/download", operation_id = "download_file", tag = "files",
     params(("id" = String, Path, description = "Id, name or slug"), FileQuery),
     responses((status = 200, description = "The file", content(
-        (DownloadResponse = "application/json"), (Vec<u8> = "application/octet-stream")))))]
+        (DownloadResponse = "application/json"), (inline(Binary) = "application/octet-stream")))))]
 pub async fn download(
     Plane(plane): Plane,
     Who(who): Who,
@@ -154,7 +155,7 @@ pub struct TarQuery {
 /// A file or directory as an uncompressed tar stream.
 #[utoipa::path(get, path = "/sandboxes/{id}/files/tar", operation_id = "pack_files", tag = "files",
     params(("id" = String, Path, description = "Id, name or slug"), TarQuery),
-    responses((status = 200, description = "The tar", body = Vec<u8>, content_type = "application/x-tar")))]
+    responses((status = 200, description = "The tar", body = inline(Binary), content_type = "application/x-tar")))]
 pub async fn pack(Plane(plane): Plane, Who(who): Who, Params(query): Params<TarQuery>) -> Result<Response, Problem> {
     let path = anywhere(&query.path)?;
     let mut client = plane.agent(&who).await?.client().await?;
@@ -165,7 +166,7 @@ pub async fn pack(Plane(plane): Plane, Who(who): Who, Params(query): Params<TarQ
 /// Unpacks an uncompressed tar stream of any size below a directory, which is made when missing.
 #[utoipa::path(put, path = "/sandboxes/{id}/files/tar", operation_id = "unpack_files", tag = "files",
     params(("id" = String, Path, description = "Id, name or slug"), TarQuery),
-    request_body(content = Vec<u8>, content_type = "application/x-tar", description = "An uncompressed tar"),
+    request_body(content = inline(Binary), content_type = "application/x-tar", description = "An uncompressed tar"),
     responses((status = 200, description = "Unpacked", body = UnpackResponse)))]
 pub async fn unpack(
     Plane(plane): Plane,

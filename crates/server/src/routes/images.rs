@@ -1,12 +1,12 @@
 //! Images and guest kernels on the daemon's machine.
 
-use axum::{Json, response::Response};
+use axum::{Json, extract::Path, response::Response};
 use heyvm_api::images::{ImageInfo, ImportRequest, KernelInfo, KernelRequest, PullRequest};
 use http::{HeaderMap, StatusCode};
 
 use crate::{
     answer::long,
-    extract::{Content, Plane, Who},
+    extract::{Content, For, Plane},
     problem::Problem,
 };
 
@@ -31,8 +31,14 @@ pub async fn pull(Plane(plane): Plane, headers: HeaderMap, Content(request): Con
 /// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
 #[utoipa::path(post, path = "/images/import", operation_id = "import_image", tag = "images",
     request_body = ImportRequest, responses((status = 200, description = "It is here", body = ImageInfo)))]
-pub async fn import(Plane(plane): Plane, headers: HeaderMap, Content(request): Content<ImportRequest>) -> Response {
-    long(&headers, StatusCode::OK, |progress| async move { plane.import_image(request, progress).await }).await
+pub async fn import(
+    Plane(plane): Plane,
+    For(account): For,
+    headers: HeaderMap,
+    Content(request): Content<ImportRequest>,
+) -> Result<Response, Problem> {
+    account.must_be_owner("importing an image")?;
+    Ok(long(&headers, StatusCode::OK, |progress| async move { plane.import_image(request, progress).await }).await)
 }
 
 /// Makes sure that the guest kernel, the default image and its template are there.
@@ -40,15 +46,17 @@ pub async fn import(Plane(plane): Plane, headers: HeaderMap, Content(request): C
 /// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
 #[utoipa::path(post, path = "/images/prepare", operation_id = "prepare_default_image", tag = "images",
     responses((status = 200, description = "The default image", body = ImageInfo)))]
-pub async fn prepare(Plane(plane): Plane, headers: HeaderMap) -> Response {
-    long(&headers, StatusCode::OK, |progress| async move { plane.prepare_default(progress).await }).await
+pub async fn prepare(Plane(plane): Plane, For(account): For, headers: HeaderMap) -> Result<Response, Problem> {
+    account.must_be_owner("preparing the default image")?;
+    Ok(long(&headers, StatusCode::OK, |progress| async move { plane.prepare_default(progress).await }).await)
 }
 
 /// Removes an image that no sandbox runs.
 #[utoipa::path(delete, path = "/images/{*name}", operation_id = "remove_image", tag = "images",
     params(("name" = String, Path, description = "Its reference; slashes may stand as they are")),
     responses((status = 204, description = "Gone")))]
-pub async fn remove(Plane(plane): Plane, Who(name): Who) -> Result<StatusCode, Problem> {
+pub async fn remove(Plane(plane): Plane, For(account): For, Path(name): Path<String>) -> Result<StatusCode, Problem> {
+    account.must_be_owner("removing an image")?;
     plane.remove_image(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -58,8 +66,10 @@ pub async fn remove(Plane(plane): Plane, Who(name): Who) -> Result<StatusCode, P
     request_body = KernelRequest, responses((status = 200, description = "It is here", body = KernelInfo)))]
 pub async fn import_kernel(
     Plane(plane): Plane,
+    For(account): For,
     Content(request): Content<KernelRequest>,
 ) -> Result<Json<KernelInfo>, Problem> {
-    let version = plane.import_kernel(std::path::Path::new(&request.path)).await?;
+    account.must_be_owner("importing a kernel")?;
+    let version = plane.import_kernel(&request.path).await?;
     Ok(Json(KernelInfo { version }))
 }

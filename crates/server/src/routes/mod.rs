@@ -1,12 +1,13 @@
 //! The routes, one module per noun, and the OpenAPI document that is made from them.
 
 mod exec;
+pub mod failures;
 mod files;
 mod images;
 mod logs;
 mod ports;
 mod sandboxes;
-mod system;
+pub mod system;
 
 use std::{
     path::{Path, PathBuf},
@@ -20,16 +21,17 @@ use axum::{
     middleware::{self, Next},
     response::Response,
 };
-use heyvm_api::{ApiError, ErrorCode, error::ErrorBody};
+use heyvm_api::{ApiError, ErrorCode};
 use heyvm_control_plane::ControlPlane;
 use http::{Method, StatusCode, Uri};
 use tokio::sync::watch;
 use utoipa::{
     OpenApi, PartialSchema, ToSchema,
-    openapi::{Content, Ref, ResponseBuilder},
+    openapi::{KnownFormat, ObjectBuilder, RefOr, Schema, SchemaFormat, schema::Type},
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
+use self::failures::Server;
 use crate::problem::Problem;
 
 /// What handlers share.
@@ -60,6 +62,18 @@ impl Api {
     }
 }
 
+/// Bytes as they are, in the document.
+pub struct Binary;
+
+impl PartialSchema for Binary {
+    fn schema() -> RefOr<Schema> {
+        let format = SchemaFormat::KnownFormat(KnownFormat::Binary);
+        ObjectBuilder::new().schema_type(Type::String).format(Some(format)).into()
+    }
+}
+
+impl ToSchema for Binary {}
+
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -86,7 +100,8 @@ fn collected() -> OpenApiRouter<Api> {
         .routes(routes!(system::document))
         .routes(routes!(system::docs))
         .routes(routes!(system::doctor))
-        .routes(routes!(system::put_archive))
+        .routes(routes!(system::list_archives, system::put_archive))
+        .routes(routes!(system::remove_archive))
         .routes(routes!(sandboxes::list, sandboxes::create))
         .routes(routes!(sandboxes::inactive))
         .routes(routes!(sandboxes::get, sandboxes::remove))
@@ -94,13 +109,19 @@ fn collected() -> OpenApiRouter<Api> {
         .routes(routes!(sandboxes::start))
         .routes(routes!(sandboxes::restart))
         .routes(routes!(sandboxes::set_ttl))
+        .routes(routes!(sandboxes::resize))
+        .routes(routes!(sandboxes::checkpoint))
+        .routes(routes!(sandboxes::restore))
         .routes(routes!(sandboxes::add_mount))
+        .routes(routes!(sandboxes::replace_mount))
         .routes(routes!(exec::execute))
         .routes(routes!(exec::stream))
         .routes(routes!(logs::logs))
         .routes(routes!(ports::wait))
         .routes(routes!(ports::endpoints, ports::bind, ports::unbind))
         .routes(routes!(ports::unbind_port))
+        .routes(routes!(ports::dial))
+        .routes(routes!(ports::route))
         .routes(routes!(files::list, files::remove))
         .routes(routes!(files::download))
         .routes(routes!(files::upload))
@@ -127,40 +148,38 @@ pub fn router(api: Api) -> Router {
 
 /// The OpenAPI document.
 pub fn document() -> utoipa::openapi::OpenApi {
+    completed(calls(), Server::Daemon)
+}
+
+/// What of the document is written beside the handlers.
+pub fn calls() -> utoipa::openapi::OpenApi {
     let (_, mut document) = collected().split_for_parts();
-    document.info.version = env!("CARGO_PKG_VERSION").into();
     if let Some(item) = document.paths.paths.remove("/images/{*name}") {
         document.paths.paths.insert("/images/{name}".into(), item);
-    }
-    let components = document.components.get_or_insert_with(Default::default);
-    components.schemas.insert(ErrorBody::name().into(), ErrorBody::schema());
-    let mut more = Vec::new();
-    ErrorBody::schemas(&mut more);
-    components.schemas.extend(more);
-    for item in document.paths.paths.values_mut() {
-        let operations = [&mut item.get, &mut item.put, &mut item.post, &mut item.delete];
-        for operation in operations.into_iter().flatten() {
-            let content = Content::new(Some(Ref::from_schema_name(ErrorBody::name())));
-            let error = ResponseBuilder::new().description("What went wrong").content("application/json", content);
-            operation.responses.responses.insert("default".into(), error.build().into());
-        }
     }
     document
 }
 
-async fn unknown_path(uri: Uri) -> Problem {
+/// A document with what every call has: our version, and errors.
+pub fn completed(mut document: utoipa::openapi::OpenApi, server: Server) -> utoipa::openapi::OpenApi {
+    document.info.version = env!("CARGO_PKG_VERSION").into();
+    failures::describe(&mut document, server);
+    document
+}
+
+pub async fn unknown_path(uri: Uri) -> Problem {
     ApiError::new(ErrorCode::NotFound, format!("there is nothing at {}", uri.path()))
         .hint("GET /openapi.json lists every path")
         .into()
 }
 
-async fn wrong_method(method: Method, uri: Uri) -> Problem {
+pub async fn wrong_method(method: Method, uri: Uri) -> Problem {
     Problem::invalid(format!("{} takes no {method}", uri.path()), "GET /openapi.json lists every path with its methods")
         .with_status(StatusCode::METHOD_NOT_ALLOWED)
 }
 
 /// One line per request, without query, headers and body: those may hold secrets.
-async fn log(request: Request, next: Next) -> Response {
+pub async fn log(request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let started = Instant::now();
     let response = next.run(request).await;
@@ -171,6 +190,34 @@ async fn log(request: Request, next: Next) -> Response {
         tracing::info!(%method, path, status, ms, "request");
     }
     response
+}
+
+#[cfg(test)]
+const ERROR: &str = "#/components/schemas/ErrorBody";
+
+/// Panics where an operation of a document lacks what every one has, or refers to what is not there.
+#[cfg(test)]
+pub fn check_operations(document: &serde_json::Value) {
+    assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
+    let mut ids = std::collections::BTreeSet::new();
+    let paths = document["paths"].as_object().unwrap();
+    for (path, item) in paths {
+        for (method, operation) in item.as_object().unwrap() {
+            let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no id"));
+            assert!(ids.insert(id.to_owned()), "{id} stands for two operations");
+            assert!(operation["summary"].as_str().is_some_and(|text| !text.is_empty()), "{method} {path}");
+            for status in operation["responses"].as_object().unwrap().keys() {
+                assert!(status.parse::<u16>().is_ok(), "{method} {path} answers {status}");
+            }
+            assert_eq!(operation["responses"]["500"]["content"]["application/json"]["schema"]["$ref"], ERROR, "{id}");
+        }
+    }
+    assert!(paths.len() >= 24, "{}", paths.len());
+    let text = document.to_string();
+    for reference in text.split("#/components/schemas/").skip(1) {
+        let name = reference.split('"').next().unwrap();
+        assert!(document["components"]["schemas"][name].is_object(), "{name} is referred to and not there");
+    }
 }
 
 #[cfg(test)]
@@ -190,24 +237,17 @@ mod tests {
 
     #[test]
     fn every_operation_has_an_id_of_its_own_a_summary_and_errors() {
-        let document: serde_json::Value = serde_json::to_value(super::document()).unwrap();
-        assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
-        let mut ids = std::collections::BTreeSet::new();
-        let paths = document["paths"].as_object().unwrap();
-        for (path, item) in paths {
-            for (method, operation) in item.as_object().unwrap() {
-                let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no id"));
-                assert!(ids.insert(id.to_owned()), "{id} stands for two operations");
-                assert!(operation["summary"].as_str().is_some_and(|text| !text.is_empty()), "{method} {path}");
-                assert!(operation["responses"]["default"].is_object(), "{method} {path}");
-            }
-        }
-        assert!(paths.len() >= 24, "{}", paths.len());
-        let text = document.to_string();
-        for reference in text.split("#/components/schemas/").skip(1) {
-            let name = reference.split('"').next().unwrap();
-            assert!(document["components"]["schemas"][name].is_object(), "{name} is referred to and not there");
-        }
+        super::check_operations(&serde_json::to_value(super::document()).unwrap());
+    }
+
+    #[tokio::test]
+    async fn every_wrong_body_is_refused_by_the_name_of_its_field() {
+        let daemon = crate::trials::Daemon::start().await;
+        let document = serde_json::to_value(super::document()).unwrap();
+        let id = uuid::Uuid::new_v4().to_string();
+        let (sent, taken) = crate::trials::bodies::try_all(&document, &daemon.router, "", &id).await;
+        assert!(sent > 300, "{sent}");
+        assert!(taken.is_empty(), "{} of {sent}:\n{}", taken.len(), taken.join("\n"));
     }
 
     #[test]

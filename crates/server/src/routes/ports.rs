@@ -2,13 +2,20 @@
 
 use std::time::Duration;
 
-use axum::{Json, extract::Path};
-use heyvm_api::{
-    ApiError, ErrorCode, names,
-    sandbox::{BindRequest, BoundPort, WaitResponse},
+use axum::{
+    Json,
+    extract::{Path, Request},
+    response::{IntoResponse, Response},
 };
-use http::StatusCode;
+use heyvm_api::{
+    ApiError, ErrorCode, headers, names,
+    sandbox::{BindRequest, BoundPort, RouteInfo, WaitResponse},
+};
+use heyvm_control_plane::ConnectError;
+use http::{HeaderMap, StatusCode, header};
+use hyper_util::rt::TokioIo;
 use serde::Deserialize;
+use tokio::io::copy_bidirectional;
 use utoipa::IntoParams;
 
 use crate::{
@@ -68,13 +75,81 @@ pub async fn unbind(
     responses((status = 204, description = "It has no URL any more")))]
 pub async fn unbind_port(
     Plane(plane): Plane,
-    Path((who, port)): Path<(String, String)>,
+    Who(who): Who,
+    Path(path): Path<(String, String)>,
 ) -> Result<StatusCode, Problem> {
-    let number = port.parse::<i64>().map_err(|_| {
-        ApiError::new(ErrorCode::InvalidPort, format!("{port:?} is not a port")).hint("ports are 1 to 65535")
-    })?;
-    plane.unbind(&who, number).await?;
+    plane.unbind(&who, number(&path.1)?).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+fn number(port: &str) -> Result<i64, ApiError> {
+    port.parse().map_err(|_| {
+        ApiError::new(ErrorCode::InvalidPort, format!("{port:?} is not a port")).hint("ports are 1 to 65535")
+    })
+}
+
+/// Where a subdomain leads, and who may use it: what the proxy of another machine asks.
+#[utoipa::path(get, path = "/routes/{subdomain}", operation_id = "get_route", tag = "ports",
+    params(("subdomain" = String, Path, description = "First label of the host name")),
+    responses((status = 200, description = "It leads there", body = RouteInfo)))]
+pub async fn route(Plane(plane): Plane, Path(subdomain): Path<String>) -> Result<Json<RouteInfo>, Problem> {
+    Ok(Json(plane.route(&subdomain).map_err(|failure| refused(failure, &subdomain))?))
+}
+
+/// A byte stream to a port in the sandbox.
+///
+/// The request asks for an upgrade to `heyvm-stream`; after 101 the connection is the port's. What stands in the way is
+/// an error as everywhere: `sandbox_not_found`, `invalid_state` (it does not run), `port_not_listening`,
+/// `sandbox_unreachable`.
+#[utoipa::path(get, path = "/sandboxes/{id}/ports/{port}", operation_id = "dial_port", tag = "ports",
+    params(("id" = String, Path, description = "Id, name or slug"), ("port" = u16, Path, description = "Port in the sandbox")),
+    responses((status = 101, description = "Bytes from here on")))]
+pub async fn dial(
+    Plane(plane): Plane,
+    Who(who): Who,
+    Path(path): Path<(String, String)>,
+    mut request: Request,
+) -> Result<Response, Problem> {
+    let port = names::check_port(number(&path.1)?)?;
+    if !asks_for_stream(request.headers()) {
+        let problem =
+            Problem::invalid("a port's stream is an upgrade", "send Connection: Upgrade, Upgrade: heyvm-stream");
+        return Err(problem.with_status(StatusCode::UPGRADE_REQUIRED));
+    }
+    let id = plane.get(&who).await?.id;
+    let mut stream = plane.connect_to(&id, port).await.map_err(|failure| refused(failure, &id))?;
+    let upgraded = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        if let Ok(caller) = upgraded.await {
+            let _ = copy_bidirectional(&mut TokioIo::new(caller), &mut stream).await;
+        }
+    });
+    let head = [(header::CONNECTION, "upgrade"), (header::UPGRADE, headers::PORT_STREAM)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, head).into_response())
+}
+
+fn asks_for_stream(asked: &HeaderMap) -> bool {
+    let names = |name, word: &str| {
+        let value = asked.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        value.split(',').any(|each| each.trim().eq_ignore_ascii_case(word))
+    };
+    names(header::CONNECTION, "upgrade") && names(header::UPGRADE, headers::PORT_STREAM)
+}
+
+/// What the proxy would tell a visitor, as an error of the API.
+fn refused(failure: ConnectError, whom: &str) -> ApiError {
+    let message = failure.to_string();
+    match failure {
+        ConnectError::UnknownSubdomain => ApiError::new(ErrorCode::SandboxNotFound, format!("{message}: {whom}"))
+            .hint("heyvm get shows a sandbox's URLs"),
+        ConnectError::NotRunning(_) => {
+            ApiError::new(ErrorCode::InvalidState, message).hint("heyvm start brings it back").sandbox(whom)
+        }
+        ConnectError::NothingListens(_) => ApiError::new(ErrorCode::PortNotListening, message)
+            .hint("start the app, have it listen on that port, or look at heyvm logs")
+            .sandbox(whom),
+        ConnectError::Unreachable(_) => ApiError::new(ErrorCode::SandboxUnreachable, message).sandbox(whom),
+    }
 }
 
 /// Query of a wait.

@@ -3,17 +3,16 @@
 use std::sync::Arc;
 
 use axum::{Json, response::Response};
-use heyvm_api::{
-    ApiError, ErrorCode,
-    sandbox::{CreateRequest, ListFilter, Mount, SandboxInfo, TtlRequest},
+use heyvm_api::sandbox::{
+    CreateRequest, ListFilter, Mount, ReplaceMountRequest, ResizeRequest, SandboxInfo, TtlRequest,
 };
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use crate::{
-    answer::long,
-    extract::{Content, Params, Plane, Who, idempotency_key},
+    answer::{long, to_its_end},
+    extract::{Content, For, Params, Plane, Who, Whose, asked},
     problem::Problem,
 };
 
@@ -32,8 +31,12 @@ pub struct ListQuery {
 /// Sandboxes, newest first.
 #[utoipa::path(get, path = "/sandboxes", operation_id = "list_sandboxes", tag = "sandboxes", params(ListQuery),
     responses((status = 200, description = "Those asked for", body = Vec<SandboxInfo>)))]
-pub async fn list(Plane(plane): Plane, Params(query): Params<ListQuery>) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    let mut found = plane.list(query.filter).await?;
+pub async fn list(
+    Plane(plane): Plane,
+    Whose(account): Whose,
+    Params(query): Params<ListQuery>,
+) -> Result<Json<Vec<SandboxInfo>>, Problem> {
+    let mut found = plane.list(query.filter, account.as_ref()).await?;
     found.retain(|sandbox| query.name.as_ref().is_none_or(|name| sandbox.name == *name));
     Ok(Json(found))
 }
@@ -48,18 +51,20 @@ pub async fn list(Plane(plane): Plane, Params(query): Params<ListQuery>) -> Resu
     responses((status = 201, description = "It is running", body = SandboxInfo)))]
 pub async fn create(
     Plane(plane): Plane,
+    For(account): For,
     headers: HeaderMap,
     Content(request): Content<CreateRequest>,
 ) -> Result<Response, Problem> {
-    let key = idempotency_key(&headers)?;
-    Ok(long(&headers, StatusCode::CREATED, |progress| async move { plane.create(request, key, progress).await }).await)
+    let asked = asked(account, &headers)?;
+    Ok(long(&headers, StatusCode::CREATED, |progress| async move { plane.create(request, asked, progress).await })
+        .await)
 }
 
 /// Stopped and failed sandboxes.
 #[utoipa::path(get, path = "/sandboxes/inactive", operation_id = "list_inactive_sandboxes", tag = "sandboxes",
     responses((status = 200, description = "Newest first", body = Vec<SandboxInfo>)))]
-pub async fn inactive(Plane(plane): Plane) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    Ok(Json(plane.list(ListFilter::Stopped).await?))
+pub async fn inactive(Plane(plane): Plane, Whose(account): Whose) -> Result<Json<Vec<SandboxInfo>>, Problem> {
+    Ok(Json(plane.list(ListFilter::Stopped, account.as_ref()).await?))
 }
 
 /// One sandbox; also one that was removed within the last day.
@@ -86,14 +91,6 @@ pub async fn stop(Plane(plane): Plane, Who(who): Who) -> Result<Json<SandboxInfo
     Ok(Json(to_its_end(async move { Arc::clone(&plane).stop(&who).await }).await?))
 }
 
-/// What has begun to end a sandbox goes on when its caller goes away.
-async fn to_its_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-) -> Result<T, ApiError> {
-    let done = tokio::spawn(work).await;
-    done.unwrap_or_else(|error| Err(ApiError::new(ErrorCode::Internal, format!("the daemon failed: {error}"))))
-}
-
 /// Goes on from the disk and runs the start command again. Starting a running one succeeds.
 ///
 /// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
@@ -114,6 +111,39 @@ pub async fn restart(Plane(plane): Plane, Who(who): Who, headers: HeaderMap) -> 
     long(&headers, StatusCode::OK, |progress| async move { plane.restart(&who, progress).await }).await
 }
 
+/// Another size class, with which a running sandbox is started again, or a larger disk, with which it goes on.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/sandboxes/{id}/resize", operation_id = "resize_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")), request_body = ResizeRequest,
+    responses((status = 200, description = "It has that size", body = SandboxInfo)))]
+pub async fn resize(
+    Plane(plane): Plane,
+    Who(who): Who,
+    headers: HeaderMap,
+    Content(request): Content<ResizeRequest>,
+) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.resize(&who, &request, progress).await }).await
+}
+
+/// Keeps a copy of the disk as it is now, in place of the one before.
+#[utoipa::path(post, path = "/sandboxes/{id}/checkpoint", operation_id = "checkpoint_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "Kept", body = SandboxInfo)))]
+pub async fn checkpoint(Plane(plane): Plane, Who(who): Who) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(plane.checkpoint(&who).await?))
+}
+
+/// Goes back to the checkpoint: stops, puts the disk back, starts.
+///
+/// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
+#[utoipa::path(post, path = "/sandboxes/{id}/restore", operation_id = "restore_sandbox", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")),
+    responses((status = 200, description = "Running", body = SandboxInfo)))]
+pub async fn restore(Plane(plane): Plane, Who(who): Who, headers: HeaderMap) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.restore(&who, progress).await }).await
+}
+
 /// Sets the time-to-live anew, from now on.
 #[utoipa::path(post, path = "/sandboxes/{id}/ttl", operation_id = "set_sandbox_ttl", tag = "sandboxes",
     params(("id" = String, Path, description = "Id, name or slug")), request_body = TtlRequest,
@@ -126,12 +156,26 @@ pub async fn set_ttl(
     Ok(Json(plane.set_ttl(&who, request.ttl_seconds).await?))
 }
 
-/// Host directories in a sandbox are not part of this version: answers `unsupported`.
+/// Puts an archive's content in place of everything in a directory of a running sandbox: all of it, or nothing changes.
+#[utoipa::path(post, path = "/sandboxes/{id}/replace-mount", operation_id = "replace_mount", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")), request_body = ReplaceMountRequest,
+    responses((status = 200, description = "Replaced", body = SandboxInfo)))]
+pub async fn replace_mount(
+    Plane(plane): Plane,
+    Who(who): Who,
+    Content(request): Content<ReplaceMountRequest>,
+) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(to_its_end(async move { plane.replace_mount(&who, request).await }).await?))
+}
+
+/// Mounts a directory of the daemon's host into a sandbox: at once where it runs, else when it starts.
 #[utoipa::path(post, path = "/sandboxes/{id}/mounts", operation_id = "add_mount", tag = "sandboxes",
-    params(("id" = String, Path, description = "Id, name or slug")), request_body = Mount, responses())]
-pub async fn add_mount(Plane(plane): Plane, Who(who): Who, Content(mount): Content<Mount>) -> Result<(), Problem> {
-    plane.get(&who).await?;
-    drop(mount);
-    let message = "host directories cannot be mounted into a sandbox";
-    Err(ApiError::new(ErrorCode::Unsupported, message).hint("`heyvm cp` copies files in and out").into())
+    params(("id" = String, Path, description = "Id, name or slug")), request_body = Mount,
+    responses((status = 200, description = "Mounted", body = SandboxInfo)))]
+pub async fn add_mount(
+    Plane(plane): Plane,
+    Who(who): Who,
+    Content(mount): Content<Mount>,
+) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(plane.add_mount(&who, mount).await?))
 }

@@ -6,11 +6,20 @@ use axum::{
     response::{Html, IntoResponse},
 };
 use futures::{StreamExt, TryStreamExt};
-use heyvm_api::system::{ArchiveInfo, DoctorReport, Health};
+use heyvm_api::{
+    archives::AccountArchive,
+    system::{ArchiveInfo, DoctorReport, Health},
+};
 use http::StatusCode;
+use serde::Deserialize;
+use utoipa::IntoParams;
 
-use super::document as made_document;
-use crate::{docs, extract::Plane, problem::Problem};
+use super::{Binary, document as made_document};
+use crate::{
+    docs,
+    extract::{For, Params, Plane, Who},
+    problem::Problem,
+};
 
 /// Whether the daemon is there. Answers at once, without credentials, also while it is still opening.
 #[utoipa::path(get, path = "/health", operation_id = "health", tag = "system",
@@ -36,18 +45,54 @@ pub async fn docs() -> Html<&'static str> {
 /// Checks of the host: what works, what does not, what to do about it.
 #[utoipa::path(get, path = "/doctor", operation_id = "doctor", tag = "system",
     responses((status = 200, description = "Every check", body = DoctorReport)))]
-pub async fn doctor(Plane(plane): Plane) -> Result<Json<DoctorReport>, Problem> {
+pub async fn doctor(Plane(plane): Plane, For(account): For) -> Result<Json<DoctorReport>, Problem> {
+    account.must_be_owner("doctor")?;
     Ok(Json(plane.doctor().await?))
 }
 
 /// Takes a tar.gz of up to 1 GiB, for `archive_id` of a create.
 ///
-/// It is kept while a sandbox names it, and for a day after it was last sent or used.
-#[utoipa::path(put, path = "/archives", operation_id = "put_archive", tag = "system",
-    request_body(content = Vec<u8>, content_type = "application/gzip", description = "A tar.gz"),
+/// It is kept while a sandbox names it, and for a day after it was last sent or used; with a name, until it is removed.
+#[utoipa::path(put, path = "/archives", operation_id = "put_archive", tag = "system", params(ArchiveQuery),
+    request_body(content = inline(Binary), content_type = "application/gzip", description = "A tar.gz"),
     responses((status = 201, description = "Kept", body = ArchiveInfo)))]
-pub async fn put_archive(Plane(plane): Plane, body: Body) -> Result<(StatusCode, Json<ArchiveInfo>), Problem> {
+pub async fn put_archive(
+    Plane(plane): Plane,
+    For(account): For,
+    Params(query): Params<ArchiveQuery>,
+    body: Body,
+) -> Result<(StatusCode, Json<ArchiveInfo>), Problem> {
+    if query.name.is_some() {
+        account.must_be_owner("naming an archive")?;
+    }
     let pieces = body.into_data_stream().map_err(std::io::Error::other).map_ok(Bytes::from);
-    let archive = plane.put_archive(pieces.boxed()).await?;
+    let archive = plane.put_archive(query.name, pieces.boxed()).await?;
     Ok((StatusCode::CREATED, Json(archive)))
+}
+
+/// Query of an upload.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ArchiveQuery {
+    /// What to call it.
+    pub(crate) name: Option<String>,
+}
+
+/// Archives with a name, newest first.
+#[utoipa::path(get, path = "/archives", operation_id = "list_archives", tag = "system",
+    responses((status = 200, description = "They can be deployed", body = Vec<AccountArchive>)))]
+pub async fn list_archives(Plane(plane): Plane, For(account): For) -> Result<Json<Vec<AccountArchive>>, Problem> {
+    account.must_be_owner("listing archives")?;
+    Ok(Json(plane.archives().await?))
+}
+
+/// Removes an archive. Sandboxes that were made from it go on.
+#[utoipa::path(delete, path = "/archives/{id}", operation_id = "remove_archive", tag = "system",
+    params(("id" = String, Path, description = "The archive's id")),
+    responses((status = 204, description = "Gone")))]
+pub async fn remove_archive(Plane(plane): Plane, Who(who): Who) -> Result<StatusCode, Problem> {
+    who.account.must_be_owner("removing an archive")?;
+    plane.remove_archive(&who.sandbox).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

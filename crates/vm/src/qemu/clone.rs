@@ -37,6 +37,18 @@ const REHEARSAL_DEADLINE: Duration = Duration::from_secs(60);
 /// The one who asked for the last sandbox wants the processor first.
 const REFILL_DELAY: Duration = Duration::from_millis(400);
 
+/// What a clone is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Becoming {
+    /// Nobody's yet.
+    Reserve,
+    /// Somebody's; the file system on its disk grows to so many bytes, unless that is 0.
+    Sandbox {
+        /// Size of the disk.
+        disk_bytes: u64,
+    },
+}
+
 impl QemuDriver {
     pub(super) async fn recipe(&self, spec: &VmSpec) -> Result<Recipe, Error> {
         let acceleration = self.acceleration(&spec.kernel).await?.acceleration;
@@ -55,7 +67,7 @@ impl QemuDriver {
     pub(super) async fn create_anew(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
         self.make_disk(id, spec).await?;
         let watched = self.resume(id, spec, &silent()).await?;
-        self.make_own(&watched, spec, false).await?;
+        self.make_own(&watched, spec, Becoming::Sandbox { disk_bytes: 0 }).await?;
         Ok(RunningVm::new(id.clone(), watched))
     }
 
@@ -74,7 +86,7 @@ impl QemuDriver {
     ) -> Result<Arc<dyn Vm>, Error> {
         let moved = reserved.place.move_to(self.dir(id));
         let taken = match moved {
-            Ok(()) => self.make_own(&reserved, spec, false).await,
+            Ok(()) => self.make_own(&reserved, spec, Becoming::Sandbox { disk_bytes: 0 }).await,
             Err(error) => Err(error),
         };
         if let Err(error) = taken {
@@ -144,9 +156,9 @@ impl QemuDriver {
     }
 
     /// Has the agent make the clone its own; a clone that fails to is ended.
-    pub(super) async fn make_own(&self, vm: &Watched, spec: &VmSpec, reserve: bool) -> Result<(), Error> {
+    pub(super) async fn make_own(&self, vm: &Watched, spec: &VmSpec, becoming: Becoming) -> Result<(), Error> {
         let slot = vm.place.dir().record().map(|record| record.slot).unwrap_or_default();
-        let request = personalize_request(spec, slot, self.egress().await?.is_some(), reserve);
+        let request = personalize_request(spec, slot, self.egress().await?.is_some(), becoming);
         let personalized =
             async { vm.agent.client().await?.personalize(request).await.map_err(|s| unreachable_agent(&s)) };
         let failed = tokio::select! {
@@ -199,7 +211,7 @@ impl QemuDriver {
         let made = async {
             self.make_disk(&id, spec).await?;
             let vm = self.resume(&id, spec, &silent()).await?;
-            self.make_own(&vm, spec, true).await?;
+            self.make_own(&vm, spec, Becoming::Reserve).await?;
             tokio::time::timeout(REHEARSAL_DEADLINE, rehearse(&vm, rehearsal))
                 .await
                 .unwrap_or_else(|_| Err(Error::Unreachable("its rehearsal did not end in time".into())))?;
@@ -219,7 +231,7 @@ fn nobodys(spec: VmSpec) -> VmSpec {
     VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), ..spec }
 }
 
-fn personalize_request(spec: &VmSpec, slot: u32, network: bool, reserve: bool) -> PersonalizeRequest {
+fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becoming) -> PersonalizeRequest {
     let mut random = rand::rng();
     let mut entropy = vec![0; ENTROPY];
     random.fill_bytes(&mut entropy);
@@ -240,7 +252,11 @@ fn personalize_request(spec: &VmSpec, slot: u32, network: bool, reserve: bool) -
         }),
         env: spec.env.iter().map(|(name, value)| EnvVar { name: name.clone(), value: value.clone() }).collect(),
         working_dir: spec.working_dir.clone(),
-        reserve,
+        reserve: becoming == Becoming::Reserve,
+        disk_bytes: match becoming {
+            Becoming::Sandbox { disk_bytes } => disk_bytes,
+            Becoming::Reserve => 0,
+        },
     }
 }
 

@@ -12,7 +12,14 @@ use super::memory::copy_sparse;
 use crate::Error;
 
 /// Bytes of a GiB.
-const GIB: u64 = 1 << 30;
+pub const GIB: u64 = 1 << 30;
+/// Size of the file systems' blocks.
+const BLOCK: u64 = 4096;
+
+/// What a disk may grow to, in GiB: more than anybody may ask for. ext4 keeps blocks for the descriptors of so large a file
+/// system. Left to itself it keeps as many as one 1024 times as large would need, and all of them are part of the one
+/// transaction in which a file system grows: from 10 GiB on, that is more than a journal of 16 MiB takes.
+const LARGEST_GIB: u64 = 512;
 
 /// Makes `path` an empty file system of `gib`; `seeds` is where the empty ones are kept.
 pub fn create(seeds: &Path, path: &Path, gib: u32) -> Result<(), Error> {
@@ -28,13 +35,25 @@ pub fn create(seeds: &Path, path: &Path, gib: u32) -> Result<(), Error> {
     Ok(())
 }
 
+/// A disk is at least so large from now on; what is on it grows when it is mounted. Gives its size in bytes.
+pub fn grow(path: &Path, gib: u32) -> Result<u64, Error> {
+    let grown = || {
+        let file = File::options().write(true).open(path)?;
+        let bytes = file.metadata()?.len().max(u64::from(gib) * GIB);
+        file.set_len(bytes)?;
+        Ok(bytes)
+    };
+    grown().map_err(Error::io("growing the disk", path))
+}
+
 fn seed(seeds: &Path, gib: u32) -> Result<PathBuf, Error> {
-    let path = seeds.join(format!("empty-{gib}g.ext4"));
+    // Those of another name are of versions whose disks did not grow.
+    let path = seeds.join(format!("growing-{gib}g.ext4"));
     if path.exists() {
         return Ok(path);
     }
     fs::create_dir_all(seeds).map_err(Error::io("making", seeds))?;
-    let half = seeds.join(format!(".empty-{gib}g-{}-{:?}", std::process::id(), std::thread::current().id()));
+    let half = seeds.join(format!(".growing-{gib}g-{}-{:?}", std::process::id(), std::thread::current().id()));
     let made =
         make_file_system(&half, gib).and_then(|()| fs::rename(&half, &path).map_err(Error::io("keeping", &path)));
     if made.is_err() {
@@ -48,8 +67,8 @@ fn make_file_system(path: &Path, gib: u32) -> Result<(), Error> {
     file.set_len(u64::from(gib) * GIB).map_err(Error::io("sizing", path))?;
     // Everything that can be left for later is, so that the file stays small; no space is kept for root, who is the user.
     let output = Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-m", "0", "-b", "4096", "-L", "heyvm", "-O", "^metadata_csum_seed,uninit_bg"])
-        .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
+        .args(["-q", "-F", "-m", "0", "-b", &BLOCK.to_string(), "-L", "heyvm", "-O", "^metadata_csum_seed,uninit_bg"])
+        .args(["-E", &format!("lazy_itable_init=1,lazy_journal_init=1,nodiscard,resize={}", LARGEST_GIB * GIB / BLOCK)])
         .args(["-J", "size=16"])
         .arg(path)
         .stdin(Stdio::null())

@@ -2,11 +2,12 @@
 //!
 //! - [`machine`]: QEMU's command line.  [`launch`]: one confined QEMU.  [`qmp`]: its control protocol.
 //! - [`template`]: booted once, cloned ever after.  [`memory`]: sealed guest memory.  [`disk`]: sparse ext4 disks.
-//! - [`clone`]: a VM from a template.  [`reserve`]: clones made ahead.
+//! - [`clone`]: a VM from a template.  [`checkpoint`]: a copy of its disk to go back to.  [`reserve`]: clones made ahead.
 //! - [`accel`]: KVM or translation.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
 //! - [`turns`]: one thing at a time with each VM.  [`doctor`]: whether this host can do it.
 
 pub mod accel;
+mod checkpoint;
 mod clone;
 mod console;
 mod disk;
@@ -43,6 +44,7 @@ use tokio::sync::OnceCell;
 pub(crate) use self::record::Place;
 use self::{
     accel::Verdict,
+    clone::Becoming,
     launch::Host,
     qmp::Qmp,
     record::{Slots, VmDir},
@@ -51,7 +53,7 @@ use self::{
     template::{Template, Templates},
     turns::Turns,
 };
-use crate::{Driver, Error, Exit, ExitCause, HostCheck, Progress, Vm, VmId, VmSpec};
+use crate::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Vm, VmId, VmSpec};
 
 /// What the user may decide.
 #[derive(Debug, Clone)]
@@ -225,8 +227,10 @@ impl QemuDriver {
         if let Some(running) = self.adopt(id).await? {
             return Ok(running);
         }
+        let (disk, gib) = (self.dir(id).disk(), spec.disk_gib);
+        let disk_bytes = blocking(move || disk::grow(&disk, gib)).await?;
         let watched = self.resume(id, spec, &silent()).await?;
-        self.make_own(&watched, spec, false).await?;
+        self.make_own(&watched, spec, Becoming::Sandbox { disk_bytes }).await?;
         Ok(RunningVm::new(id.clone(), watched))
     }
 
@@ -269,7 +273,8 @@ impl Driver for QemuDriver {
     async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error> {
         let dir = self.dir(id);
         let (Some(record), Some(process)) = (dir.record(), dir.process()) else { return Ok(None) };
-        if !process.is_alive() {
+        // A process is known by its number and when it began, counted from the host's start: of another start it is none.
+        if record.host_boot_id != host_boot_id() || !process.is_alive() {
             return Ok(None);
         }
         let qmp = match Qmp::connect(&dir.qmp_socket()).await {
@@ -312,6 +317,14 @@ impl Driver for QemuDriver {
             let _ = blocking(move || Ok(cgroup::remove(&record.cgroups)?)).await;
         }
         exit
+    }
+
+    async fn checkpoint(&self, id: &VmId, running: Option<AgentConnection>) -> Result<(), Error> {
+        self.in_turn(id, |driver, id| async move { driver.checkpoint_now(&id, running).await }).await
+    }
+
+    async fn restore(&self, id: &VmId) -> Result<(), Error> {
+        self.in_turn(id, |driver, id| async move { driver.restore_now(&id).await }).await
     }
 
     async fn destroy(&self, id: &VmId) -> Result<(), Error> {

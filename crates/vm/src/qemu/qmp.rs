@@ -145,6 +145,13 @@ impl Qmp {
         }
     }
 
+    /// Makes the disk larger; the guest sees it at once.
+    pub async fn grow_disk(&self, bytes: u64) -> Result<(), Error> {
+        let size = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let command = qmp::block_resize { device: None, node_name: Some("disk".into()), size };
+        self.run("block_resize", command).await.map(drop)
+    }
+
     /// Ends QEMU.
     pub async fn quit(&self) -> Result<(), Error> {
         self.run("quit", qmp::quit {}).await.map(drop)

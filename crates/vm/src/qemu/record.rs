@@ -99,6 +99,16 @@ impl VmDir {
         self.path.join("qmp.sock")
     }
 
+    /// The copy of the disk that was kept.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.path.join("checkpoint.ext4")
+    }
+
+    /// A copy that is not whole yet.
+    pub fn half_checkpoint(&self) -> PathBuf {
+        self.path.join("checkpoint.half")
+    }
+
     /// Socket of the agent's port.
     pub fn agent_socket(&self) -> PathBuf {
         self.path.join("agent.sock")

@@ -12,22 +12,28 @@ use std::{
 };
 
 use async_trait::async_trait;
-use heyvm_agent_protocol::v1::{MetricsRequest, ShutdownRequest};
+use heyvm_agent_protocol::v1::{GrowDiskRequest, MetricsRequest, ShutdownRequest};
 use heyvm_jail::{cgroup, process::ProcessId};
 use tokio::{io::unix::AsyncFd, sync::watch};
+use tonic::Code;
 
 use super::{
-    blocking, console,
+    blocking, console, disk,
     qmp::{GuestState, Qmp},
     record::{Place, Record, Slots},
 };
-use crate::{AgentConnection, Error, Exit, ExitCause, Usage, Vm, VmId};
+use crate::{
+    AgentConnection, Error, Exit, ExitCause, Usage, Vm, VmId,
+    agent::{told, unreachable_agent},
+};
 
 /// What the agent needs beyond the grace it was given, to unmount and power off.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
 /// An agent answers within milliseconds; one that a guest's root has taken over may never.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 const ANSWER_TRIES: u32 = 2;
+/// A file system grows by writing a few blocks for each 128 MiB.
+const GROWING: Duration = Duration::from_secs(60);
 /// QEMU ends at once when told to; one that does not is killed.
 const QUIT_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -45,6 +51,7 @@ pub struct Watched {
     /// Its agent.
     pub agent: AgentConnection,
     process: ProcessId,
+    qmp: Arc<Qmp>,
     exit: watch::Receiver<Option<Exit>>,
 }
 
@@ -61,9 +68,10 @@ impl Watched {
     pub fn new(place: Place, process: ProcessId, qmp: Qmp, belongings: Belongings) -> Arc<Self> {
         let agent = AgentConnection::new(place.clone());
         let (say, exit) = watch::channel(None);
-        let watched = Self { place: place.clone(), agent, process, exit };
+        let qmp = Arc::new(qmp);
+        let watched = Self { place: place.clone(), agent, process, qmp: Arc::clone(&qmp), exit };
         tokio::spawn(async move {
-            let mut exit = watch_to_the_end(qmp, process).await;
+            let mut exit = watch_to_the_end(&qmp, process).await;
             let Belongings { slots, record } = belongings;
             if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
                 exit.cause = ExitCause::OutOfMemory;
@@ -155,6 +163,19 @@ impl Vm for RunningVm {
         Ok(())
     }
 
+    async fn grow_disk(&self, gib: u32) -> Result<(), Error> {
+        let bytes = u64::from(gib) * disk::GIB;
+        self.watched.qmp.grow_disk(bytes).await?;
+        let mut client = self.watched.agent.client().await?;
+        let grown = tokio::time::timeout(GROWING, client.grow_disk(GrowDiskRequest { bytes })).await;
+        let grown = grown.map_err(|_| Error::Unreachable("its file system did not grow in time".into()))?;
+        grown.map(drop).map_err(|status| match status.code() {
+            // Its kernel did not do it.
+            Code::Internal => Error::NotGrown(told(&status)),
+            _ => unreachable_agent(&status),
+        })
+    }
+
     async fn usage(&self) -> Result<Usage, Error> {
         let pid = self.watched.process.pid;
         let read = |name: &str| {
@@ -165,7 +186,7 @@ impl Vm for RunningVm {
     }
 }
 
-async fn watch_to_the_end(qmp: Qmp, process: ProcessId) -> Exit {
+async fn watch_to_the_end(qmp: &Qmp, process: ProcessId) -> Exit {
     let Ok(Some(handle)) = process.open() else { return Exit::lost() };
     // SAFETY: the AsyncFd owns the descriptor, which is open until both are dropped together.
     let Ok(ended) = (unsafe { AsyncFd::register(handle.into_fd()) }) else { return Exit::lost() };
@@ -178,7 +199,7 @@ async fn watch_to_the_end(qmp: Qmp, process: ProcessId) -> Exit {
         if !qmp.has_ended().await.ok()? && qmp.guest_ended().await == GuestState::Disconnected {
             return None;
         }
-        let exit = console::judge(&qmp).await;
+        let exit = console::judge(qmp).await;
         let _ = qmp.quit().await;
         Some(exit)
     };

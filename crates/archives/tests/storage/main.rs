@@ -1,0 +1,7 @@
+//! The storage against a directory and against a real S3-compatible server on loopback.
+#![allow(clippy::unwrap_used)] // Clippy sees the tests, but not what they share.
+
+mod behaviour;
+mod catalog;
+mod outage;
+mod place;

@@ -1,0 +1,144 @@
+//! Whose sandbox is where, as the store knows.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use chrono::Utc;
+use heyvm_api::{
+    ApiError, ErrorCode,
+    sandbox::{ListFilter, SandboxInfo, Status},
+};
+use heyvm_store::placements::PlacementRow;
+
+use crate::{Cloud, regions::Region, store_failed};
+
+/// A sandbox of an account and the region it is in.
+pub struct Place<'a> {
+    /// Its id.
+    pub id: String,
+    /// Whose it is.
+    pub account: String,
+    /// Where it is.
+    pub region: &'a Region,
+    pub(crate) row: PlacementRow,
+}
+
+impl Cloud {
+    /// By id, else the account's living one of that name or slug, else its newest. Another account's id is `forbidden`.
+    pub async fn find(&self, account: &str, who: &str) -> Result<Place<'_>, ApiError> {
+        let by_id = self.store.placement(who).await.map_err(store_failed)?;
+        if by_id.as_ref().is_some_and(|row| row.account_id != account) {
+            return Err(ApiError::new(ErrorCode::Forbidden, format!("sandbox {who} belongs to another account"))
+                .hint("heyvm whoami tells which account you are; heyvm list shows its sandboxes"));
+        }
+        let row = match by_id {
+            Some(row) => Some(row),
+            None => self.store.placement_named(account, who).await.map_err(store_failed)?,
+        };
+        let row = row.ok_or_else(|| {
+            ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {who:?}"))
+                .hint("heyvm list --all shows them all, also those removed within a day")
+        })?;
+        self.place(row)
+    }
+
+    pub(crate) fn place(&self, row: PlacementRow) -> Result<Place<'_>, ApiError> {
+        let region = self.region_of(&row.region)?;
+        Ok(Place { id: row.id.clone(), account: row.account_id.clone(), region, row })
+    }
+
+    /// The account's sandboxes, newest first. Those of a region that is cut off are told of as they were last seen.
+    pub async fn list(&self, account: &str, filter: ListFilter) -> Result<Vec<SandboxInfo>, ApiError> {
+        let rows = self.store.placements_of(account).await.map_err(store_failed)?;
+        let names: BTreeSet<_> = rows.iter().filter(|row| !row.gone).map(|row| row.region.as_str()).collect();
+        let asked = names.into_iter().map(|name| async move {
+            let answer =
+                async { self.region_of(name)?.ask::<Vec<SandboxInfo>>(account, "/sandboxes?filter=all").await };
+            (name, answer.await)
+        });
+        let answers: BTreeMap<_, _> = futures::future::join_all(asked).await.into_iter().collect();
+        let seen = |row: &PlacementRow| match answers.get(row.region.as_str()) {
+            Some(Err(error)) if !row.gone => {
+                SandboxInfo { error_message: Some(error.message.clone()), ..self.last_known(row) }
+            }
+            Some(Ok(found)) => match found.iter().find(|info| info.id == row.id) {
+                Some(info) => self.told(row, info.clone()),
+                None => self.last_known(row),
+            },
+            Some(Err(_)) | None => self.last_known(row),
+        };
+        let mut all: Vec<_> = rows.iter().map(seen).collect();
+        all.retain(|info| match filter {
+            ListFilter::Living => matches!(info.status, Status::Provisioning | Status::Running | Status::Stopping),
+            ListFilter::Stopped => matches!(info.status, Status::Stopped | Status::Failed),
+            ListFilter::All => true,
+        });
+        Ok(all)
+    }
+
+    /// One sandbox; also one that was removed within the last day.
+    pub async fn get(&self, account: &str, who: &str) -> Result<SandboxInfo, ApiError> {
+        let place = self.find(account, who).await?;
+        self.ask(&place).await
+    }
+
+    /// What the region says of it now; what is written down where the region does not know it (yet, or any more).
+    pub(crate) async fn ask(&self, place: &Place<'_>) -> Result<SandboxInfo, ApiError> {
+        match place.region.ask(&place.account, &place.path("")).await {
+            Ok(info) => Ok(self.told(&place.row, info)),
+            Err(error) if error.code == ErrorCode::SandboxNotFound => Ok(self.last_known(&place.row)),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) fn last_known(&self, row: &PlacementRow) -> SandboxInfo {
+        // Written by this program, of whatever version: fields that are not known are left out.
+        let info: SandboxInfo = serde_json::from_str(&row.info).unwrap_or_else(|error| {
+            tracing::error!(%error, id = row.id, "a placement cannot be read");
+            unknown(row)
+        });
+        SandboxInfo { uptime_secs: 0, ..self.told(row, info) }
+    }
+
+    /// Writes down what a region has just told of a sandbox.
+    pub(crate) async fn learned(&self, row: &PlacementRow, info: &SandboxInfo) -> Result<(), ApiError> {
+        let next = with(row, info);
+        let subdomains: Vec<_> = info.urls.iter().map(|endpoint| endpoint.subdomain.clone()).collect();
+        self.store.update_placement(&next).await.map_err(store_failed)?;
+        self.store.set_subdomains(&next.id, &subdomains).await.map_err(store_failed)
+    }
+}
+
+impl Place<'_> {
+    /// A client of its region that asks for its account.
+    pub fn client(&self) -> Result<heyvm_api::client::Client, ApiError> {
+        self.region.client(&self.account)
+    }
+
+    /// The path of the region's API for it, and what follows.
+    pub fn path(&self, rest: &str) -> String {
+        format!("/sandboxes/{}{rest}", self.id)
+    }
+}
+
+/// The row of a sandbox of which this is known.
+pub(crate) fn with(row: &PlacementRow, info: &SandboxInfo) -> PlacementRow {
+    let living = matches!(info.status, Status::Provisioning | Status::Running | Status::Stopping);
+    PlacementRow {
+        name: info.name.clone(),
+        slug: info.slug.clone(),
+        holds_name: living,
+        running: living,
+        gone: info.status == Status::Removed,
+        changed_at: Utc::now().timestamp_millis(),
+        vcpu_millis: info.size_class.cpu_millis().into(),
+        memory_mib: info.size_class.memory_mib().into(),
+        disk_gb: info.disk_size_gb.into(),
+        info: serde_json::to_string(info).unwrap_or_default(),
+        ..row.clone()
+    }
+}
+
+fn unknown(row: &PlacementRow) -> SandboxInfo {
+    let request = heyvm_api::sandbox::CreateRequest { name: Some(row.name.clone()), ..Default::default() };
+    crate::create::provisional(row, &request)
+}

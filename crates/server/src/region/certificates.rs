@@ -1,0 +1,120 @@
+//! The files that say who the region is and whom it knows. They are read again when they change: a rotated certificate
+//! needs no restart, and one that cannot be read leaves the last good one in use.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustls::{
+    RootCertStore, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject},
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
+};
+
+use crate::{Error, config::RegionConfig};
+
+/// How often the files are looked at, at most.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The files, and what was last read from them.
+pub struct Certificates {
+    files: RegionConfig,
+    now: Mutex<State>,
+}
+
+struct State {
+    tls: Arc<ServerConfig>,
+    stamps: Stamps,
+    looked: Instant,
+}
+
+/// What tells one content of the files from another without reading them.
+type Stamps = [Option<(i64, i64, u64, u64)>; 3];
+
+impl Certificates {
+    /// Reads the files.
+    pub fn open(files: RegionConfig) -> Result<Self, Error> {
+        let stamps = stamps(&files);
+        let tls = read(&files).map_err(|problem| Error::Config { path: "config.toml".into(), problem })?;
+        Ok(Self { files, now: Mutex::new(State { tls, stamps, looked: Instant::now() }) })
+    }
+
+    /// How TLS is spoken now.
+    pub fn current(&self) -> Arc<ServerConfig> {
+        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.looked.elapsed() < LOOK {
+            return Arc::clone(&now.tls);
+        }
+        now.looked = Instant::now();
+        let stamps = stamps(&self.files);
+        if stamps != now.stamps {
+            now.stamps = stamps;
+            match read(&self.files) {
+                Ok(tls) => {
+                    tracing::info!("the region's certificates were read again");
+                    now.tls = tls;
+                }
+                Err(problem) => tracing::error!(problem, "the region's certificates stay as they were"),
+            }
+        }
+        Arc::clone(&now.tls)
+    }
+}
+
+fn stamps(files: &RegionConfig) -> Stamps {
+    [&files.certificate, &files.key, &files.client_ca].map(|path| {
+        let meta = fs::metadata(path).ok()?;
+        Some((meta.mtime(), meta.mtime_nsec(), meta.ino(), meta.len()))
+    })
+}
+
+/// TLS 1.3 alone, for clients with a certificate that `client_ca` has signed. An error names the key of the file.
+fn read(files: &RegionConfig) -> Result<Arc<ServerConfig>, String> {
+    let told =
+        |key: &str, path: &Path, why: &dyn std::fmt::Display| format!("region.{key} ({}): {why}", path.display());
+    let chain = certificates(&files.certificate).map_err(|why| told("certificate", &files.certificate, &why))?;
+    let key = private_key(&files.key).map_err(|why| told("key", &files.key, &why))?;
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(&files.client_ca).map_err(|why| told("client_ca", &files.client_ca, &why))? {
+        roots.add(authority).map_err(|why| told("client_ca", &files.client_ca, &why))?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build();
+    let verifier = verifier.map_err(|why| told("client_ca", &files.client_ca, &why))?;
+    let tls = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]);
+    let tls = tls.map_err(|why| why.to_string())?.with_client_cert_verifier(verifier);
+    let mut tls = tls.with_single_cert(chain, key).map_err(|why| told("certificate", &files.certificate, &why))?;
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    // Whoever comes again shows a certificate again: it may have expired.
+    tls.session_storage = Arc::new(NoServerSessionStorage {});
+    tls.send_tls13_tickets = 0;
+    Ok(Arc::new(tls))
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(described)?.collect();
+    let all = all.map_err(described)?;
+    if all.is_empty() { Err("it holds no certificate in PEM".into()) } else { Ok(all) }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
+    let mode = fs::metadata(path).map_err(|error| error.to_string())?.mode();
+    if mode & 0o007 != 0 {
+        return Err("everyone on this machine may read it: chmod o= takes that away".into());
+    }
+    PrivateKeyDer::from_pem_file(path).map_err(described)
+}
+
+/// Without what stands in the file.
+fn described(error: pem::Error) -> String {
+    match error {
+        pem::Error::Io(error) if error.kind() == io::ErrorKind::NotFound => "there is no such file".into(),
+        pem::Error::Io(error) => error.to_string(),
+        pem::Error::NoItemsFound => "it holds nothing of that kind in PEM".into(),
+        _ => "it is not PEM".into(),
+    }
+}

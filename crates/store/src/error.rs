@@ -1,0 +1,74 @@
+//! What can go wrong, and which rule a row broke.
+
+use std::io;
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A living sandbox has the name.
+    #[error("the name is taken")]
+    NameTaken,
+    /// A living sandbox has the slug.
+    #[error("the slug is taken")]
+    SlugTaken,
+    /// The key, the subdomain, the port or the e-mail address is there already.
+    #[error("it is there already")]
+    Exists,
+    /// The row is gone, or no longer what it was.
+    #[error("it is gone")]
+    Gone,
+    /// The database's place is neither a path nor a `postgres://` URL. The place itself is not told: it may hold a
+    /// password.
+    #[error("the store's place is neither a path nor postgres://USER:PASSWORD@HOST/DATABASE")]
+    Location,
+    /// The database's file could not be made.
+    #[error("opening the store's file")]
+    File(#[source] io::Error),
+    /// The database refused.
+    #[error("the store failed")]
+    Database(#[source] sqlx::Error),
+    /// The tables could not be brought up to date.
+    #[error("bringing the store up to date")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+}
+
+impl Error {
+    /// The sentence with those of what is behind it.
+    pub fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        text
+    }
+
+    /// Whether the database is away or too busy, and the same call may do later.
+    pub fn is_passing(&self) -> bool {
+        use sqlx::Error::{Io, PoolTimedOut, Tls, WorkerCrashed};
+        matches!(self, Self::Database(Io(_) | PoolTimedOut | Tls(_) | WorkerCrashed))
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Database(database) if database.is_unique_violation() => {
+                // PostgreSQL names the index, SQLite the column.
+                match (database.constraint(), database.message()) {
+                    (Some("living_names" | "placement_names"), _) => Self::NameTaken,
+                    (Some("living_slugs" | "placement_slugs"), _) => Self::SlugTaken,
+                    (None, text) if text.contains("sandboxes.name") || text.contains("placements.name") => {
+                        Self::NameTaken
+                    }
+                    (None, text) if text.contains("sandboxes.slug") || text.contains("placements.slug") => {
+                        Self::SlugTaken
+                    }
+                    _ => Self::Exists,
+                }
+            }
+            _ => Self::Database(error),
+        }
+    }
+}
