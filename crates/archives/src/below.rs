@@ -1,7 +1,7 @@
 //! Whether an archive names its files from the root of the sandbox, as some clients do, or from where it is unpacked to.
 
 use std::{
-    io::{self, Read},
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -9,13 +9,15 @@ use flate2::read::MultiGzDecoder;
 use heyvm_images::archive;
 use tar::EntryType;
 
-use crate::{Error, check::MAX_HEADER};
+use crate::{
+    Error,
+    check::{MAX_HEADER, broken},
+};
 
 /// Whether everything in a tar.gz lies below `directory`, counted from the root: `workspace/app.py` does for
 /// `/workspace`. Reads as far as it must to know.
 pub fn lies_below(tar_gz: impl Read, directory: &Path) -> Result<bool, Error> {
     let directory: PathBuf = directory.strip_prefix("/").unwrap_or(directory).components().collect();
-    let broken = |error: io::Error| Error::Refused(format!("it is no whole tar.gz: {error}"));
     let (mut all, mut some) = (true, false);
     archive::entries(MultiGzDecoder::new(tar_gz), MAX_HEADER, broken, |entry| {
         let path = entry.path().map_err(broken)?;
@@ -31,6 +33,8 @@ pub fn lies_below(tar_gz: impl Read, directory: &Path) -> Result<bool, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use flate2::{Compression, write::GzEncoder};
 
     use super::*;

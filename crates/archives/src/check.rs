@@ -65,7 +65,7 @@ pub fn check(tar_gz: impl Read, limits: &Limits) -> Result<(), Error> {
     if stream.limit() == 0 { Err(too_much()) } else { Ok(()) }
 }
 
-fn broken(error: io::Error) -> Error {
+pub(crate) fn broken(error: io::Error) -> Error {
     Error::Refused(format!("it is no whole tar.gz: {error}"))
 }
 

@@ -47,8 +47,7 @@ impl Cloud {
 
     /// Images that are ready in the default region.
     pub async fn images(&self, account: &str) -> Result<Vec<ImageInfo>, ApiError> {
-        let region = self.choose_region(None)?;
-        region.client(account)?.get("/images").await.map_err(|error| region.explain(error))
+        self.choose_region(None)?.ask(account, "/images").await
     }
 
     /// Fetches an image into the default region, before a deploy does.

@@ -94,8 +94,7 @@ impl Cloud {
     /// The bound ports.
     pub async fn endpoints(&self, account: &str, who: &str) -> Result<Vec<BoundPort>, ApiError> {
         let place = self.find(account, who).await?;
-        let bound: Result<Vec<BoundPort>, _> = place.client()?.get(&place.path("/proxy")).await;
-        let bound = bound.map_err(|error| place.region.explain(error))?;
+        let bound: Vec<BoundPort> = place.region.ask(&place.account, &place.path("/proxy")).await?;
         Ok(bound.into_iter().map(|bound| BoundPort { endpoint: self.url(bound.endpoint), ..bound }).collect())
     }
 
@@ -145,7 +144,7 @@ impl Cloud {
 
     /// After a change that did not answer with the sandbox itself.
     async fn look_again(&self, place: &Place<'_>) -> Result<(), ApiError> {
-        let info: SandboxInfo = place.client()?.get(&place.path("")).await?;
+        let info: SandboxInfo = place.region.ask(&place.account, &place.path("")).await?;
         self.learned(&place.row, &info).await
     }
 

@@ -6,6 +6,8 @@ use std::{
     process::Command,
 };
 
+use flate2::{Compression, write::GzEncoder};
+
 use crate::{Host, Ran, host::project};
 
 /// One server with everything the tests ask of an app: see the file itself.
@@ -42,6 +44,13 @@ impl Host {
 
 /// The flags that deploy [`Host::web_app`].
 pub const WEB_FLAGS: [&str; 6] = ["--port", "8080", "--start-command", "python3 web.py", "--health-path", "/health"];
+
+/// A directory as a tar.gz whose files are named from `path`.
+pub fn packed(path: &str, directory: &Path) -> Vec<u8> {
+    let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+    tar.append_dir_all(path, directory).expect("tar");
+    tar.into_inner().and_then(GzEncoder::finish).expect("gzip")
+}
 
 /// The project's examples directory.
 pub fn examples() -> PathBuf {

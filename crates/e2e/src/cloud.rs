@@ -122,7 +122,7 @@ fn started(mut command: Command) -> (Child, (String, String), Arc<Mutex<String>>
             log.push('\n');
         }
     });
-    let places = eventually("the server serves", 120, || {
+    let places = eventually("the server serves", || {
         let text = log.lock().unwrap_or_else(PoisonError::into_inner).clone();
         assert!(process.try_wait().ok().flatten().is_none(), "the server has ended: {text}");
         let line = text.lines().find_map(|line| line.strip_prefix("heyvm: the API is at "))?;

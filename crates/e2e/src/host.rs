@@ -248,7 +248,7 @@ impl Host {
     pub fn end_daemon(&self, signal: Signal) {
         if let Some(pid) = self.daemon() {
             let _ = kill(pid, signal);
-            eventually("the daemon ends", 30, || (self.daemon() != Some(pid)).then_some(()));
+            eventually("the daemon ends", || (self.daemon() != Some(pid)).then_some(()));
         }
     }
 

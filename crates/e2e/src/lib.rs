@@ -37,14 +37,17 @@ pub use vm::Vm;
 
 use std::time::{Duration, Instant};
 
-/// Waits until `probe` gives something; panics with `what` when it does not within `seconds`.
-pub fn eventually<T>(what: &str, seconds: u64, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(seconds);
+/// How long a test waits for what is to come. Machines are slow and do other things; what comes late is no failure.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until `probe` gives something; panics with `what` when it never does.
+pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = probe() {
             return found;
         }
-        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+        assert!(Instant::now() < deadline, "not within {} s: {what}", PATIENCE.as_secs());
         std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -37,7 +37,7 @@ impl Registry {
             .spawn()
             .expect("docker-registry (installed by ./test)");
         let registry = Self { process, directory, address };
-        eventually("the registry answers", 20, || std::net::TcpStream::connect(&registry.address).ok());
+        eventually("the registry answers", || std::net::TcpStream::connect(&registry.address).ok());
         registry
     }
 

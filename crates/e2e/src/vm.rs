@@ -52,8 +52,8 @@ impl<'h> Vm<'h> {
 
     /// Waits until it has this status and gives the reason.
     #[track_caller]
-    pub fn becomes(&self, status: &str, seconds: u64) -> Value {
-        eventually(&format!("{} becomes {status}", self.id), seconds, || {
+    pub fn becomes(&self, status: &str) -> Value {
+        eventually(&format!("{} becomes {status}", self.id), || {
             let info = self.info();
             (info["status"] == status).then(|| info["reason"].clone())
         })

@@ -49,9 +49,9 @@ impl Limits {
 #[derive(Debug, Clone)]
 pub struct Wanted {
     /// Only what lies below this directory of the archive, named from there; all of it when empty.
-    pub root: PathBuf,
+    root: PathBuf,
     /// How much.
-    pub limits: Limits,
+    limits: Limits,
 }
 
 impl Wanted {

@@ -26,7 +26,7 @@ impl Server {
             .spawn()
             .expect("heyvm");
         let server = Self { process, url: format!("http://127.0.0.1:{port}") };
-        eventually("the API answers", 60, || http::try_get(&format!("{}/health", server.url)).ok());
+        eventually("the API answers", || http::try_get(&format!("{}/health", server.url)).ok());
         server
     }
 

@@ -1,10 +1,8 @@
 //! Archives: made of a directory here or in a sandbox, listed, put into a sandbox, removed; by the daemon as by a server.
 
-use std::path::Path;
-
-use flate2::{Compression, write::GzEncoder};
 use heyvm_e2e::{
     Host, Ran,
+    apps::packed,
     cloud::{Cloud, Machine},
     eventually, http,
 };
@@ -88,13 +86,6 @@ fn archives_of_an_account_are_made_put_into_sandboxes_and_removed() {
     assert_eq!(machine.json(&["list-archives"]).as_array().map(Vec::len), Some(4));
 }
 
-/// A directory as clients of other makes pack it: with the path in the sandbox before each name.
-fn packed_below(path: &str, directory: &Path) -> Vec<u8> {
-    let mut tar = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
-    tar.append_dir_all(path, directory).expect("tar");
-    tar.into_inner().and_then(GzEncoder::finish).expect("gzip")
-}
-
 #[test]
 fn files_named_from_the_sandboxs_root_land_there() {
     let host = Host::new();
@@ -114,10 +105,10 @@ fn files_named_from_the_sandboxs_root_land_there() {
         id
     };
     let app = host.app("app", &[("main.py", "print('main')"), ("lib/x.py", "")]);
-    let (rooted, plain) = (upload(packed_below("workspace", &app)), upload(packed_below("", &app)));
+    let (rooted, plain) = (upload(packed("workspace", &app)), upload(packed("", &app)));
     let made = |body: Value| {
         let id = call("POST", "/sandbox-deploy", body)["id"].as_str().expect("an id").to_owned();
-        eventually("it runs", 120, || {
+        eventually("it runs", || {
             let info = call("GET", &format!("/deployed-sandboxes/{id}"), Value::Null);
             assert_ne!(info["status"], "failed", "{info}");
             (info["status"] == "running").then_some(())
@@ -130,7 +121,7 @@ fn files_named_from_the_sandboxs_root_land_there() {
     };
     let id = made(json!({"archive_id": rooted, "size_class": "micro"}));
     assert_eq!(files(&id), "./lib/x.py\n./main.py\n");
-    let elsewhere = upload(packed_below("srv/app", &app));
+    let elsewhere = upload(packed("srv/app", &app));
     let request = json!({"archive_id": elsewhere, "sandbox_path": "/srv/app"});
     call("POST", &format!("/deployed-sandboxes/{id}/replace-mount"), request);
     let list = json!({"command": "find . -type f | sort", "cwd": "/srv/app"});

@@ -119,7 +119,7 @@ fn the_api_that_other_clients_speak() {
     assert_eq!((status, &begun["status"], &begun["name"]), (201, &json!("provisioning"), &json!("box")));
     let id = begun["id"].as_str().unwrap();
     assert_eq!(call("POST", "/sandbox-deploy", deploy).0, 409);
-    let info = eventually("it runs", 120, || {
+    let info = eventually("it runs", || {
         let (status, info) = call("GET", &format!("/deployed-sandboxes/{id}"), Value::Null);
         assert_eq!(status, 200, "{info}");
         (info["status"] == "running").then_some(info)
@@ -156,7 +156,7 @@ fn the_api_that_other_clients_speak() {
     // One that cannot be made says so.
     let (_, begun) = call("POST", "/sandbox-deploy", json!({"setup_hooks": ["exit 7"], "size_class": "micro"}));
     let path = format!("/deployed-sandboxes/{}", begun["id"].as_str().unwrap());
-    let info = eventually("it has failed", 120, || {
+    let info = eventually("it has failed", || {
         let (_, info) = call("GET", &path, Value::Null);
         (info["status"] == "failed").then_some(info)
     });
@@ -221,12 +221,12 @@ fn a_private_port_answers_its_accounts_members_alone() {
 
     // The same URL, public and private again.
     assert_eq!(machine.json(&["bind", "echo", "8080", "--public"])["url"], *url);
-    eventually("it is public", 5, || (get(&[]).status == 200).then_some(()));
+    eventually("it is public", || (get(&[]).status == 200).then_some(()));
     let bound = machine.json(&["bind", "echo", "8080", "--private"]);
     assert_eq!((&bound["url"], &bound["is_public"]), (&json!(url), &json!(false)));
-    eventually("it is private", 5, || (get(&[]).status == 401).then_some(()));
+    eventually("it is private", || (get(&[]).status == 401).then_some(()));
     machine.json(&["unbind", "echo", "8080"]);
-    eventually("it is gone", 5, || (get(&[]).status == 404).then_some(()));
+    eventually("it is gone", || (get(&[]).status == 404).then_some(()));
 }
 
 #[test]

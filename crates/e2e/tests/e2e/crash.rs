@@ -29,7 +29,7 @@ fn running_sandboxes_go_on_serving_under_a_new_daemon() {
     // Its start command is still supervised: its output is kept, its end is noticed.
     assert!(host.run(&["logs", &vm.id]).out().contains("GET /health"));
     vm.exec(&["sh", "-c", "kill -9 $(cat /proc/[0-9]*/stat 2>/dev/null | awk '$2 == \"(python3)\" {print $1}')"]);
-    assert_eq!(vm.becomes("failed", 20)["code"], "start_command_exited");
+    assert_eq!(vm.becomes("failed")["code"], "start_command_exited");
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn a_machine_that_died_with_the_daemon_is_told_of() {
     let vm = host.create(&[]);
     host.end_daemon(Signal::SIGKILL);
     host.kill_machines();
-    assert_eq!(vm.becomes("failed", 20)["code"], "vm_lost");
+    assert_eq!(vm.becomes("failed")["code"], "vm_lost");
 }
 
 /// As from another login session: a daemon looks for nothing in its own place alone.
@@ -70,7 +70,7 @@ fn a_daemon_in_another_control_group_finds_those_of_the_last_one() {
     host.end_daemon(Signal::SIGTERM);
     for group in &elsewhere {
         let _ = fs::remove_dir(group.join(format!("heyvm-{}", nix::unistd::getuid())));
-        eventually("the group is empty", 10, || fs::remove_dir(group).ok());
+        eventually("the group is empty", || fs::remove_dir(group).ok());
     }
 }
 
@@ -113,7 +113,7 @@ fn killed_at_any_point_of_parallel_deploys() {
 /// After a restart every sandbox either runs and answers, or is gone; machines, directories and sandboxes match.
 fn whole_or_gone(host: &Host) {
     let started = Instant::now();
-    eventually("nothing is half-made", 60, || {
+    eventually("nothing is half-made", || {
         let all = host.list(&["--all"]);
         all.iter()
             .all(|sandbox| ["running", "failed", "removed"].contains(&sandbox["status"].as_str().unwrap_or_default()))
@@ -125,7 +125,7 @@ fn whole_or_gone(host: &Host) {
         if sandbox["status"] == "running" {
             assert_eq!(host.run(&["exec", id, "--", "echo", "alive"]).succeeded().out(), "alive");
             if let Some(url) = sandbox["urls"][0]["url"].as_str() {
-                eventually("it serves", 20, || {
+                eventually("it serves", || {
                     http::try_get(&format!("{url}/health")).ok().filter(|answer| answer.status == 200)
                 });
             }
@@ -134,11 +134,11 @@ fn whole_or_gone(host: &Host) {
         }
     }
     let running = kept.iter().filter(|sandbox| sandbox["status"] == "running").count();
-    eventually("one machine per running sandbox", 20, || {
+    eventually("one machine per running sandbox", || {
         (leaks::machines_of(host.scratch()).len() == running).then_some(())
     });
     let ids: HashSet<_> = kept.iter().filter_map(|sandbox| sandbox["id"].as_str().map(str::to_owned)).collect();
-    eventually("one directory per kept sandbox", 20, || {
+    eventually("one directory per kept sandbox", || {
         let directories: HashSet<_> = leaks::sandboxes_of(&host.home)
             .into_iter()
             .filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()))
@@ -171,6 +171,6 @@ fn a_creation_that_is_broken_off_leaves_no_machine() {
         asking.wait().expect("end");
     }
     assert_eq!(host.create(&[]).sh("echo whole").out(), "whole");
-    eventually("what was broken off is gone", 20, || (leaks::machines_of(host.scratch()).len() == 1).then_some(()));
+    eventually("what was broken off is gone", || (leaks::machines_of(host.scratch()).len() == 1).then_some(()));
     assert_eq!(host.list(&[]).len(), 1);
 }

@@ -188,7 +188,7 @@ fn logs_keep_and_follow_what_the_start_command_prints() {
     let vm = host.create(&["--start-command", start]);
     let follower = std::thread::scope(|scope| {
         let follower = scope.spawn(|| host.run(&["logs", "-f", &vm.id]));
-        eventually("the log is written", 20, || host.run(&["logs", &vm.id]).out().contains("tick 3").then_some(()));
+        eventually("the log is written", || host.run(&["logs", &vm.id]).out().contains("tick 3").then_some(()));
         vm.does("stop");
         follower.join().expect("follower")
     });
@@ -231,7 +231,7 @@ fn several_ports_have_a_url_each() {
     assert_eq!(urls.iter().map(|url| url["port"].as_u64().expect("port")).collect::<Vec<_>>(), [8080, 9000]);
     for url in urls {
         let url = format!("{}/health", url["url"].as_str().expect("url"));
-        eventually(&url, 20, || http::try_get(&url).ok().filter(|answer| answer.text() == "ok"));
+        eventually(&url, || http::try_get(&url).ok().filter(|answer| answer.text() == "ok"));
     }
 }
 

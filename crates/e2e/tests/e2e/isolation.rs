@@ -75,7 +75,7 @@ fn a_fork_bomb_and_a_memory_hog_leave_the_others_responsive() {
 }
 
 fn reserve_is_full(host: &Host) {
-    eventually("there are two machines in reserve", 60, || {
+    eventually("there are two machines in reserve", || {
         let all = leaks::processes_of(host.scratch());
         (all.iter().filter(|process| process.is_qemu() && process.reserve).count() == 2).then_some(())
     });

@@ -28,9 +28,7 @@ fn stop_frees_the_machine_and_start_goes_on_from_the_disk_under_the_same_url() {
     assert_eq!(started["status"], "running");
     assert_eq!(started["urls"], vm.made["urls"]);
     assert_eq!(vm.sh("cat /workspace/kept /etc/kept; ls /srv/deep").out(), "precious\nalso\ner");
-    eventually("the app serves again", 20, || {
-        http::try_get(&vm.url("/health")).ok().filter(|answer| answer.status == 200)
-    });
+    eventually("the app serves again", || http::try_get(&vm.url("/health")).ok().filter(|answer| answer.status == 200));
     assert_eq!(vm.does("start")["status"], "running", "starting a running one succeeds");
 }
 
@@ -39,10 +37,10 @@ fn restart_is_a_new_machine_on_the_same_disk() {
     let host = Host::new();
     let vm = host.create(&["--start-command", "date +%s.%N >> /workspace/starts; exec sleep 600"]);
     vm.sh("touch /tmp/from-before");
-    eventually("the start command ran", 10, || (vm.exec(&["test", "-s", "/workspace/starts"]).code == 0).then_some(()));
+    eventually("the start command ran", || (vm.exec(&["test", "-s", "/workspace/starts"]).code == 0).then_some(()));
     let boot = vm.sh("cat /proc/sys/kernel/random/boot_id").out();
     assert_eq!(vm.does("restart")["status"], "running");
-    eventually("the start command ran twice", 10, || {
+    eventually("the start command ran twice", || {
         (vm.sh("wc -l < /workspace/starts").out().trim() == "2").then_some(())
     });
     assert_ne!(vm.sh("cat /proc/sys/kernel/random/boot_id").out(), boot);
@@ -111,7 +109,7 @@ fn at_the_end_of_its_time_a_sandbox_is_gone() {
     let vm = host.deploy(&app, &flags);
     assert_eq!(vm.info()["ttl_seconds"], 30);
     let url = vm.url("/health");
-    let reason = vm.becomes("removed", 60);
+    let reason = vm.becomes("removed");
     assert_eq!(reason["code"], "ttl_expired");
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
@@ -124,7 +122,7 @@ fn the_time_of_a_stopped_sandbox_runs_on() {
     let host = Host::new();
     let vm = host.create(&["--ttl-seconds", "20"]);
     vm.does("stop");
-    assert_eq!(vm.becomes("removed", 60)["code"], "ttl_expired");
+    assert_eq!(vm.becomes("removed")["code"], "ttl_expired");
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
 
@@ -135,7 +133,7 @@ fn time_runs_out_while_the_daemon_is_down_too() {
     host.end_daemon(Signal::SIGKILL);
     assert_eq!(leaks::machines_of(host.scratch()).len(), 1, "the machine survives its daemon");
     sleep(Duration::from_secs(16));
-    assert_eq!(vm.becomes("removed", 10)["code"], "ttl_expired");
+    assert_eq!(vm.becomes("removed")["code"], "ttl_expired");
     assert_eq!(leaks::machines_of(host.scratch()).len(), 0);
     assert_eq!(leaks::sandboxes_of(&host.home).len(), 0);
 }
@@ -162,7 +160,7 @@ fn a_daemon_holds_nothing_of_the_command_that_started_it() {
     drop((writer, held));
     // The end of the pipe comes only when nobody else has it.
     let read = std::thread::spawn(move || std::io::Read::read_to_end(&mut { reader }, &mut Vec::new()));
-    eventually("the pipe ends", 5, || read.is_finished().then_some(()));
+    eventually("the pipe ends", || read.is_finished().then_some(()));
 }
 
 #[test]

@@ -52,7 +52,7 @@ fn bind_gives_a_url_and_unbind_takes_it() {
     let bound = host.json(&["bind", &vm.id, "3000"]);
     assert_eq!((&bound["port"], &bound["is_public"]), (&3000.into(), &true.into()));
     let url = bound["url"].as_str().expect("url").to_owned();
-    eventually("the URL answers", 20, || {
+    eventually("the URL answers", || {
         http::try_get(&format!("{url}/health")).ok().filter(|answer| answer.status == 200)
     });
     assert_eq!(host.json(&["bind", &vm.id, "3000"])["url"], bound["url"], "binding again gives the same URL");

@@ -7,7 +7,7 @@ use serde_json::Value;
 /// The reason that `get` and `list --all` give, which must be the same.
 fn reason(vm: &Vm<'_>, status: &str) -> Value {
     // Filling the memory takes ten seconds on an idle host, and its share of a busy one is small.
-    let reason = vm.becomes(status, 120);
+    let reason = vm.becomes(status);
     assert!(reason["message"].as_str().is_some_and(|text| !text.is_empty()), "{reason}");
     let listed = vm.host.list(&["--all"]).into_iter().find(|sandbox| sandbox["id"] == vm.made["id"]).expect("listed");
     assert_eq!(listed["reason"]["code"], reason["code"]);

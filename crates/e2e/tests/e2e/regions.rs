@@ -86,7 +86,7 @@ fn a_region_that_is_cut_off_fails_for_its_own_sandboxes_only() {
     command.args(["exec", "far", "--", "sleep 600"]);
     let mut at_work = running(command);
     let sleeping = || there.run(&["exec", "far", "--", "pgrep -x sleep"]).code == 0;
-    eventually("the command runs", 20, || sleeping().then_some(()));
+    eventually("the command runs", || sleeping().then_some(()));
     regions.network.cut();
     let cut = Instant::now();
     assert_eq!(here.json(&["get", "near"])["status"], "running");
@@ -103,7 +103,7 @@ fn a_region_that_is_cut_off_fails_for_its_own_sandboxes_only() {
     assert_eq!(shown(&here), both());
     assert!(told("far")["error_message"].as_str().unwrap().contains("region EU cannot be reached"));
     assert!(told("near")["error_message"].is_null());
-    eventually("the command that ran has ended", 30, || at_work.try_wait().unwrap());
+    eventually("the command that ran has ended", || at_work.try_wait().unwrap());
     assert_ne!(at_work.wait().unwrap().code(), Some(0), "after {:?}", cut.elapsed());
     // What could not be made counts for nothing: there is room for a third one.
     here.json(&["create", "--name", "third", "--region", "US", "--size-class", "micro"]);
@@ -112,12 +112,12 @@ fn a_region_that_is_cut_off_fails_for_its_own_sandboxes_only() {
     there.run(&["exec", "far", "--", "true"]).succeeded();
     assert_eq!(status_at(eu, &far), 200);
     assert_eq!(status_at(eu, &near), 502);
-    eventually("the region ends what nobody waits for any more", 30, || (!sleeping()).then_some(()));
+    eventually("the region ends what nobody waits for any more", || (!sleeping()).then_some(()));
 
     regions.network.mend();
-    eventually("the region is back", 30, || here.run(&["get", "far"]).code.eq(&0).then_some(()));
+    eventually("the region is back", || here.run(&["get", "far"]).code.eq(&0).then_some(()));
     here.run(&["exec", "far", "--", "true"]).succeeded();
-    eventually("its URL is back", 10, || (status_at(us, &far) == 200).then_some(()));
+    eventually("its URL is back", || (status_at(us, &far) == 200).then_some(()));
     here.json(&["rm", "-y", "third"]);
     assert_eq!((shown(&here), shown(&there)), (both(), both()));
 
@@ -138,11 +138,11 @@ fn what_a_server_had_begun_when_it_died_is_there_or_gone() {
     let mut command = here.command();
     command.args(create);
     let mut client = running(command);
-    eventually("the region makes it", 60, || leaks::sandboxes_of(&eu.home).pop());
+    eventually("the region makes it", || leaks::sandboxes_of(&eu.home).pop());
     us_server.kill();
     assert_ne!(client.wait().unwrap().code(), Some(0));
 
-    let status = eventually("it is there or gone", 60, || {
+    let status = eventually("it is there or gone", || {
         let listed = there.json(&["list", "--all"]);
         let half = listed.as_array().unwrap().iter().find(|one| one["name"] == "half")?.clone();
         let status = half["status"].as_str().unwrap_or_default().to_owned();
@@ -152,7 +152,7 @@ fn what_a_server_had_begun_when_it_died_is_there_or_gone() {
         assert_eq!(leaks::machines_of(eu.scratch()).len(), 1);
         there.json(&["rm", "-y", "half"]);
     }
-    eventually("nothing of it is left", 20, || {
+    eventually("nothing of it is left", || {
         (leaks::machines_of(eu.scratch()).is_empty() && leaks::sandboxes_of(&eu.home).is_empty()).then_some(())
     });
     // Its name is free.

@@ -51,7 +51,7 @@ fn no_request_fails_while_the_version_changes() {
     assert_ne!(new.id, old.id);
     assert_eq!(new.made["urls"], old.made["urls"]);
     assert_eq!(http::get(&url).text(), "two");
-    assert_eq!(old.becomes("removed", 20)["code"], "replaced");
+    assert_eq!(old.becomes("removed")["code"], "replaced");
     assert_eq!(host.names(&[]), ["shop"]);
 }
 

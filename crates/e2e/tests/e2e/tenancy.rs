@@ -2,6 +2,7 @@
 
 use heyvm_e2e::{
     Host,
+    apps::packed,
     cloud::Cloud,
     http::{self, Answer},
 };
@@ -172,12 +173,9 @@ fn view(cloud: &Cloud<'_>, key: &str, owned: &Owned) -> Value {
 }
 
 fn archive(cloud: &Cloud<'_>, key: &str, directory: &std::path::Path) -> String {
-    let mut tar = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
-    tar.append_dir_all(".", directory).expect("tar");
-    let bytes = tar.into_inner().and_then(flate2::write::GzEncoder::finish).expect("gzip");
     let bearer = format!("Bearer {key}");
     let headers = [("authorization", bearer.as_str()), ("content-type", "application/gzip")];
-    let kept = http::call("PUT", &format!("{}/archives", cloud.url), &headers, bytes);
+    let kept = http::call("PUT", &format!("{}/archives", cloud.url), &headers, packed(".", directory));
     assert_eq!(kept.status, 201, "{}", kept.text());
     kept.json()["archive_id"].as_str().expect("archive_id").to_owned()
 }
