@@ -1,9 +1,9 @@
 //! The sandbox's end: processes, disk, power.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use nix::{
-    libc::{SIGKILL, SIGTERM},
+    libc::{SIGHUP, SIGKILL, SIGTERM},
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::reboot::{RebootMode, reboot},
     unistd::sync,
@@ -25,6 +25,10 @@ const FAREWELL: Duration = Duration::from_millis(20);
 pub async fn end_processes(grace: Duration) {
     if !grace.is_zero() {
         let _ = ended::kill(-1, SIGTERM);
+        // A shell at its prompt ignores SIGTERM, but not that its terminal is gone.
+        for pid in leaders_of_terminals() {
+            let _ = ended::kill(pid, SIGHUP);
+        }
         if all_gone(grace).await {
             return;
         }
@@ -33,6 +37,20 @@ pub async fn end_processes(grace: Duration) {
     if !all_gone(KILL_DEADLINE).await {
         console::say(format_args!("some processes could not be ended"));
     }
+}
+
+fn leaders_of_terminals() -> impl Iterator<Item = i32> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(|process| leads_a_terminal(&fs::read_to_string(process.path().join("stat")).ok()?))
+}
+
+/// The process that `/proc/PID/stat` is about, when it leads the session of a terminal. Format: proc(5).
+fn leads_a_terminal(stat: &str) -> Option<i32> {
+    let pid = stat.split(' ').next()?.parse().ok()?;
+    // The name before may have spaces and brackets in it.
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().skip(3);
+    let (session, terminal): (i32, i32) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    (session == pid && terminal != 0).then_some(pid)
 }
 
 /// Every orphan becomes our child, so that no child left means no process left.
@@ -82,4 +100,18 @@ pub async fn power_off() {
     // for the host starts it with `reboot=t` and has QEMU take a restart as the end.
     let Err(errno) = reboot(RebootMode::RB_AUTOBOOT);
     console::say(format_args!("no way to switch off: {}", errno.desc()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::leads_a_terminal;
+
+    #[test]
+    fn leaders_of_terminals_are_told_from_what_runs_in_them() {
+        assert_eq!(leads_a_terminal("412 (bash) S 1 412 412 34816 412 4194560 …"), Some(412));
+        assert_eq!(leads_a_terminal("7 (a) 7 (b) S) S 1 7 7 34816 7 0"), Some(7));
+        assert_eq!(leads_a_terminal("413 (vi) S 412 413 412 34816 413 0"), None);
+        assert_eq!(leads_a_terminal("9 (sshd) S 1 9 9 0 -1 0"), None);
+        assert_eq!(leads_a_terminal("9 (cut"), None);
+    }
 }
