@@ -137,7 +137,7 @@ where
 /// A shell in a terminal, as a WebSocket. Needs scope `exec`.
 ///
 /// The client's first frame is JSON, `{"type":"init","cols","rows","env"?,"cwd"?,"sessionId"?}`; the server answers
-/// `{"type":"ready","sessionId","lastSeq"}`. Then input is binary, a byte 1 and the bytes; output is binary, a byte 2, a
+/// `{"type":"ready","sessionId","lastSeq"}` when the shell prompts. Then input is binary, a byte 1 and the bytes; output is binary, a byte 2, a
 /// sequence number (64 bits, big-endian) and the bytes. JSON from the client: `resize {cols, rows}`, `ack {seq}`, `close`;
 /// from the server: `exit {code}`, `error {code, message}`, after which it closes. Who loses the connection connects again
 /// within 60 seconds with `sessionId`, and gets what it has not acknowledged once more, under the same numbers. Output that

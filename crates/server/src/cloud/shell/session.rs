@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
-use futures::{Sink, SinkExt, Stream, StreamExt};
+use futures::{Sink, SinkExt, Stream, StreamExt, stream};
 use heyvm_api::{
     client::Client,
     exec::{ClientControl, ExecRequest, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, PtySize, STDIN_WINDOW, ServerControl},
@@ -41,6 +41,8 @@ const MAX_INPUT: usize = 4 << 20;
 /// How long a shell may take to end after it is told that its terminal is gone.
 const HANG_UP: Duration = Duration::from_secs(1);
 const SIGHUP: i32 = 1;
+/// A shell that prompts has done so by then; one that says nothing is as ready as it will be.
+const FIRST_WORDS: Duration = Duration::from_secs(5);
 /// The user's own shell, else the best there is. Found without starting a program: each costs a new machine a moment, and
 /// somebody is waiting to type.
 const SHELL: &str = r#"
@@ -60,7 +62,7 @@ pub struct Shell {
     from: Pin<Box<dyn Stream<Item = Result<Message, WsError>> + Send>>,
 }
 
-/// Starts a shell in a sandbox.
+/// Starts a shell in a sandbox, and waits until it prompts: clients count the time from `ready` on.
 pub async fn open(daemon: &Client, sandbox: &str, init: Init, size: PtySize) -> Result<Shell, Fault> {
     let mut socket = daemon.websocket(&format!("/sandboxes/{sandbox}/exec")).await?;
     let mut env = init.env.unwrap_or_default();
@@ -75,8 +77,9 @@ pub async fn open(daemon: &Client, sandbox: &str, init: Init, size: PtySize) -> 
     };
     let request = serde_json::to_string(&request).unwrap_or_default();
     socket.send(Message::text(request)).await.map_err(|error| gone(&error.to_string()))?;
-    let (to, from) = socket.split();
-    Ok(Shell { to: Box::pin(to), from: Box::pin(from) })
+    let (to, mut from) = socket.split();
+    let first = tokio::time::timeout(FIRST_WORDS, from.next()).await.ok().flatten();
+    Ok(Shell { to: Box::pin(to), from: Box::pin(stream::iter(first).chain(from)) })
 }
 
 /// An id that nobody guesses.
