@@ -29,8 +29,9 @@ use tonic::{
 
 use crate::{Error, qemu::Place};
 
-/// A guest that does not answer the hello for this long is not there.
-const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// A guest that does not answer the hello for this long is not there. One that was just resumed answers late where the
+/// host's disk is busy: it reads its memory from there.
+const HELLO_DEADLINE: Duration = Duration::from_secs(30);
 /// Bytes in flight per stream and per connection: one virtio-serial round trip is long under emulation.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
