@@ -30,6 +30,7 @@ const TIDYING: Duration = Duration::from_secs(3600);
 /// How long an upload may begin after it was asked for.
 const TICKET: Duration = Duration::from_secs(3600);
 const MAX_NAME: usize = 255;
+const MIB: i64 = 1 << 20;
 
 /// Everybody's archives.
 #[derive(Debug)]
@@ -37,6 +38,7 @@ pub struct Archives {
     store: Store,
     storage: Storage,
     limits: Limits,
+    mib_per_account: Option<i64>,
 }
 
 /// What lets one upload an archive.
@@ -64,9 +66,10 @@ pub struct Archive {
 }
 
 impl Archives {
-    /// Those that `store` knows, with their contents in `storage`.
-    pub fn new(store: Store, storage: Storage, limits: Limits) -> Arc<Self> {
-        Arc::new(Self { store, storage, limits })
+    /// Those that `store` knows, with their contents in `storage`. An account without a quota of its own may have
+    /// `mib_per_account` of them together.
+    pub fn new(store: Store, storage: Storage, limits: Limits, mib_per_account: Option<i64>) -> Arc<Self> {
+        Arc::new(Self { store, storage, limits, mib_per_account })
     }
 
     /// The most an archive may be.
@@ -91,7 +94,7 @@ impl Archives {
             return Err(ApiError::new(ErrorCode::Forbidden, "this upload URL is not valid, or not any more")
                 .hint("POST /sandbox-archives/presign gives another"));
         }
-        self.fill(id, body).await
+        self.fill(&row.account, id, body).await
     }
 
     /// Makes an uploaded archive usable. Doing it again changes nothing.
@@ -108,7 +111,7 @@ impl Archives {
     pub async fn put(&self, account: &str, name: Option<&str>, body: impl Body) -> Result<Archive, ApiError> {
         check_name(name)?;
         let id = self.add(account, None).await?;
-        if let Err(error) = self.fill(&id, body).await {
+        if let Err(error) = self.fill(account, &id, body).await {
             self.forget(&id).await?;
             return Err(error);
         }
@@ -185,10 +188,11 @@ impl Archives {
         Ok(row.id)
     }
 
-    async fn fill(&self, id: &str, body: impl Body) -> Result<u64, ApiError> {
+    async fn fill(&self, account: &str, id: &str, body: impl Body) -> Result<u64, ApiError> {
+        let quota = self.quota(account).await?;
         let Stored { object, hash, size } = self.storage.put(body, self.limits).await?;
         let content = ContentRow { hash, object, size: i64::try_from(size).unwrap_or(i64::MAX) };
-        match self.store.fill_archive(id, &content).await {
+        match self.store.fill_archive(account, id, &content, quota).await {
             Ok(free) => {
                 for object in free {
                     self.free(&object).await;
@@ -198,11 +202,18 @@ impl Archives {
             Err(error) => {
                 self.free(&content.object).await;
                 match error {
+                    heyvm_store::Error::Full(used) => Err(too_much(used, content.size, quota)),
                     heyvm_store::Error::Gone => self.filled_before(id, &content.hash, size).await,
                     error => Err(store(error)),
                 }
             }
         }
+    }
+
+    /// How many bytes of archives the account may have.
+    async fn quota(&self, account: &str) -> Result<Option<i64>, ApiError> {
+        let own = self.store.account(account).await.map_err(store)?.and_then(|row| row.quotas.max_archive_mib);
+        Ok(own.or(self.mib_per_account).map(|mib| mib.saturating_mul(MIB)))
     }
 
     /// A finalized archive may be sent again, as a client does that has missed the answer; but no other one.
@@ -269,6 +280,14 @@ fn check_name(name: Option<&str>) -> Result<(), ApiError> {
     }
     Err(ApiError::new(ErrorCode::InvalidName, "the archive's name is empty, too long, or has control characters")
         .hint("use 1 to 255 bytes of text, or leave it out"))
+}
+
+fn too_much(used: i64, more: i64, most: Option<i64>) -> ApiError {
+    let [used, more, most] = [used, more, most.unwrap_or_default()].map(|bytes| bytes as f64 / MIB as f64);
+    let message =
+        format!("this account's archives have {used:.1} MiB, and {more:.1} more would be above the {most} it may have");
+    ApiError::new(ErrorCode::QuotaExceeded, message)
+        .hint("heyvm delete-archive removes one (heyvm list-archives shows them), or ask the operator for more")
 }
 
 fn not_found(id: &str) -> ApiError {

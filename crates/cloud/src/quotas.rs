@@ -18,6 +18,8 @@ pub struct Quotas {
     pub max_memory_mib: Option<i64>,
     /// Disks of all sandboxes, stopped ones too, in GB.
     pub max_disk_gb: Option<i64>,
+    /// Archives together, in MiB; the same content counts once.
+    pub max_archive_mib: Option<i64>,
     /// Longest time-to-live in seconds; a sandbox without one gets this.
     pub max_ttl_seconds: Option<i64>,
 }
@@ -39,6 +41,7 @@ impl Cloud {
             max_vcpu_millis: own.max_vcpu_millis.or(default.max_vcpu_millis),
             max_memory_mib: own.max_memory_mib.or(default.max_memory_mib),
             max_disk_gb: own.max_disk_gb.or(default.max_disk_gb),
+            max_archive_mib: own.max_archive_mib.or(default.max_archive_mib),
             max_ttl_seconds: own.max_ttl_seconds.or(default.max_ttl_seconds),
         })
     }

@@ -81,24 +81,36 @@ impl Store {
         rows.iter().map(|row| Ok(row.try_get("id")?)).collect()
     }
 
-    /// Gives an archive its content, or another. Answers the objects that nobody needs now: the one in `content`, where
-    /// another has the same, and that of the content before.
+    /// Gives an archive of `account` its content, or another. Answers the objects that nobody needs now: the one in
+    /// `content`, where another has the same, and that of the content before.
     ///
     /// # Errors
-    /// [`Error::Gone`] when there is no such archive, or it is finalized.
-    pub async fn fill_archive(&self, id: &str, content: &ContentRow) -> Result<Vec<String>, Error> {
-        let mut transaction = self.begin().await?;
+    /// [`Error::Gone`] when there is no such archive, or it is finalized; [`Error::Full`] when the account's archives would
+    /// be more than `most` bytes together, the same content counted once.
+    pub async fn fill_archive(
+        &self,
+        account: &str,
+        id: &str,
+        content: &ContentRow,
+        most: Option<i64>,
+    ) -> Result<Vec<String>, Error> {
+        let mut transaction = self.of_account(account).await?;
         let sql = "INSERT INTO archive_objects (hash, object, size) VALUES ($1, $2, $3) \
                    ON CONFLICT (hash) DO UPDATE SET size = excluded.size RETURNING object";
         let query = sqlx::query(sql).bind(&content.hash).bind(&content.object).bind(content.size);
         let object: String = query.fetch_one(&mut *transaction).await?.try_get("object")?;
-        let before = sqlx::query("SELECT hash FROM archives WHERE id = $1").bind(id);
+        let sql = "SELECT hash FROM archives WHERE id = $1 AND account = $2";
+        let before = sqlx::query(sql).bind(id).bind(account);
         let before = before.fetch_optional(&mut *transaction).await?.ok_or(Error::Gone)?;
         let before: Option<String> = before.try_get("hash")?;
         let sql = "UPDATE archives SET hash = $2 WHERE id = $1 AND finalized_at IS NULL";
         let filled = sqlx::query(sql).bind(id).bind(&content.hash).execute(&mut *transaction).await?;
         if filled.rows_affected() == 0 {
             return Err(Error::Gone);
+        }
+        let used = used_by(&mut transaction, account).await?;
+        if most.is_some_and(|most| used > most) {
+            return Err(Error::Full(used - content.size));
         }
         let mut free = Vec::new();
         if object != content.object {
@@ -138,6 +150,14 @@ impl Store {
         let query = sqlx::query("SELECT 1 FROM archive_objects WHERE object = $1").bind(object);
         Ok(query.fetch_optional(&self.pool).await?.is_some())
     }
+}
+
+/// Bytes of an account's archives.
+async fn used_by(transaction: &mut Transaction<'_, Any>, account: &str) -> Result<i64, Error> {
+    // PostgreSQL's sum of integers is none.
+    let sql = "SELECT CAST(COALESCE(SUM(size), 0) AS BIGINT) AS used FROM archive_objects \
+               WHERE hash IN (SELECT hash FROM archives WHERE account = $1)";
+    Ok(sqlx::query(sql).bind(account).fetch_one(&mut **transaction).await?.try_get("used")?)
 }
 
 /// Forgets a content that no archive has. Its row is locked before the archives are looked at: PostgreSQL shows a

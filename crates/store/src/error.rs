@@ -14,6 +14,9 @@ pub enum Error {
     /// The key, the subdomain, the port or the e-mail address is there already.
     #[error("it is there already")]
     Exists,
+    /// More than the account may have: it has this many bytes already.
+    #[error("it would be more than the account may have")]
+    Full(i64),
     /// The row is gone, or no longer what it was.
     #[error("it is gone")]
     Gone,

@@ -99,7 +99,7 @@ impl Store {
     }
 
     /// A transaction that no other one of the same account runs beside: what is counted stays so until its end.
-    async fn of_account(&self, account: &str) -> Result<Transaction<'static, Any>, Error> {
+    pub(crate) async fn of_account(&self, account: &str) -> Result<Transaction<'static, Any>, Error> {
         let mut transaction = self.begin().await?;
         if self.kind == Kind::Postgres {
             let sql = "SELECT 1 FROM (SELECT pg_advisory_xact_lock(hashtextextended($1, 0))) AS locked";

@@ -63,6 +63,7 @@ on_both!(
     subdomains_lead_to_the_last_who_has_them,
     what_is_long_gone_is_forgotten,
     one_object_serves_all_with_its_content,
+    archives_of_an_account_are_no_more_than_it_may_have,
     what_was_sent_for_one_deploy_goes_after_its_sandbox,
     a_content_that_comes_as_it_is_given_up_is_not_lost,
 );
@@ -384,14 +385,14 @@ async fn one_object_serves_all_with_its_content(place: Place) {
     assert_eq!(store.archive("a").await.unwrap(), Some(archive("a")));
     assert!(!store.finalize_archive("a", None, 9).await.unwrap(), "it has no content");
     assert_eq!(store.unused_archives(6).await.unwrap().len(), 2);
-    assert!(store.fill_archive("a", &content("h1", "o1")).await.unwrap().is_empty());
-    assert_eq!(store.fill_archive("a", &content("h2", "o2")).await.unwrap(), ["o1"]);
-    assert_eq!(store.fill_archive("b", &content("h2", "o3")).await.unwrap(), ["o3"]);
+    assert!(store.fill_archive("acme", "a", &content("h1", "o1"), None).await.unwrap().is_empty());
+    assert_eq!(store.fill_archive("acme", "a", &content("h2", "o2"), None).await.unwrap(), ["o1"]);
+    assert_eq!(store.fill_archive("acme", "b", &content("h2", "o3"), None).await.unwrap(), ["o3"]);
     assert!(store.knows_object("o2").await.unwrap() && !store.knows_object("o1").await.unwrap());
     assert!(store.finalize_archive("a", Some("web"), 9).await.unwrap());
     assert!(!store.finalize_archive("a", None, 10).await.unwrap());
-    assert!(matches!(store.fill_archive("a", &content("h4", "o4")).await, Err(Error::Gone)));
-    assert!(matches!(store.fill_archive("c", &content("h4", "o4")).await, Err(Error::Gone)));
+    assert!(matches!(store.fill_archive("acme", "a", &content("h4", "o4"), None).await, Err(Error::Gone)));
+    assert!(matches!(store.fill_archive("acme", "c", &content("h4", "o4"), None).await, Err(Error::Gone)));
     assert!(!store.knows_object("o4").await.unwrap());
     let finalized = ArchiveRow {
         name: Some("web".into()),
@@ -406,11 +407,31 @@ async fn one_object_serves_all_with_its_content(place: Place) {
     assert_eq!(store.remove_archive("b").await.unwrap(), None);
 }
 
+async fn archives_of_an_account_are_no_more_than_it_may_have(place: Place) {
+    let store = place.open().await;
+    for (id, account) in [("a", "acme"), ("b", "acme"), ("c", "acme"), ("d", "other")] {
+        store.add_archive(&ArchiveRow { account: account.into(), ..archive(id) }).await.unwrap();
+    }
+    let fill = async |account: &str, id: &str, hash: &str, object: &str| {
+        store.fill_archive(account, id, &content(hash, object), Some(20)).await
+    };
+    fill("acme", "a", "h1", "o1").await.unwrap();
+    assert_eq!(fill("acme", "b", "h1", "o2").await.unwrap(), ["o2"], "the same content counts once");
+    fill("acme", "b", "h2", "o3").await.unwrap();
+    assert!(matches!(fill("acme", "c", "h3", "o4").await, Err(Error::Full(14))));
+    assert!(!store.knows_object("o4").await.unwrap());
+    assert!(matches!(fill("acme", "d", "h3", "o4").await, Err(Error::Gone)), "it is another's");
+    fill("other", "d", "h3", "o4").await.unwrap();
+    fill("acme", "c", "h2", "o5").await.unwrap();
+    store.remove_archive("a").await.unwrap();
+    fill("acme", "c", "h3", "o6").await.unwrap();
+}
+
 async fn what_was_sent_for_one_deploy_goes_after_its_sandbox(place: Place) {
     let store = place.open().await;
     for (id, name, ticket) in [("sent", None, None), ("named", Some("app"), None), ("asked", None, Some("ticket"))] {
         store.add_archive(&ArchiveRow { ticket: ticket.map(Into::into), ..archive(id) }).await.unwrap();
-        store.fill_archive(id, &content("h", id)).await.unwrap();
+        store.fill_archive("acme", id, &content("h", id), None).await.unwrap();
         assert!(store.finalize_archive(id, name, 9).await.unwrap());
     }
     let mut listed: Vec<_> = store.archives("acme").await.unwrap().into_iter().map(|row| row.id).collect();
@@ -430,9 +451,9 @@ async fn a_content_that_comes_as_it_is_given_up_is_not_lost(place: Place) {
         let (old, new) = (format!("old{round}"), format!("new{round}"));
         store.add_archive(&archive(&old)).await.unwrap();
         store.add_archive(&archive(&new)).await.unwrap();
-        store.fill_archive(&old, &content("h", &old)).await.unwrap();
+        store.fill_archive("acme", &old, &content("h", &old), None).await.unwrap();
         let filled = content("h", &new);
-        let (removed, free) = tokio::join!(store.remove_archive(&old), store.fill_archive(&new, &filled));
+        let (removed, free) = tokio::join!(store.remove_archive(&old), store.fill_archive("acme", &new, &filled, None));
         let mut gone = free.unwrap();
         gone.extend(removed.unwrap());
         let kept = store.archive(&new).await.unwrap().unwrap().content.unwrap().object;

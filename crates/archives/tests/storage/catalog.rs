@@ -10,10 +10,11 @@ use heyvm_store::Store;
 use crate::place::{Place, archive, body};
 
 const NEVER: Duration = Duration::from_secs(3600);
+const MIB_PER_ACCOUNT: i64 = 20;
 
 async fn archives(place: &Place, directory: &tempfile::TempDir) -> Arc<Archives> {
     let store = Store::open(&directory.path().join("heyvm.db")).await.unwrap();
-    Archives::new(store, place.storage.clone(), Limits::default())
+    Archives::new(store, place.storage.clone(), Limits::default(), Some(MIB_PER_ACCOUNT))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -62,5 +63,30 @@ async fn many_uploads_of_the_same_are_one_object() {
             archives.remove(if n % 2 == 0 { "ada" } else { "bob" }, &archive.id).await.unwrap();
         }
         assert_eq!(place.bytes(), 0, "{place}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_keeps_no_more_than_it_may() {
+    for place in Place::both().await {
+        let directory = tempfile::tempdir().unwrap();
+        let archives = archives(&place, &directory).await;
+        let [one, two] = [12, 13].map(|mib| archive(mib << 20));
+        let kept = archives.put("ada", Some("one"), body(&one)).await.unwrap();
+        archives.put("ada", Some("again"), body(&one)).await.unwrap();
+        let refused = archives.put("ada", Some("two"), body(&two)).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::QuotaExceeded, "{refused}");
+        assert!(refused.message.contains("have 12.0 MiB, and 13.0 more"), "{refused}");
+        let ticket = archives.presign("ada").await.unwrap();
+        let refused = archives.upload(&ticket.id, &ticket.secret, body(&two)).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::QuotaExceeded, "{refused}");
+        let objects: Vec<_> = place.storage.objects().try_collect().await.unwrap();
+        assert_eq!(objects.len(), 1, "{place}: nothing of what was refused is left");
+        archives.put("bob", None, body(&two)).await.unwrap();
+        for archive in archives.list("ada").await.unwrap() {
+            archives.remove("ada", &archive.id).await.unwrap();
+        }
+        archives.upload(&ticket.id, &ticket.secret, body(&two)).await.unwrap();
+        assert_eq!(archives.get("ada", &kept.id).await.unwrap_err().code, ErrorCode::ArchiveNotFound);
     }
 }

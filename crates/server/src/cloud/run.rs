@@ -128,7 +128,7 @@ async fn open(home: &Path, config: &ServerConfig, places: &Places) -> Result<Ser
         url_scheme: places.scheme.into(),
         url_port: places.port,
     };
-    let archives = Archives::new(store.clone(), storage.clone(), Limits::default());
+    let archives = Archives::new(store.clone(), storage.clone(), Limits::default(), config.quotas.max_archive_mib);
     let public_url = PublicUrl(config.public_url.as_ref().map(|url| url.as_str().into()));
     let cloud = Cloud::open(cloud, store, storage)?;
     let shells = Shells::new(Arc::clone(&cloud) as _);

@@ -86,7 +86,7 @@ fn own(id: &str) -> &'static [Codes] {
         "prepare_default_image" => &[IMAGE, VM],
         "import_kernel" => &[&[ImageInvalid, HostNotReady, OutOfResources]],
         "remove_image" => &[&[ImageNotFound, InvalidState]],
-        "put_archive" | "upload_archive" => &[ARCHIVE, UPLOAD, &[Forbidden, InvalidState]],
+        "put_archive" | "upload_archive" => &[ARCHIVE, UPLOAD, &[Forbidden, InvalidState, QuotaExceeded]],
         "finalize_archive" => &[ARCHIVE, &[InvalidName, InvalidState]],
         "list_archives" | "list_archives_as_local" | "presign_archive" => &[&[StorageUnavailable]],
         "get_archive" | "remove_archive" | "remove_archive_as_local" => &[ARCHIVE, &[InvalidState]],

@@ -9,6 +9,7 @@ CREATE TABLE accounts (
     max_vcpu_millis  BIGINT,
     max_memory_mib   BIGINT,
     max_disk_gb      BIGINT,
+    max_archive_mib  BIGINT,
     max_ttl_seconds  BIGINT
 );
 

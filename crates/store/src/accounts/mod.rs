@@ -41,6 +41,8 @@ pub struct Quotas {
     pub max_memory_mib: Option<i64>,
     /// Disk of all, in GB.
     pub max_disk_gb: Option<i64>,
+    /// Archives together, in MiB; the same content counts once.
+    pub max_archive_mib: Option<i64>,
     /// Longest time-to-live, in seconds.
     pub max_ttl_seconds: Option<i64>,
 }
@@ -73,7 +75,7 @@ impl Store {
     /// Sets what an account may use; whether there is such an account.
     pub async fn set_quotas(&self, id: &str, quotas: &Quotas) -> Result<bool, Error> {
         let sql = "UPDATE accounts SET max_running = $2, max_vcpu_millis = $3, max_memory_mib = $4, max_disk_gb = $5, \
-                   max_ttl_seconds = $6 WHERE id = $1";
+                   max_archive_mib = $6, max_ttl_seconds = $7 WHERE id = $1";
         let done = bind_quotas(sqlx::query(sql).bind(id), quotas).execute(&self.pool).await?;
         Ok(done.rows_affected() > 0)
     }
@@ -83,7 +85,7 @@ type Query<'q> = sqlx::query::Query<'q, sqlx::Any, sqlx::any::AnyArguments>;
 
 fn insert(row: &AccountRow) -> Query<'_> {
     let sql = "INSERT INTO accounts (id, name, created_at, max_running, max_vcpu_millis, max_memory_mib, max_disk_gb, \
-               max_ttl_seconds) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+               max_archive_mib, max_ttl_seconds) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)";
     bind_quotas(sqlx::query(sql).bind(&row.id).bind(&row.name).bind(row.created_at), &row.quotas)
 }
 
@@ -93,6 +95,7 @@ fn bind_quotas<'q>(query: Query<'q>, quotas: &Quotas) -> Query<'q> {
         .bind(quotas.max_vcpu_millis)
         .bind(quotas.max_memory_mib)
         .bind(quotas.max_disk_gb)
+        .bind(quotas.max_archive_mib)
         .bind(quotas.max_ttl_seconds)
 }
 
@@ -106,6 +109,7 @@ fn account(row: &AnyRow) -> Result<AccountRow, Error> {
             max_vcpu_millis: row.try_get("max_vcpu_millis")?,
             max_memory_mib: row.try_get("max_memory_mib")?,
             max_disk_gb: row.try_get("max_disk_gb")?,
+            max_archive_mib: row.try_get("max_archive_mib")?,
             max_ttl_seconds: row.try_get("max_ttl_seconds")?,
         },
     })

@@ -140,6 +140,9 @@ struct QuotaArgs {
     /// Disk of all, in GB
     #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
     max_disk_gb: Option<i64>,
+    /// Archives together, in MiB; the same content counts once
+    #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
+    max_archive_mib: Option<i64>,
     /// Longest time-to-live, in seconds
     #[arg(long, value_parser = clap::value_parser!(i64).range(0..))]
     max_ttl_seconds: Option<i64>,
@@ -271,6 +274,7 @@ async fn account(context: &Context, accounts: &Accounts, command: AccountCommand
                 max_vcpu_millis: quotas.max_vcpu_millis,
                 max_memory_mib: quotas.max_memory_mib,
                 max_disk_gb: quotas.max_disk_gb,
+                max_archive_mib: quotas.max_archive_mib,
                 max_ttl_seconds: quotas.max_ttl_seconds,
             };
             accounts.set_quotas(&account, &quotas).await?;
@@ -291,6 +295,7 @@ fn account_document(account: &Account) -> Value {
         "max_vcpu_millis": account.quotas.max_vcpu_millis,
         "max_memory_mib": account.quotas.max_memory_mib,
         "max_disk_gb": account.quotas.max_disk_gb,
+        "max_archive_mib": account.quotas.max_archive_mib,
         "max_ttl_seconds": account.quotas.max_ttl_seconds,
     })
 }
@@ -298,11 +303,13 @@ fn account_document(account: &Account) -> Value {
 fn accounts_table(accounts: &[Account]) -> String {
     let quota = |value: Option<i64>| value.map_or("default".into(), |value| value.to_string());
     let row = |account: &Account| {
-        let Quotas { max_running, max_vcpu_millis, max_memory_mib, max_disk_gb, max_ttl_seconds } = account.quotas;
-        let quotas = [max_running, max_vcpu_millis, max_memory_mib, max_disk_gb, max_ttl_seconds].map(quota);
+        let Quotas { max_running, max_vcpu_millis, max_memory_mib, max_disk_gb, max_archive_mib, max_ttl_seconds } =
+            account.quotas;
+        let quotas =
+            [max_running, max_vcpu_millis, max_memory_mib, max_disk_gb, max_archive_mib, max_ttl_seconds].map(quota);
         [vec![account.id.clone(), account.name.clone()], quotas.to_vec()].concat()
     };
-    let head = ["ID", "NAME", "RUNNING", "VCPU MILLIS", "MEMORY MIB", "DISK GB", "TTL SECONDS"];
+    let head = ["ID", "NAME", "RUNNING", "VCPU MILLIS", "MEMORY MIB", "DISK GB", "ARCHIVE MIB", "TTL SECONDS"];
     output::table(&head, &accounts.iter().map(row).collect::<Vec<_>>())
 }
 

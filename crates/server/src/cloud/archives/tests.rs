@@ -51,7 +51,7 @@ impl Server {
         let accounts = Accounts::open(store.clone(), heyvm_accounts::Settings::default()).await.unwrap();
         let settings = Settings::Directory(directory.path().join("kept"));
         let limits = Limits { compressed: 1 << 20, ..Limits::STANDARD };
-        let archives = Archives::new(store, Storage::open(&settings).await.unwrap(), limits);
+        let archives = Archives::new(store, Storage::open(&settings).await.unwrap(), limits, None);
         let mut tokens = Vec::new();
         for email in ["ada@example.com", "bob@example.com"] {
             let new = NewUser { email, password: "correct horse", account: None, scope: Scope::Admin };
