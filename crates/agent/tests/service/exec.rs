@@ -1,6 +1,6 @@
 //! Commands.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use heyvm_agent_protocol::v1::{exec_input, exec_output, *};
 use tonic::Code;
@@ -92,10 +92,8 @@ async fn input_arrives_whole_and_ends() {
 #[tokio::test]
 async fn a_time_out_kills_the_whole_group() {
     let (_dir, mut client) = client().await;
-    let start = ExecStart { timeout_ms: 300, ..script("sleep 1000 & echo $!; sleep 1000") };
-    let began = Instant::now();
+    let start = ExecStart { timeout_ms: 1000, ..script("sleep 1000 & echo $!; sleep 1000") };
     let ran = run(&mut client, start).await;
-    assert!(began.elapsed() < Duration::from_secs(5));
     assert!(ran.exit.timed_out);
     assert_eq!(ran.exit.code, 124);
     eventually("the grandchild is dead", || !alive(ran.out())).await;
@@ -143,9 +141,10 @@ async fn output_waits_for_a_slow_host() {
     let (dir, mut client) = client().await;
     let text = "n=0; while [ $n -lt 100 ]; do head -c 1000000 /dev/zero; n=$((n+1)); echo $n > progress; done";
     let call = Call::start(&mut client, script(text)).await.unwrap();
+    let progress = || std::fs::read_to_string(dir.path().join("progress")).ok()?.trim().parse::<u32>().ok();
+    eventually("it writes", || progress().is_some()).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let progress = std::fs::read_to_string(dir.path().join("progress")).unwrap();
-    let megabytes: u32 = progress.trim().parse().unwrap();
+    let megabytes = progress().unwrap_or_default();
     assert!(megabytes < 10, "{megabytes} MB are held somewhere");
     assert_eq!(call.finish().await.stdout.len(), 100_000_000);
 }
@@ -153,9 +152,8 @@ async fn output_waits_for_a_slow_host() {
 #[tokio::test]
 async fn a_background_process_does_not_hold_up_the_exit() {
     let (_dir, mut client) = client().await;
-    let began = Instant::now();
     let ran = run(&mut client, script("(sleep 2; echo late; sleep 1000) & echo $!")).await;
-    assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
+    assert!(!ran.out().contains("late"), "it was waited for");
     tokio::time::sleep(Duration::from_millis(2200)).await;
     assert!(alive(ran.out()), "it died of a broken pipe");
     kill(ran.out());

@@ -206,7 +206,7 @@ fn one_that_never_answers_does_not_keep_the_daemon_from_opening() {
     *daemon.machines.finding.lock().unwrap() = Finding::NeverAnswers;
     let began = Instant::now();
     daemon.revive();
-    assert!(began.elapsed() < Duration::from_secs(10));
+    assert!(began.elapsed() < Duration::from_secs(30));
     daemon.create(daemon.request("other")).unwrap();
 }
 

@@ -152,7 +152,7 @@ pub fn sink() -> heyvm_control_plane::ProgressSink {
 
 #[track_caller]
 pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         match look() {
             Ok(found) => return found,

@@ -77,11 +77,11 @@ fn output_arrives_as_it_comes() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("heyvm");
-    let started = Instant::now();
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     assert_eq!(lines.next().expect("line").expect("text"), "early");
-    assert!(started.elapsed() < Duration::from_secs(4), "held back for {:?}", started.elapsed());
+    let early = Instant::now();
     assert_eq!(lines.next().expect("line").expect("text"), "late");
+    assert!(early.elapsed() > Duration::from_secs(1), "held back: both came within {:?}", early.elapsed());
     assert!(child.wait().expect("wait").success());
 }
 
@@ -91,7 +91,7 @@ fn a_timeout_kills_the_whole_process_group_and_exits_124() {
     let vm = host.create(&[]);
     let script = "(trap '' TERM; echo child; sleep 1000) & echo parent; sleep 1000";
     let ran = vm.exec_with(&["--timeout", "2s"], &["sh", "-c", script], b"").exited(124);
-    assert!(ran.took < Duration::from_secs(20), "{:?}", ran.took);
+    assert!(ran.took < Duration::from_secs(100), "{:?}", ran.took);
     assert!(
         ran.out().contains("parent") && ran.out().contains("child"),
         "what it printed before is kept: {}",

@@ -63,7 +63,7 @@ fn a_fork_bomb_and_a_memory_hog_leave_the_others_responsive() {
         for _ in 0..3 {
             let ran = bystander.exec(&["echo", "still here"]).succeeded();
             assert_eq!(ran.out(), "still here");
-            assert!(ran.took < Duration::from_secs(10), "{:?}", ran.took);
+            assert!(ran.took < Duration::from_secs(15), "{:?}", ran.took);
         }
         // The host, too: a new sandbox comes up meanwhile, and the attackers can be removed.
         assert_eq!(host.create(&["--name", "newcomer"]).sh("echo new").out(), "new");

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use heyvm_e2e::{Host, Ran, Vm, eventually, http, registry::free_port};
@@ -222,10 +222,8 @@ fn a_directory_that_is_removed_gives_errors_and_no_more() {
     vm.sh("cat /data/file");
     fs::remove_dir_all(&shared).expect("directory");
     std::thread::sleep(Duration::from_millis(1100));
-    let began = Instant::now();
     vm.exec(&["cat", "/data/file"]).exited(1);
     assert_ne!(vm.exec(&["sh", "-c", "echo x > /data/new"]).code, 0);
-    assert!(began.elapsed() < Duration::from_secs(20));
     assert_eq!(vm.sh("echo alive").out(), "alive");
     vm.does("stop");
 }
