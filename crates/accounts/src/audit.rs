@@ -8,7 +8,7 @@ use heyvm_api::{
 };
 use heyvm_store::accounts::AuditRow;
 
-use crate::{Accounts, errors::store, time};
+use crate::{Accounts, time};
 
 /// Entries of a page, unless fewer or more are asked for.
 pub const DEFAULT_PAGE: u32 = 100;
@@ -31,7 +31,7 @@ impl Accounts {
             request_id: entry.request_id.clone(),
             ip: entry.ip.clone(),
         };
-        self.store.add_audit(&row).await.map_err(store)
+        self.store.add_audit(&row).await.map_err(Into::into)
     }
 
     /// The newest entries of an account first, at most `limit` (and at most 1000), older than the cursor `before` that
@@ -41,7 +41,7 @@ impl Accounts {
     /// Where the store does not answer.
     pub async fn audit_log(&self, account_id: &str, before: Option<i64>, limit: u32) -> Result<AuditPage, ApiError> {
         let limit = limit.clamp(1, LARGEST_PAGE);
-        let mut rows = self.store.audit(account_id, before.unwrap_or(i64::MAX), limit + 1).await.map_err(store)?;
+        let mut rows = self.store.audit(account_id, before.unwrap_or(i64::MAX), limit + 1).await?;
         let more = rows.len() > limit as usize;
         rows.truncate(limit as usize);
         let next = rows.last().filter(|_| more).map(|row| row.id);

@@ -2,16 +2,6 @@
 
 use heyvm_api::{ApiError, ErrorCode};
 
-/// The store failed: the log has why, the caller has no use for it.
-pub fn store(error: heyvm_store::Error) -> ApiError {
-    if error.is_passing() {
-        tracing::error!(error = with_sources(&error), "the store does not answer");
-        return ApiError::new(ErrorCode::DaemonUnavailable, "the server's database does not answer")
-            .hint("try again; the server's log has the details");
-    }
-    internal(&error)
-}
-
 /// A failure that is ours.
 pub fn internal(error: &(dyn std::error::Error + 'static)) -> ApiError {
     tracing::error!(error = with_sources(error), "internal error");

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     Accounts, Identity,
-    errors::{invalid, not_found, store, unauthorized},
+    errors::{invalid, not_found, unauthorized},
     hash, random, scope, time,
     users::{OPERATOR, check_name},
 };
@@ -50,7 +50,7 @@ impl Accounts {
     /// # Errors
     /// Where the store does not answer.
     pub async fn keys(&self, account_id: Option<&str>) -> Result<Vec<ApiKeyInfo>, ApiError> {
-        Ok(self.store.api_keys(account_id).await.map_err(store)?.iter().map(info).collect())
+        Ok(self.store.api_keys(account_id).await?.iter().map(info).collect())
     }
 
     /// Revokes an API key, and with it its sessions, at once. Without a caller it is the operator who does.
@@ -60,24 +60,24 @@ impl Accounts {
     pub async fn revoke_key(&self, caller: Option<&Identity>, id: &str) -> Result<ApiKeyInfo, ApiError> {
         let none =
             || not_found(format!("there is no API key of id {id}"), "GET /api/api-keys lists them with their ids");
-        let key = self.store.api_key(id).await.map_err(store)?.ok_or_else(none)?;
+        let key = self.store.api_key(id).await?.ok_or_else(none)?;
         if caller.is_some_and(|caller| caller.account_id != key.account_id) {
             let message = format!("the API key {id} is another account's");
             return Err(ApiError::new(ErrorCode::Forbidden, message).hint("GET /api/api-keys lists those of yours"));
         }
-        let revoked = self.store.revoke_api_key(id, self.now()).await.map_err(store)?.ok_or_else(none)?;
+        let revoked = self.store.revoke_api_key(id, self.now()).await?.ok_or_else(none)?;
         let actor = caller.map_or_else(|| OPERATOR.to_owned(), Identity::actor);
         self.note(&revoked.account_id, &actor, "key.revoke", id, 200, None).await;
         Ok(info(&revoked))
     }
 
     pub(crate) async fn identity_of_key(&self, api_key: &str) -> Result<Identity, ApiError> {
-        let found = self.store.api_key_of_hash(&hash(api_key)).await.map_err(store)?;
+        let found = self.store.api_key_of_hash(&hash(api_key)).await?;
         let owner = found.ok_or_else(|| unauthorized("the API key is not one of this server's"))?;
         let (key, now) = (owner.key, self.now());
         self.still_good(owner.disabled_at, key.revoked_at, key.expires_at)?;
         if key.last_used_at.is_none_or(|used| used + MINUTE <= now) {
-            self.store.touch_api_key(&key.id, now).await.map_err(store)?;
+            self.store.touch_api_key(&key.id, now).await?;
         }
         Ok(Identity {
             account_id: key.account_id,
@@ -118,7 +118,7 @@ impl Accounts {
             last_used_at: None,
             revoked_at: None,
         };
-        self.store.add_api_key(&row).await.map_err(store)?;
+        self.store.add_api_key(&row).await?;
         self.note(account_id, actor, "key.create", &row.id, 201, None).await;
         Ok(CreatedKey { info: info(&row), api_key })
     }

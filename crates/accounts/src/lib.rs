@@ -40,7 +40,7 @@ pub use heyvm_store::accounts::{AccountRow as Account, Quotas};
 pub use seal::Secret;
 pub use users::NewUser;
 
-use errors::{store, unauthorized};
+use errors::unauthorized;
 use keys::API_KEY;
 use limits::Limits;
 use password::Passwords;
@@ -174,7 +174,7 @@ impl Accounts {
             return self.identity_of_key(credential).await;
         }
         let claims = self.signing.verify(credential, self.now()).await?;
-        let owner = self.store.session(&claims.sid).await.map_err(store)?;
+        let owner = self.store.session(&claims.sid).await?;
         let owner = owner.filter(|owner| owner.session.account_id == claims.account_id);
         let owner = owner.ok_or_else(|| unauthorized("the session has ended"))?;
         self.identity_of_session(owner)
@@ -240,7 +240,7 @@ impl Accounts {
         const KEPT: i64 = 24 * 3600 * 1000;
         self.limits.forget();
         self.signing.maintain(self.now()).await?;
-        self.store.forget_sessions(self.now() - KEPT).await.map_err(store)
+        self.store.forget_sessions(self.now() - KEPT).await.map_err(Into::into)
     }
 
     /// Milliseconds since 1970.

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     API_KEY, Accounts, Identity,
-    errors::{invalid, store, unauthorized},
+    errors::{invalid, unauthorized},
     hash, millis, random, scope,
     token::Claims,
     users::normalized,
@@ -26,7 +26,7 @@ impl Accounts {
         let wrong = || unauthorized("the e-mail address or the password is wrong");
         let email = normalized(email).map_err(|_| wrong())?;
         self.limits.admit(&email, from)?;
-        let user = self.store.user_of_email(&email).await.map_err(store)?;
+        let user = self.store.user_of_email(&email).await?;
         let good = self.passwords.verify(password, user.as_ref().map(|user| user.password_hash.as_str())).await?;
         let Some(user) = user else {
             tracing::info!(%from, "log-in with an unknown e-mail address");
@@ -76,13 +76,13 @@ impl Accounts {
         let (now, next) = (self.now(), random(REFRESH_TOKEN));
         let used = hash(refresh_token);
         let gone = || unauthorized("the session has ended");
-        let id = self.store.session_of_token(&used).await.map_err(store)?;
+        let id = self.store.session_of_token(&used).await?;
         let id = id.ok_or_else(|| unauthorized("the refresh token is not one of this server's"))?;
         // Before the token is used up: a session that has ended stays as it is.
-        let owner = self.store.session(&id).await.map_err(store)?.ok_or_else(gone)?;
+        let owner = self.store.session(&id).await?.ok_or_else(gone)?;
         let identity = self.identity_of_session(owner)?;
         let expires = now + millis(self.settings.session_lifetime);
-        match self.store.use_token(&used, &hash(&next), now, expires).await.map_err(store)? {
+        match self.store.use_token(&used, &hash(&next), now, expires).await? {
             Refreshed::Session(id) => self.tokens(&identity, &id, next, expires).await,
             Refreshed::Reused(id) => {
                 let actor = identity.actor();
@@ -102,14 +102,14 @@ impl Accounts {
             let hint = "DELETE /api/api-keys/{id} revokes it";
             return Err(invalid("an API key is not logged in, and cannot be logged out", hint));
         }
-        let identity = match self.store.session_of_token(&hash(credential)).await.map_err(store)? {
+        let identity = match self.store.session_of_token(&hash(credential)).await? {
             Some(id) => {
-                let owner = self.store.session(&id).await.map_err(store)?;
+                let owner = self.store.session(&id).await?;
                 self.identity_of_session(owner.ok_or_else(|| unauthorized("the session has ended"))?)?
             }
             None => self.identify(credential).await?,
         };
-        self.store.end_session(&identity.credential, self.now()).await.map_err(store)?;
+        self.store.end_session(&identity.credential, self.now()).await?;
         let actor = identity.actor();
         self.note(&identity.account_id, &actor, "session.logout", &identity.credential, 200, None).await;
         Ok(())
@@ -128,7 +128,7 @@ impl Accounts {
             expires_at,
             ended_at: None,
         };
-        self.store.begin_session(&row, &hash(&token)).await.map_err(store)?;
+        self.store.begin_session(&row, &hash(&token)).await?;
         self.tokens(&identity, &id, token, expires_at).await
     }
 

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Settings,
-    errors::{internal, store, unauthorized},
+    errors::{internal, unauthorized},
     millis,
     seal::Sealer,
     token::{self, Claims},
@@ -127,7 +127,7 @@ impl Signing {
             self.rotate(now).await?;
         }
         for old in keys.iter().filter(|key| !self.verifies(&keys, key, now)) {
-            self.store.forget_signing_key(old.generation).await.map_err(store)?;
+            self.store.forget_signing_key(old.generation).await?;
         }
         Ok(())
     }
@@ -160,7 +160,7 @@ impl Signing {
         };
         match self.store.add_signing_key(&row).await {
             Ok(()) | Err(heyvm_store::Error::Exists) => Ok(()),
-            Err(error) => Err(store(error)),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -174,7 +174,7 @@ impl Signing {
     }
 
     async fn read(&self) -> Result<Arc<Vec<Key>>, ApiError> {
-        let rows = self.store.signing_keys().await.map_err(store)?;
+        let rows = self.store.signing_keys().await?;
         let keys = Arc::new(rows.iter().map(|row| self.key(row)).collect::<Result<Vec<_>, _>>()?);
         *self.copy.write().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), keys.clone()));
         Ok(keys)

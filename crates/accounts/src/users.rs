@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     Accounts,
-    errors::{invalid, not_found, store},
+    errors::{invalid, not_found},
     scope, time,
 };
 
@@ -45,7 +45,7 @@ impl Accounts {
             ApiError::new(ErrorCode::NameTaken, format!("there is a user {email} already"))
                 .hint("heyvm server admin user list shows them; user passwd gives them another password")
         };
-        if self.store.user_of_email(&email).await.map_err(store)?.is_some() {
+        if self.store.user_of_email(&email).await?.is_some() {
             return Err(taken());
         }
         let name = new.account.unwrap_or(&email);
@@ -65,7 +65,7 @@ impl Accounts {
         };
         self.store.add_user(&row, account.as_ref()).await.map_err(|error| match error {
             heyvm_store::Error::Exists => taken(),
-            other => store(other),
+            other => other.into(),
         })?;
         self.note(&row.account_id, OPERATOR, "user.add", &email, 201, None).await;
         Ok(info(row))
@@ -76,7 +76,7 @@ impl Accounts {
     /// # Errors
     /// Where the store does not answer; so with all that follow.
     pub async fn users(&self) -> Result<Vec<UserInfo>, ApiError> {
-        Ok(self.store.users().await.map_err(store)?.into_iter().map(info).collect())
+        Ok(self.store.users().await?.into_iter().map(info).collect())
     }
 
     /// Shuts a user out: their sessions end, and their API keys do not count, at once.
@@ -85,7 +85,7 @@ impl Accounts {
     /// `not_found` where there is no such user.
     pub async fn disable_user(&self, email: &str) -> Result<(), ApiError> {
         let user = self.user(email).await?;
-        self.store.disable_user(&user.id, self.now()).await.map_err(store)?;
+        self.store.disable_user(&user.id, self.now()).await?;
         self.note(&user.account_id, OPERATOR, "user.disable", &user.email, 200, None).await;
         Ok(())
     }
@@ -96,7 +96,7 @@ impl Accounts {
     /// `not_found` where there is no such user.
     pub async fn enable_user(&self, email: &str) -> Result<(), ApiError> {
         let user = self.user(email).await?;
-        self.store.enable_user(&user.id).await.map_err(store)?;
+        self.store.enable_user(&user.id).await?;
         self.note(&user.account_id, OPERATOR, "user.enable", &user.email, 200, None).await;
         Ok(())
     }
@@ -108,7 +108,7 @@ impl Accounts {
     pub async fn set_password(&self, email: &str, password: &str) -> Result<(), ApiError> {
         let user = self.user(email).await?;
         let hash = self.passwords.hash(password).await?;
-        self.store.set_password(&user.id, &hash, self.now()).await.map_err(store)?;
+        self.store.set_password(&user.id, &hash, self.now()).await?;
         self.note(&user.account_id, OPERATOR, "user.passwd", &user.email, 200, None).await;
         Ok(())
     }
@@ -118,7 +118,7 @@ impl Accounts {
     /// # Errors
     /// Where the store does not answer.
     pub async fn accounts(&self) -> Result<Vec<AccountRow>, ApiError> {
-        self.store.accounts().await.map_err(store)
+        self.store.accounts().await.map_err(Into::into)
     }
 
     /// The account of this id or name.
@@ -141,15 +141,15 @@ impl Accounts {
     /// `not_found` where there is no such account.
     pub async fn set_quotas(&self, who: &str, quotas: &Quotas) -> Result<(), ApiError> {
         let account = self.account(who).await?;
-        self.store.set_quotas(&account.id, quotas).await.map_err(store)?;
+        self.store.set_quotas(&account.id, quotas).await?;
         self.note(&account.id, OPERATOR, "account.quotas", &account.name, 200, None).await;
         Ok(())
     }
 
     async fn find_account(&self, who: &str) -> Result<Option<AccountRow>, ApiError> {
-        match self.store.account(who).await.map_err(store)? {
+        match self.store.account(who).await? {
             Some(account) => Ok(Some(account)),
-            None => self.store.account_named(who).await.map_err(store),
+            None => self.store.account_named(who).await.map_err(Into::into),
         }
     }
 
@@ -161,7 +161,7 @@ impl Accounts {
 
     async fn user(&self, email: &str) -> Result<UserRow, ApiError> {
         let email = normalized(email)?;
-        let found = self.store.user_of_email(&email).await.map_err(store)?;
+        let found = self.store.user_of_email(&email).await?;
         found.ok_or_else(|| not_found(format!("there is no user {email}"), "heyvm server admin user list shows them"))
     }
 }

@@ -86,7 +86,7 @@ impl Archives {
 
     /// Takes the content of an archive from whoever has its ticket's secret. Answers its size.
     pub async fn upload(&self, id: &str, secret: &str, body: impl Body) -> Result<u64, ApiError> {
-        let row = self.store.archive(id).await.map_err(store)?.ok_or_else(|| not_found(id))?;
+        let row = self.store.archive(id).await?.ok_or_else(|| not_found(id))?;
         let created = row.created_at;
         let lasts = created.saturating_add(TICKET.as_millis().try_into().unwrap_or(i64::MAX));
         // A hash tells an attacker nothing by the time that comparing it takes.
@@ -102,7 +102,7 @@ impl Archives {
         check_name(name)?;
         let row = self.row(account, id).await?;
         if row.finalized_at.is_none() {
-            self.store.finalize_archive(id, name, now()).await.map_err(store)?;
+            self.store.finalize_archive(id, name, now()).await?;
         }
         self.get(account, id).await
     }
@@ -120,7 +120,7 @@ impl Archives {
 
     /// The account's usable archives, newest first.
     pub async fn list(&self, account: &str) -> Result<Vec<Archive>, ApiError> {
-        let rows = self.store.archives(account).await.map_err(store)?;
+        let rows = self.store.archives(account).await?;
         Ok(rows.into_iter().filter_map(|row| usable(row).map(|(archive, _)| archive)).collect())
     }
 
@@ -160,14 +160,14 @@ impl Archives {
     /// `left_behind`. Any number of servers may do so at once.
     pub async fn tidy(&self, unfinished: Duration, left_behind: Duration) -> Result<(), ApiError> {
         let before = now().saturating_sub(unfinished.as_millis().try_into().unwrap_or(i64::MAX));
-        for id in self.store.unused_archives(before).await.map_err(store)? {
+        for id in self.store.unused_archives(before).await? {
             self.forget(&id).await?;
         }
         self.storage.sweep(left_behind).await?;
         let mut objects = self.storage.objects();
         while let Some(object) = objects.try_next().await? {
             let old = object.since.elapsed().is_ok_and(|age| age >= left_behind);
-            if old && !self.store.knows_object(&object.name).await.map_err(store)? {
+            if old && !self.store.knows_object(&object.name).await? {
                 self.storage.delete(&object.name).await?;
             }
         }
@@ -184,7 +184,7 @@ impl Archives {
             finalized_at: None,
             content: None,
         };
-        self.store.add_archive(&row).await.map_err(store)?;
+        self.store.add_archive(&row).await?;
         Ok(row.id)
     }
 
@@ -204,7 +204,7 @@ impl Archives {
                 match error {
                     heyvm_store::Error::Full(used) => Err(too_much(used, content.size, quota)),
                     heyvm_store::Error::Gone => self.filled_before(id, &content.hash, size).await,
-                    error => Err(store(error)),
+                    error => Err(error.into()),
                 }
             }
         }
@@ -212,13 +212,13 @@ impl Archives {
 
     /// How many bytes of archives the account may have.
     async fn quota(&self, account: &str) -> Result<Option<i64>, ApiError> {
-        let own = self.store.account(account).await.map_err(store)?.and_then(|row| row.quotas.max_archive_mib);
+        let own = self.store.account(account).await?.and_then(|row| row.quotas.max_archive_mib);
         Ok(own.or(self.mib_per_account).map(|mib| mib.saturating_mul(MIB)))
     }
 
     /// A finalized archive may be sent again, as a client does that has missed the answer; but no other one.
     async fn filled_before(&self, id: &str, hash: &str, size: u64) -> Result<u64, ApiError> {
-        let row = self.store.archive(id).await.map_err(store)?.ok_or_else(|| not_found(id))?;
+        let row = self.store.archive(id).await?.ok_or_else(|| not_found(id))?;
         if row.content.is_some_and(|content| content.hash == hash) {
             return Ok(size);
         }
@@ -227,7 +227,7 @@ impl Archives {
     }
 
     async fn forget(&self, id: &str) -> Result<(), ApiError> {
-        if let Some(object) = self.store.remove_archive(id).await.map_err(store)? {
+        if let Some(object) = self.store.remove_archive(id).await? {
             self.free(&object).await;
         }
         Ok(())
@@ -248,7 +248,7 @@ impl Archives {
     }
 
     async fn row(&self, account: &str, id: &str) -> Result<ArchiveRow, ApiError> {
-        let row = self.store.archive(id).await.map_err(store)?.ok_or_else(|| not_found(id))?;
+        let row = self.store.archive(id).await?.ok_or_else(|| not_found(id))?;
         if row.account != account {
             return Err(ApiError::new(ErrorCode::Forbidden, "this archive belongs to another account")
                 .hint("GET /sandbox-archives lists your own"));
@@ -294,12 +294,6 @@ fn not_found(id: &str) -> ApiError {
     let shown: String = id.chars().filter(|c| !c.is_control()).take(64).collect();
     ApiError::new(ErrorCode::ArchiveNotFound, format!("there is no archive {shown:?}"))
         .hint("GET /sandbox-archives lists yours; those that were not finalized are forgotten after a day")
-}
-
-fn store(error: heyvm_store::Error) -> ApiError {
-    let source = std::error::Error::source(&error).map(ToString::to_string);
-    tracing::error!(%error, source, "the store failed");
-    ApiError::new(ErrorCode::Internal, "the store failed").hint("try again; the server's log has the details")
 }
 
 fn random() -> String {

@@ -13,7 +13,7 @@ use heyvm_control_plane::ProgressSink;
 use heyvm_store::{ArchiveRow, ContentRow};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use crate::{Cloud, Region, store_failed};
+use crate::{Cloud, Region};
 
 impl Cloud {
     /// Puts an archive's content in place of a directory of a running sandbox.
@@ -69,7 +69,7 @@ impl Cloud {
             ApiError::new(ErrorCode::ArchiveNotFound, format!("there is no archive {id:?}"))
                 .hint("heyvm list-archives shows them; heyvm archive-dir DIR makes one")
         };
-        let row = self.store.archive(id).await.map_err(store_failed)?.ok_or_else(missing)?;
+        let row = self.store.archive(id).await?.ok_or_else(missing)?;
         if row.account != account {
             return Err(ApiError::new(ErrorCode::Forbidden, format!("archive {id} belongs to another account"))
                 .hint("heyvm list-archives shows those of yours"));

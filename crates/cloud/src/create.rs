@@ -21,7 +21,6 @@ use tokio::sync::oneshot;
 use crate::{
     Cloud, placements,
     quotas::{self, Needs},
-    store_failed,
 };
 
 /// How often a slug that nobody asked for may give way to another.
@@ -108,9 +107,7 @@ impl Cloud {
         let archive = self.archive_of(account, &mut request).await?;
         let name = request.name.get_or_insert_with(heyvm_control_plane::made_up_name).clone();
         let replaces = match request.replace {
-            true => {
-                self.store.placement_named(account, &name).await.map_err(store_failed)?.filter(|row| row.holds_name)
-            }
+            true => self.store.placement_named(account, &name).await?.filter(|row| row.holds_name),
             false => None,
         };
         let region = self.region_for(&request, replaces.as_ref())?;
@@ -125,7 +122,7 @@ impl Cloud {
         request.region = None;
         if let Some(key) = key {
             let stands_for = KeyRow { request: fingerprint, sandbox_id: row.id.clone() };
-            self.store.add_key(&account_key(account, key), &stands_for, row.created_at).await.map_err(store_failed)?;
+            self.store.add_key(&account_key(account, key), &stands_for, row.created_at).await?;
         }
         Ok(Begun { row, request, archive, replaces })
     }
@@ -140,10 +137,10 @@ impl Cloud {
     ) -> Result<Option<Begun>, ApiError> {
         let Some(key) = key else { return Ok(None) };
         let key = account_key(account, key);
-        let Some(known) = self.store.key(&key).await.map_err(store_failed)? else { return Ok(None) };
-        let row = self.store.placement(&known.sandbox_id).await.map_err(store_failed)?.filter(|row| !row.gone);
+        let Some(known) = self.store.key(&key).await? else { return Ok(None) };
+        let row = self.store.placement(&known.sandbox_id).await?.filter(|row| !row.gone);
         let Some(row) = row else {
-            self.store.remove_keys(&known.sandbox_id).await.map_err(store_failed)?;
+            self.store.remove_keys(&known.sandbox_id).await?;
             return Ok(None);
         };
         if known.request != fingerprint {
@@ -200,7 +197,7 @@ impl Cloud {
                     row.slug = names::another_slug(&made_up, rand::random());
                 }
                 Err(heyvm_store::Error::NameTaken | heyvm_store::Error::SlugTaken) => break,
-                Err(error) => return Err(store_failed(error)),
+                Err(error) => return Err(error.into()),
             }
         }
         let message = format!("a living sandbox has the name {:?} (slug {:?})", row.name, row.slug);
@@ -251,7 +248,7 @@ impl Cloud {
     /// The old one is gone, and its name is the new one's.
     async fn give_way(&self, old: &PlacementRow, new: &PlacementRow) -> Result<(), ApiError> {
         let info = SandboxInfo { status: Status::Removed, urls: Vec::new(), ..self.last_known(old) };
-        self.store.replace_placement(&placements::with(old, &info), new).await.map_err(store_failed)
+        self.store.replace_placement(&placements::with(old, &info), new).await.map_err(Into::into)
     }
 
     /// Writes down that it is not there, and why. Where the region was cut off meanwhile, nobody knows: the sync will.

@@ -95,8 +95,3 @@ impl Cloud {
         Endpoint { hostname, url, ..endpoint }
     }
 }
-
-fn store_failed(error: heyvm_store::Error) -> ApiError {
-    tracing::error!(%error, "the store failed");
-    ApiError::new(ErrorCode::Internal, "the server's store failed").hint("try again; the server's log has the details")
-}

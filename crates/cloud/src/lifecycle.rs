@@ -7,7 +7,7 @@ use heyvm_api::{
 use heyvm_control_plane::ProgressSink;
 use serde::Serialize;
 
-use crate::{Cloud, Place, quotas, quotas::Needs, store_failed};
+use crate::{Cloud, Place, quotas, quotas::Needs};
 
 impl Cloud {
     /// Ends the VM and keeps the disk.
@@ -163,7 +163,7 @@ impl Cloud {
             disk_gb: needs.disk_gb,
             ..place.row.clone()
         };
-        match self.store.make_room(&wanted, &quotas.limits()).await.map_err(store_failed)? {
+        match self.store.make_room(&wanted, &quotas.limits()).await? {
             None => Ok(()),
             Some(usage) => Err(quotas::refused(usage, needs, quotas)),
         }

@@ -9,7 +9,7 @@ use heyvm_api::{
 };
 use heyvm_store::placements::PlacementRow;
 
-use crate::{Cloud, regions::Region, store_failed};
+use crate::{Cloud, regions::Region};
 
 /// A sandbox of an account and the region it is in.
 pub struct Place<'a> {
@@ -25,14 +25,14 @@ pub struct Place<'a> {
 impl Cloud {
     /// By id, else the account's living one of that name or slug, else its newest. Another account's id is `forbidden`.
     pub async fn find(&self, account: &str, who: &str) -> Result<Place<'_>, ApiError> {
-        let by_id = self.store.placement(who).await.map_err(store_failed)?;
+        let by_id = self.store.placement(who).await?;
         if by_id.as_ref().is_some_and(|row| row.account_id != account) {
             return Err(ApiError::new(ErrorCode::Forbidden, format!("sandbox {who} belongs to another account"))
                 .hint("heyvm whoami tells which account you are; heyvm list shows its sandboxes"));
         }
         let row = match by_id {
             Some(row) => Some(row),
-            None => self.store.placement_named(account, who).await.map_err(store_failed)?,
+            None => self.store.placement_named(account, who).await?,
         };
         let row = row.ok_or_else(|| {
             ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {who:?}"))
@@ -48,7 +48,7 @@ impl Cloud {
 
     /// The account's sandboxes, newest first. Those of a region that is cut off are told of as they were last seen.
     pub async fn list(&self, account: &str, filter: ListFilter) -> Result<Vec<SandboxInfo>, ApiError> {
-        let rows = self.store.placements_of(account).await.map_err(store_failed)?;
+        let rows = self.store.placements_of(account).await?;
         let names: BTreeSet<_> = rows.iter().filter(|row| !row.gone).map(|row| row.region.as_str()).collect();
         let asked = names.into_iter().map(|name| async move {
             let answer =
@@ -103,8 +103,8 @@ impl Cloud {
     pub(crate) async fn learned(&self, row: &PlacementRow, info: &SandboxInfo) -> Result<(), ApiError> {
         let next = with(row, info);
         let subdomains: Vec<_> = info.urls.iter().map(|endpoint| endpoint.subdomain.clone()).collect();
-        self.store.update_placement(&next).await.map_err(store_failed)?;
-        self.store.set_subdomains(&next.id, &subdomains).await.map_err(store_failed)
+        self.store.update_placement(&next).await?;
+        self.store.set_subdomains(&next.id, &subdomains).await.map_err(Into::into)
     }
 }
 

@@ -4,7 +4,7 @@ use heyvm_api::{ApiError, ErrorCode, sandbox::SizeClass};
 use heyvm_store::placements::{Limits, Usage};
 use serde::Deserialize;
 
-use crate::{Cloud, store_failed};
+use crate::Cloud;
 
 /// Limits of one account; none where a field is absent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -34,7 +34,7 @@ pub(crate) struct Needs {
 impl Cloud {
     /// The account's own limits, and the server's where it has none.
     pub async fn quotas_of(&self, account: &str) -> Result<Quotas, ApiError> {
-        let own = self.store.account(account).await.map_err(store_failed)?.map(|row| row.quotas).unwrap_or_default();
+        let own = self.store.account(account).await?.map(|row| row.quotas).unwrap_or_default();
         let default = self.quotas;
         Ok(Quotas {
             max_running: own.max_running.or(default.max_running),

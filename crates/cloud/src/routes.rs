@@ -8,7 +8,7 @@ use std::{
 
 use heyvm_api::{ApiError, ErrorCode, client::Connection, headers, sandbox::RouteInfo};
 
-use crate::{Cloud, Region, store_failed};
+use crate::{Cloud, Region};
 
 /// What a region has told of a subdomain counts this long: a port that is unbound or made private is so by then.
 const FRESH: Duration = Duration::from_secs(1);
@@ -51,7 +51,7 @@ impl Cloud {
         if let Some(found) = self.recent.get(subdomain) {
             return Ok(found);
         }
-        let known = self.store.region_behind(subdomain).await.map_err(store_failed)?;
+        let known = self.store.region_behind(subdomain).await?;
         let found = match known.as_deref().map(|name| self.region_of(name)) {
             Some(region) => ask(region?, subdomain).await?,
             // Bound while no server looked: whoever knows it, says so.
@@ -66,7 +66,7 @@ impl Cloud {
 
     /// A byte stream to a port of a sandbox, wherever it is.
     pub async fn connect(&self, sandbox: &str, port: u16) -> Result<Box<dyn Connection>, ApiError> {
-        let row = self.store.placement(sandbox).await.map_err(store_failed)?.ok_or_else(|| {
+        let row = self.store.placement(sandbox).await?.ok_or_else(|| {
             ApiError::new(ErrorCode::SandboxNotFound, "there is no such sandbox").hint("heyvm list shows them")
         })?;
         let place = self.place(row)?;

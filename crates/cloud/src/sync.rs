@@ -11,7 +11,7 @@ use heyvm_api::{
 use heyvm_store::placements::PlacementRow;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Cloud, Region, placements, store_failed};
+use crate::{Cloud, Region, placements};
 
 /// How often a region is asked.
 const EVERY: Duration = Duration::from_secs(5);
@@ -61,7 +61,7 @@ impl Cloud {
     /// Asks one region what it runs, and writes down what has changed.
     pub async fn sync(&self, region: &Region) -> Result<(), ApiError> {
         let found: Vec<SandboxInfo> = region.ask(headers::EVERY_ACCOUNT, "/sandboxes?filter=all").await?;
-        for row in self.store.placements_in(&region.name).await.map_err(store_failed)? {
+        for row in self.store.placements_in(&region.name).await? {
             match found.iter().find(|info| info.id == row.id) {
                 Some(info) if differs(&row, info) => self.learned(&row, info).await?,
                 None if age(&row) > UNHEARD => self.lost(&row).await?,
@@ -74,7 +74,7 @@ impl Cloud {
     /// Those that have been gone for long enough.
     async fn forget(&self) -> Result<(), ApiError> {
         let before = Utc::now().timestamp_millis() - i64::try_from(REMEMBERED.as_millis()).unwrap_or(i64::MAX);
-        self.store.forget_placements(before).await.map_err(store_failed)
+        self.store.forget_placements(before).await.map_err(Into::into)
     }
 
     /// The region does not know it: what it was, and that it is gone.

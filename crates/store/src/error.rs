@@ -2,6 +2,8 @@
 
 use std::io;
 
+use heyvm_api::{ApiError, ErrorCode};
+
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -73,5 +75,17 @@ impl From<sqlx::Error> for Error {
             }
             _ => Self::Database(error),
         }
+    }
+}
+
+/// What a server's clients are told: the log has why, they have no use for it.
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        tracing::error!(error = error.with_causes(), "the store failed");
+        let (code, message) = match error.is_passing() {
+            true => (ErrorCode::DaemonUnavailable, "the server's database does not answer"),
+            false => (ErrorCode::Internal, "the server's store failed"),
+        };
+        Self::new(code, message).hint("try again; the server's log has the details")
     }
 }
