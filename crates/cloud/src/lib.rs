@@ -1,7 +1,7 @@
 //! The control plane of a cloud: which account's sandbox runs in which region, and whether it may. Knows no HTTP routes:
 //! `heyvm-server` calls it, it calls the regions' daemons over their API.
 //!
-//! - [`regions`]: the daemons, and the way to them.  [`tls`]: who we are to them, and they to us.
+//! - [`regions`]: the daemons, and the way to them.  [`tls`]: who we are to them, and they to us; [`pem`]: its files.
 //! - [`placements`]: whose sandbox is where.  [`create`]: a new one, from its place to its first answer.
 //! - [`lifecycle`]: what may be done with one.  [`quotas`]: how much an account may have.
 //! - [`routes`]: where a host name leads.  [`sync`]: what the regions run, written down for the time they are cut off.
@@ -12,6 +12,7 @@
 mod archives;
 mod create;
 mod lifecycle;
+pub mod pem;
 mod placements;
 mod quotas;
 mod regions;

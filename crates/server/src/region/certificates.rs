@@ -2,16 +2,16 @@
 //! needs no restart, and one that cannot be read leaves the last good one in use.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::MetadataExt,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use heyvm_cloud::pem;
 use rustls::{
     RootCertStore, ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
 
@@ -76,10 +76,10 @@ fn stamps(files: &RegionConfig) -> Stamps {
 fn read(files: &RegionConfig) -> Result<Arc<ServerConfig>, String> {
     let told =
         |key: &str, path: &Path, why: &dyn std::fmt::Display| format!("region.{key} ({}): {why}", path.display());
-    let chain = certificates(&files.certificate).map_err(|why| told("certificate", &files.certificate, &why))?;
-    let key = private_key(&files.key).map_err(|why| told("key", &files.key, &why))?;
+    let chain = pem::certificates(&files.certificate).map_err(|why| told("certificate", &files.certificate, &why))?;
+    let key = pem::private_key(&files.key).map_err(|why| told("key", &files.key, &why))?;
     let mut roots = RootCertStore::empty();
-    for authority in certificates(&files.client_ca).map_err(|why| told("client_ca", &files.client_ca, &why))? {
+    for authority in pem::certificates(&files.client_ca).map_err(|why| told("client_ca", &files.client_ca, &why))? {
         roots.add(authority).map_err(|why| told("client_ca", &files.client_ca, &why))?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -93,28 +93,4 @@ fn read(files: &RegionConfig) -> Result<Arc<ServerConfig>, String> {
     tls.session_storage = Arc::new(NoServerSessionStorage {});
     tls.send_tls13_tickets = 0;
     Ok(Arc::new(tls))
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(described)?.collect();
-    let all = all.map_err(described)?;
-    if all.is_empty() { Err("it holds no certificate in PEM".into()) } else { Ok(all) }
-}
-
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
-    let mode = fs::metadata(path).map_err(|error| error.to_string())?.mode();
-    if mode & 0o007 != 0 {
-        return Err("everyone on this machine may read it: chmod o= takes that away".into());
-    }
-    PrivateKeyDer::from_pem_file(path).map_err(described)
-}
-
-/// Without what stands in the file.
-fn described(error: pem::Error) -> String {
-    match error {
-        pem::Error::Io(error) if error.kind() == io::ErrorKind::NotFound => "there is no such file".into(),
-        pem::Error::Io(error) => error.to_string(),
-        pem::Error::NoItemsFound => "it holds nothing of that kind in PEM".into(),
-        _ => "it is not PEM".into(),
-    }
 }
