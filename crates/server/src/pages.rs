@@ -8,6 +8,8 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tower::ServiceExt;
 
+use crate::linger::lingering;
+
 /// A router on some hosts. Its handlers find a [`heyvm_edge::Visitor`] among the request's extensions.
 pub struct Pages {
     /// None: every host.
@@ -34,7 +36,7 @@ impl Site for Pages {
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response<SiteBody> {
-        let answered = self.router.clone().oneshot(request.map(axum::body::Body::new)).await;
+        let answered = self.router.clone().oneshot(lingering(request.map(axum::body::Body::new))).await;
         answered.unwrap_or_else(|never| match never {}).map(|body| body.map_err(Into::into).boxed_unsync())
     }
 }

@@ -32,7 +32,7 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use self::failures::Server;
-use crate::problem::Problem;
+use crate::{linger, problem::Problem};
 
 /// What handlers share.
 #[derive(Clone)]
@@ -143,6 +143,7 @@ pub fn router(api: Api) -> Router {
         // Each handler has its own limit, or streams.
         .layer(DefaultBodyLimit::disable())
         .layer(middleware::from_fn(log))
+        .layer(middleware::from_fn(linger::read_on))
         .with_state(api)
 }
 
