@@ -24,7 +24,7 @@ use super::{
     silent,
     template::{BOOT_DEADLINE, Recipe, agent_has_come_up},
 };
-use crate::{Error, Progress, Rehearsal, Vm, VmId, VmSpec, agent::unreachable_agent};
+use crate::{Error, Rehearsal, Vm, VmId, VmSpec, agent::unreachable_agent};
 
 /// Bytes of fresh entropy that a clone gets before its first command.
 const ENTROPY: usize = 64;
@@ -66,8 +66,7 @@ impl QemuDriver {
     /// A new disk, and a clone on it.
     pub(super) async fn create_anew(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
         self.make_disk(id, spec).await?;
-        let watched = self.resume(id, spec, &silent()).await?;
-        self.make_own(&watched, spec, Becoming::Sandbox { disk_bytes: 0 }).await?;
+        let watched = self.begin(id, spec, Becoming::Sandbox { disk_bytes: 0 }).await?;
         Ok(RunningVm::new(id.clone(), watched))
     }
 
@@ -102,12 +101,20 @@ impl QemuDriver {
         let _ = fs::remove_dir_all(vm.place.dir().path());
     }
 
+    /// A running VM on the disk in its directory, when it is its turn to start.
+    pub(super) async fn begin(&self, id: &VmId, spec: &VmSpec, becoming: Becoming) -> Result<Arc<Watched>, Error> {
+        let _room = self.starts.acquire().await.map_err(|_| Error::Unreachable("the daemon is ending".into()))?;
+        let watched = self.resume(id, spec).await?;
+        self.make_own(&watched, spec, becoming).await?;
+        Ok(watched)
+    }
+
     /// A running clone on the disk in the VM's directory, or a guest that has booted there. Nothing has been said to its agent.
-    pub(super) async fn resume(&self, id: &VmId, spec: &VmSpec, progress: &Progress) -> Result<Arc<Watched>, Error> {
+    async fn resume(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<Watched>, Error> {
         let (host, egress) = (self.host().await?, self.egress().await?);
         let recipe = self.recipe(spec).await?;
         let template = match self.settings.templates {
-            true => Some(self.template(spec, Arc::clone(progress)).await?),
+            true => Some(self.template(spec, silent()).await?),
             false => None,
         };
         let boots = template.is_none();
@@ -156,7 +163,7 @@ impl QemuDriver {
     }
 
     /// Has the agent make the clone its own; a clone that fails to is ended.
-    pub(super) async fn make_own(&self, vm: &Watched, spec: &VmSpec, becoming: Becoming) -> Result<(), Error> {
+    async fn make_own(&self, vm: &Watched, spec: &VmSpec, becoming: Becoming) -> Result<(), Error> {
         let slot = vm.place.dir().record().map(|record| record.slot).unwrap_or_default();
         let request = personalize_request(spec, slot, self.egress().await?.is_some(), becoming);
         let personalized =
@@ -210,8 +217,7 @@ impl QemuDriver {
         let id = format!("{}{:016x}", reserve::PREFIX, rand::random::<u64>());
         let made = async {
             self.make_disk(&id, spec).await?;
-            let vm = self.resume(&id, spec, &silent()).await?;
-            self.make_own(&vm, spec, Becoming::Reserve).await?;
+            let vm = self.begin(&id, spec, Becoming::Reserve).await?;
             tokio::time::timeout(REHEARSAL_DEADLINE, rehearse(&vm, rehearsal))
                 .await
                 .unwrap_or_else(|_| Err(Error::Unreachable("its rehearsal did not end in time".into())))?;

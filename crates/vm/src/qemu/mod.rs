@@ -26,8 +26,10 @@ mod turns;
 
 use std::{
     fs, io,
+    num::NonZero,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
+    thread::available_parallelism,
     time::Duration,
 };
 
@@ -39,7 +41,7 @@ use heyvm_jail::{
     process::host_boot_id,
     root,
 };
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 
 pub(crate) use self::record::Place;
 use self::{
@@ -70,6 +72,9 @@ pub struct Settings {
     pub reserve: usize,
 }
 
+/// VMs that may be starting at a time. Each takes a second of a processor without KVM; more of them would only make each
+/// other late, until none is there by its deadline.
+const STARTS_PER_PROCESSOR: usize = 2;
 /// A VM's directory is written to for a moment after its process has ended.
 const REMOVE_TRIES: u32 = 50;
 const REMOVE_PAUSE: Duration = Duration::from_millis(10);
@@ -94,6 +99,7 @@ pub struct QemuDriver {
     slots: Arc<Slots>,
     reserve: Reserve,
     turns: Turns,
+    starts: Semaphore,
     me: Weak<Self>,
 }
 
@@ -106,6 +112,7 @@ impl QemuDriver {
             me: me.clone(),
             reserve: Reserve::default(),
             turns: Turns::default(),
+            starts: Semaphore::new(STARTS_PER_PROCESSOR * available_parallelism().map_or(1, NonZero::get)),
             templates: Templates::new(home.join("templates")),
             home: home.to_owned(),
             settings,
@@ -229,8 +236,7 @@ impl QemuDriver {
         }
         let (disk, gib) = (self.dir(id).disk(), spec.disk_gib);
         let disk_bytes = blocking(move || disk::grow(&disk, gib)).await?;
-        let watched = self.resume(id, spec, &silent()).await?;
-        self.make_own(&watched, spec, Becoming::Sandbox { disk_bytes }).await?;
+        let watched = self.begin(id, spec, Becoming::Sandbox { disk_bytes }).await?;
         Ok(RunningVm::new(id.clone(), watched))
     }
 
