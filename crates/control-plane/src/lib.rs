@@ -195,7 +195,8 @@ impl ControlPlane {
         }
     }
 
-    /// `error`, or why the sandbox ended where that is what is behind it: its end is known a moment after its agent's.
+    /// `error`, or why the sandbox ended where that is what is behind it: its end is known a moment after its agent's. One
+    /// that was ended on purpose is not in the state for it; one that ended by itself is unreachable.
     pub async fn explain(&self, who: &Who, error: ApiError) -> ApiError {
         let Ok(sandbox) = self.find(who) else { return error };
         let mut changes = sandbox.changed.subscribe();
@@ -203,9 +204,14 @@ impl ControlPlane {
         if error.code != ErrorCode::SandboxUnreachable || tokio::time::timeout(LAST_WORD, ended).await.is_err() {
             return error;
         }
-        let why = not_running(&sandbox.snapshot());
-        let told = ApiError::new(error.code, format!("the sandbox ended meanwhile: {}", why.message));
-        ApiError { hint: why.hint, sandbox_id: why.sandbox_id, ..told }
+        let record = sandbox.snapshot();
+        let why = not_running(&record);
+        let on_purpose = [ReasonCode::Stopped, ReasonCode::Removed, ReasonCode::Replaced, ReasonCode::TtlExpired];
+        let code = match record.reason.is_some_and(|reason| on_purpose.contains(&reason.code)) {
+            true => why.code,
+            false => error.code,
+        };
+        ApiError { code, message: format!("the sandbox ended meanwhile: {}", why.message), ..why }
     }
 
     /// Ends every VM at once, for a home that is gone: nothing could find them again.
