@@ -105,9 +105,9 @@ fn at_the_end_of_its_time_a_sandbox_is_gone() {
     let host = Host::new();
     let app = host.web_app();
     let mut flags = WEB_FLAGS.to_vec();
-    flags.extend(["--ttl-seconds", "30"]);
+    flags.extend(["--ttl-seconds", "45"]);
     let vm = host.deploy(&app, &flags);
-    assert_eq!(vm.info()["ttl_seconds"], 30);
+    assert_eq!(vm.info()["ttl_seconds"], 45);
     let url = vm.url("/health");
     let reason = vm.becomes("removed");
     assert_eq!(reason["code"], "ttl_expired");

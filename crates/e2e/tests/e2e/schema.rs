@@ -69,7 +69,8 @@ fn the_local_api_answers_as_its_document_says() {
 #[test]
 fn the_clouds_api_answers_as_its_document_says() {
     let (host, registry) = host_with_a_registry();
-    let cloud = Cloud::over(&host, None, "");
+    // Without a limit it would have dozens of machines come up at once.
+    let cloud = Cloud::over(&host, None, "[quotas]\nmax_running = 8\n");
     let key = cloud.key("ada", "admin");
     let here = image(&host);
     let sandboxes = [(); 2].map(|()| {
