@@ -1,21 +1,11 @@
 //! Failures as the outside is told of them.
 
-use heyvm_api::{ApiError, ErrorCode};
+use heyvm_api::{ApiError, ErrorCode, error::with_causes};
 
 /// A failure that is ours.
 pub fn internal(error: &(dyn std::error::Error + 'static)) -> ApiError {
-    tracing::error!(error = with_sources(error), "internal error");
+    tracing::error!(error = with_causes(error), "internal error");
     ApiError::new(ErrorCode::Internal, "the server failed").hint("the server's log has the details")
-}
-
-fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
 
 /// No credentials, or none that count.

@@ -1,6 +1,6 @@
 //! Failures of the parts below, as the outside is told of them: one place for code, sentence and hint.
 
-use heyvm_api::{ApiError, ErrorCode};
+use heyvm_api::{ApiError, ErrorCode, error::with_causes};
 
 /// The store failed: the log has why, the caller has no use for it.
 pub fn store(error: heyvm_store::Error) -> ApiError {
@@ -15,19 +15,8 @@ pub fn store(error: heyvm_store::Error) -> ApiError {
 
 /// A failure that is ours.
 pub fn internal(error: &(dyn std::error::Error + 'static)) -> ApiError {
-    tracing::error!(error = with_sources(error), "internal error");
-    ApiError::new(ErrorCode::Internal, with_sources(error)).hint("the daemon's log has the details")
-}
-
-/// An error with all that is behind it.
-pub fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
+    tracing::error!(error = with_causes(error), "internal error");
+    ApiError::new(ErrorCode::Internal, with_causes(error)).hint("the daemon's log has the details")
 }
 
 /// The VM did not do as it should.

@@ -17,6 +17,7 @@ use std::{
 use heyvm_agent_protocol::v1::{MountInput, MountOutput, MountStart};
 use heyvm_api::{
     ApiError, ErrorCode,
+    error::with_causes,
     sandbox::{Mount, SandboxInfo, Status},
 };
 use heyvm_mounts::{History, Server};
@@ -273,7 +274,7 @@ impl Serving {
         let history = self.history.clone();
         let opened = tokio::task::spawn_blocking(move || Server::open(&path, read_only, &history));
         opened.await.map_err(|error| errors::internal(&error))?.map(Arc::new).map_err(|error| {
-            ApiError::new(ErrorCode::InvalidDirectory, errors::with_sources(&error))
+            ApiError::new(ErrorCode::InvalidDirectory, with_causes(&error))
                 .hint("the directory must be there and open to the one who runs the daemon")
         })
     }

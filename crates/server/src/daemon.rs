@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use heyvm_api::{ApiError, ErrorCode};
+use heyvm_api::{ApiError, ErrorCode, error::with_causes};
 use heyvm_control_plane::ControlPlane;
 use heyvm_edge::Edge;
 use heyvm_images::ImageStore;
@@ -127,7 +127,7 @@ pub(crate) fn raise_descriptor_limit() {
 
 pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<Arc<ControlPlane>, ApiError> {
     let failed = |what: &str, error: &dyn std::error::Error| {
-        ApiError::new(ErrorCode::Internal, format!("{what} cannot be opened: {error}"))
+        ApiError::new(ErrorCode::Internal, format!("{what} cannot be opened: {}", with_causes(error)))
             .hint("the daemon's log has the details; HEYO_HOME names another directory")
     };
     let store = Store::open(&home.join("heyvm.db")).await.map_err(|error| failed("heyvm.db", &error))?;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use heyvm_api::{ApiError, ErrorCode};
+use heyvm_api::{ApiError, ErrorCode, error::with_causes};
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -38,17 +38,6 @@ pub enum Error {
 }
 
 impl Error {
-    /// The sentence with those of what is behind it.
-    pub fn with_causes(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(&format!(": {error}"));
-            cause = error.source();
-        }
-        text
-    }
-
     /// Whether the database is away or too busy, and the same call may do later.
     pub fn is_passing(&self) -> bool {
         use sqlx::Error::{Io, PoolTimedOut, Tls, WorkerCrashed};
@@ -81,7 +70,7 @@ impl From<sqlx::Error> for Error {
 /// What a server's clients are told: the log has why, they have no use for it.
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
-        tracing::error!(error = error.with_causes(), "the store failed");
+        tracing::error!(error = with_causes(&error), "the store failed");
         let (code, message) = match error.is_passing() {
             true => (ErrorCode::DaemonUnavailable, "the server's database does not answer"),
             false => (ErrorCode::Internal, "the server's store failed"),

@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use axum::Router;
 use heyvm_accounts::Accounts;
-use heyvm_api::{ApiError, ErrorCode};
+use heyvm_api::{ApiError, ErrorCode, error::with_causes};
 use heyvm_archives::{Archives, Limits, Storage};
 use heyvm_cloud::Cloud;
 use heyvm_edge::{Edge, Site, SiteBody, Tls};
@@ -107,7 +107,7 @@ impl Places {
 async fn open(home: &Path, config: &ServerConfig, places: &Places) -> Result<Served, ApiError> {
     let location = config.store_location(home);
     let store = Store::connect(&location).await.map_err(|error| {
-        ApiError::new(ErrorCode::HostNotReady, format!("the store cannot be opened: {}", error.with_causes()))
+        ApiError::new(ErrorCode::HostNotReady, format!("the store cannot be opened: {}", with_causes(&error)))
             .hint("does the database run, and does `store` name it rightly?")
     })?;
     let tokens = config.tokens;

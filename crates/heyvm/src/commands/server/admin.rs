@@ -7,6 +7,7 @@ use heyvm_accounts::{Account, Accounts, NewUser, Quotas};
 use heyvm_api::{
     ApiError, ErrorCode,
     accounts::{ApiKeyInfo, CreateKeyRequest, Scope, UserInfo},
+    error::with_causes,
 };
 use heyvm_store::Store;
 use serde_json::{Value, json};
@@ -171,7 +172,7 @@ fn store_of(named: Option<String>) -> Result<String, ApiError> {
 
 async fn open(location: &str) -> Result<Store, ApiError> {
     Store::connect(location).await.map_err(|error| {
-        ApiError::new(ErrorCode::HostNotReady, format!("the store cannot be opened: {}", error.with_causes()))
+        ApiError::new(ErrorCode::HostNotReady, format!("the store cannot be opened: {}", with_causes(&error)))
             .hint("--store or HEYVM_STORE name it; a database must be there already")
     })
 }
