@@ -284,8 +284,9 @@ fn check_name(name: Option<&str>) -> Result<(), ApiError> {
 
 fn too_much(used: i64, more: i64, most: Option<i64>) -> ApiError {
     let [used, more, most] = [used, more, most.unwrap_or_default()].map(|bytes| bytes as f64 / MIB as f64);
-    let message =
-        format!("this account's archives have {used:.1} MiB, and {more:.1} more would be above the {most} it may have");
+    let message = format!(
+        "this account's archives have {used:.1} MiB, and {more:.1} more would be above its limit of {most} MiB"
+    );
     ApiError::new(ErrorCode::QuotaExceeded, message)
         .hint("heyvm delete-archive removes one (heyvm list-archives shows them), or ask the operator for more")
 }
