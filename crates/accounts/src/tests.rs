@@ -84,25 +84,7 @@ fn code<T>(outcome: Result<T, ApiError>) -> ErrorCode {
     error.code
 }
 
-/// Makes two tests of each.
-macro_rules! on_both {
-    ($($name:ident),+ $(,)?) => {
-        mod sqlite {
-            $(#[tokio::test]
-            async fn $name() {
-                super::$name(super::Place::sqlite()).await
-            })+
-        }
-        mod postgres {
-            $(#[tokio::test]
-            async fn $name() {
-                super::$name(super::Place::postgres().await).await
-            })+
-        }
-    };
-}
-
-on_both!(
+heyvm_test_services::on_both!(
     a_password_gives_tokens_and_nothing_else_does,
     attempts_are_limited,
     a_disabled_user_is_out_at_once_on_every_server,

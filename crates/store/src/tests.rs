@@ -29,25 +29,7 @@ impl Place {
     }
 }
 
-/// Makes two tests of each.
-macro_rules! on_both {
-    ($($name:ident),+ $(,)?) => {
-        mod sqlite {
-            $(#[tokio::test]
-            async fn $name() {
-                super::$name(super::Place::sqlite()).await
-            })+
-        }
-        mod postgres {
-            $(#[tokio::test]
-            async fn $name() {
-                super::$name(super::Place::postgres().await).await
-            })+
-        }
-    };
-}
-
-on_both!(
+heyvm_test_services::on_both!(
     a_name_is_taken_only_by_a_living_sandbox,
     of_many_at_once_one_gets_the_name,
     a_replacement_takes_name_and_subdomains_at_once,
