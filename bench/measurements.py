@@ -177,6 +177,40 @@ def private_bytes(pid):
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
+@measurement("idle")
+def idle(stage, _options):
+    """Processor time of idle sandboxes over a minute, half a minute after their first command."""
+    stage.configure("reserve = 0\n")
+    sandboxes = [stage.create() for _ in range(4)]
+    for sandbox in sandboxes:
+        stage.run("exec", sandbox, "--", "true")
+    time.sleep(30)
+    machines, window = list(stage.machines()), 60
+    before = [processor_seconds(pid) for pid in machines]
+    time.sleep(window)
+    shares = sorted(100 * (processor_seconds(pid) - past) / window for pid, past in zip(machines, before))
+    for sandbox in sandboxes:
+        stage.remove(sandbox)
+    stage.configure("")
+    median = statistics.median(shares)
+    return {
+        "what": "processor time of an idle sandbox",
+        "median": f"{median:.2f} %",
+        "p95": f"{p95(shares):.2f} %",
+        "against": {"what": "one core"},
+        "ratio": median / 100,
+        "reach": "<= 0.2 %",
+        "reached": len(shares) == len(sandboxes) and median <= 0.2,
+        "samples": {"ours": shares},
+    }
+
+
+def processor_seconds(pid):
+    """Exact, where /proc/PID/stat counts in hundredths of a second."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+
 @measurement("many")
 def many(stage, options):
     """Many sandboxes, ten at a time: all answer `exec`."""

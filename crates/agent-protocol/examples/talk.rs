@@ -51,6 +51,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
             println!("{:?}", client.port_status(PortStatusRequest { port, wait_ms: 0 }).await?.into_inner());
         }
         "dial" => dial(&mut client, rest).await?,
+        "clock" => {
+            let adjust_ns = rest.first().map_or(Ok(0), |by| by.parse())?;
+            let now = client.clock(ClockRequest { adjust_ns }).await?.into_inner().unix_time_ns;
+            println!("{}.{:09}", now / 1_000_000_000, now % 1_000_000_000);
+        }
         "metrics" => println!("{:?}", client.metrics(MetricsRequest {}).await?.into_inner()),
         "shutdown" => println!("{:?}", client.shutdown(ShutdownRequest { grace_ms: 2000 }).await?.into_inner()),
         other => return Err(format!("there is no call {other}").into()),
@@ -90,7 +95,6 @@ async fn personalize(client: &mut Client, reserve: bool) -> Result<PersonalizeRe
         unix_time_ns: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos().try_into()?,
         hostname: "box".into(),
         machine_id: entropy[..16].iter().map(|byte| format!("{byte:02x}")).collect(),
-        boot_id: "01234567-89ab-4def-8123-456789abcdef".into(),
         network: Some(network),
         env: vec![EnvVar { name: "GREETING".into(), value: "hello".into() }],
         working_dir: "/workspace".into(),

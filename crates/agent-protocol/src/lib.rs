@@ -16,3 +16,5 @@ pub const MAX_MESSAGE: usize = 4 << 20;
 pub const CHUNK: usize = 64 << 10;
 /// Name of the virtio-serial port, as in `/sys/class/virtio-ports/*/name`.
 pub const PORT_NAME: &str = "heyvm.agent";
+/// How the agent names a disk that is full, in messages of status RESOURCE_EXHAUSTED: the host has a hint for that.
+pub const DISK_FULL: &str = "the sandbox's disk is full";

@@ -19,21 +19,16 @@ use nix::{
     kmod::{ModuleInitFlags, finit_module},
     libc::{O_DIRECTORY, O_NOCTTY},
     mount::{MsFlags, mount},
-    sys::{
-        resource::{Resource, setrlimit},
-        stat::{Mode, umask},
-    },
+    sys::stat::{Mode, umask},
 };
 
-use crate::{console, personalize::network};
+use crate::{console, personalize::network, pit, settings};
 
 /// The cgroup that everything but the agent lives in.
 pub const SANDBOX_CGROUP: &str = "/sys/fs/cgroup/sandbox";
 /// Processes and threads of a sandbox, at most, and a quarter of what the kernel would allow for so much memory: a fork
 /// bomb ends here and leaves memory to the others.
 const MAX_TASKS: u64 = 4096;
-/// Descriptors that a program starts with the right to, and that it may ask for.
-const OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
 /// Devices appear a moment after their module is loaded.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -57,20 +52,13 @@ pub fn boot() -> io::Result<Booted> {
     await_file(Path::new("/dev/vda"))?;
     mount(Some("/dev/vda"), "/ro", Some("erofs"), MsFlags::MS_RDONLY, None::<&str>).map_err(named("/ro"))?;
     mount_the_rest(quiet)?;
-    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES.0, OPEN_FILES.1)?;
-    // Each session gets its share of the processor, however many processes it has: a fork bomb does not starve us.
-    let _ = fs::write("/proc/sys/kernel/sched_autogroup_enabled", "1");
-    end_hogs_in_time();
+    settings::apply()?;
+    if let Err(error) = pit::stop() {
+        console::say(format_args!("could not stop the interval timer: {error}"));
+    }
     network::prepare();
     let cgroup = make_cgroup().inspect_err(|error| console::say(format_args!("no limit on processes: {error}"))).ok();
     Ok(Booted { port: find_port()?, cgroup })
-}
-
-/// When what was used within the last second no longer fits into memory, somebody is ended: otherwise the kernel would
-/// rather read programs from the disk over and over, for minutes on a slow processor. Not every kernel can.
-fn end_hogs_in_time() {
-    let _ = fs::write("/sys/kernel/mm/lru_gen/enabled", "y");
-    let _ = fs::write("/sys/kernel/mm/lru_gen/min_ttl_ms", "1000");
 }
 
 fn named(what: &str) -> impl FnOnce(Errno) -> io::Error {
@@ -92,7 +80,8 @@ fn mount_the_rest(quiet: MsFlags) -> io::Result<()> {
     mount_new("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "gid=5,mode=620,ptmxmode=666")?;
     mount_new("tmpfs", "/dev/shm", no_devices, "mode=1777")?;
     mount_new("mqueue", "/dev/mqueue", quiet, "")?;
-    mount_new("tmpfs", "/run", no_devices, "mode=0755")?;
+    // With /dev/shm, which may take half of the memory, it must not take all: what is in them cannot be given up.
+    mount_new("tmpfs", "/run", no_devices, "mode=0755,size=20%")?;
     for (name, target) in [("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         match symlink(format!("/proc/self/{target}"), format!("/dev/{name}")) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),

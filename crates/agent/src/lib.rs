@@ -8,12 +8,14 @@
 //!                                                                  ├─ files
 //!                                                                  ├─ mounts        directories of the host
 //!                                                                  ├─ disk
+//!                                                                  ├─ clock         kept by the host's
 //!                                                                  └─ shutdown
 //! ```
 //! Process 1 must not end: the kernel panics when it does. So a panic ends one task alone, memory and queues are
 //! bounded, and what may block runs on other threads.
 
 pub mod boot;
+mod clock;
 pub mod connection;
 pub mod console;
 mod descriptor;
@@ -21,15 +23,18 @@ mod disk;
 mod exec;
 pub mod files;
 mod main_command;
+pub mod memory_guard;
 mod metrics;
 mod mounts;
 mod net;
 mod oom;
 mod personalize;
+mod pit;
 pub mod port;
 mod process;
 mod sandbox;
 pub mod service;
+mod settings;
 mod shutdown;
 mod warm_up;
 

@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use heyvm_agent::{Reaper, boot, connection, console, port, service::Service};
+use heyvm_agent::{Reaper, boot, connection, console, memory_guard, port, service::Service};
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
@@ -35,6 +35,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 async fn run(booted: boot::Booted) -> ! {
     let reaper = Reaper::new(true);
     tokio::spawn(Arc::clone(&reaper).run());
+    tokio::spawn(memory_guard::watch());
     let service = Arc::new(Service::new(reaper, booted.cgroup));
     console::say(format_args!("ready"));
     loop {

@@ -9,12 +9,13 @@ use std::{
 };
 
 use heyvm_agent_protocol::v1::{
-    DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, Exit, FileChunk, FileInfo, FreezeDiskReply,
-    FreezeDiskRequest, GrowDiskReply, GrowDiskRequest, ListDirReply, ListDirRequest, MainEvent, MetricsReply,
-    MetricsRequest, MountInput, MountOutput, PackRequest, PersonalizeReply, PersonalizeRequest, PortStatusReply,
-    PortStatusRequest, ReadFileRequest, RemoveReply, RemoveRequest, ShutdownReply, ShutdownRequest, StartMainReply,
-    StartMainRequest, StatRequest, ThawDiskReply, ThawDiskRequest, UnpackInput, UnpackReply, WarmUpReply,
-    WarmUpRequest, WatchMainRequest, WriteFileInput, WriteFileReply, agent_server::Agent, exec_input, exec_output,
+    ClockReply, ClockRequest, DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, Exit, FileChunk, FileInfo,
+    FreezeDiskReply, FreezeDiskRequest, GrowDiskReply, GrowDiskRequest, ListDirReply, ListDirRequest, MainEvent,
+    MetricsReply, MetricsRequest, MountInput, MountOutput, PackRequest, PersonalizeReply, PersonalizeRequest,
+    PortStatusReply, PortStatusRequest, ReadFileRequest, RemoveReply, RemoveRequest, ShutdownReply, ShutdownRequest,
+    StartMainReply, StartMainRequest, StatRequest, ThawDiskReply, ThawDiskRequest, UnpackInput, UnpackReply,
+    WarmUpReply, WarmUpRequest, WatchMainRequest, WriteFileInput, WriteFileReply, agent_server::Agent, exec_input,
+    exec_output,
 };
 use tokio::{
     sync::{Mutex, mpsc},
@@ -24,6 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    clock,
     disk::{self, Stillness},
     exec::{self, Run, session::Sessions},
     files::{archive, blocking, content, listing},
@@ -221,7 +223,8 @@ impl Agent for Service {
         if self.sandbox().is_ok() {
             return Err(Status::failed_precondition("only a template is warmed up"));
         }
-        Ok(Response::new(WarmUpReply { bytes_read: warm_up::warm_up(&self.nursery).await }))
+        let bytes_read = warm_up::warm_up(&self.nursery).await;
+        Ok(Response::new(WarmUpReply { bytes_read, clock_source: clock::source() }))
     }
 
     async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Replies<ExecOutput>, Status> {
@@ -329,6 +332,11 @@ impl Agent for Service {
     async fn metrics(&self, _: Request<MetricsRequest>) -> Result<Response<MetricsReply>, Status> {
         self.sandbox()?;
         Ok(Response::new(metrics::read()))
+    }
+
+    async fn clock(&self, request: Request<ClockRequest>) -> Result<Response<ClockReply>, Status> {
+        let reply = clock::answer(request.into_inner());
+        reply.map(Response::new).map_err(|error| Status::internal(format!("the clock: {error}")))
     }
 
     async fn shutdown(&self, request: Request<ShutdownRequest>) -> Result<Response<ShutdownReply>, Status> {

@@ -2,6 +2,11 @@
 
 use heyvm_api::{ApiError, ErrorCode, error::with_causes};
 
+/// What to do when a sandbox's disk is full: `exec`, `cp` out of it and a restart work all the same.
+const DISK_FULL: &str = "remove files in the sandbox (heyvm exec NAME -- du -xh / shows the largest), or give it more room: \
+                         heyvm resize NAME --disk-size-gb N";
+const TOO_MUCH: &str = "send less at a time, or free memory and processes in the sandbox";
+
 /// The store failed: the log has why, the caller has no use for it.
 pub fn store(error: heyvm_store::Error) -> ApiError {
     match error {
@@ -28,6 +33,8 @@ pub fn vm(error: heyvm_vm::Error) -> ApiError {
         Error::Boot { what, console_tail } => ApiError::new(ErrorCode::VmFailed, format!("the VM {what}"))
             .hint("try again; `heyvm doctor` says whether this host is fit")
             .log_tail(console_tail),
+        Error::GuestClock(_) => ApiError::new(ErrorCode::VmFailed, error.to_string())
+            .hint("try again when the host is less busy; `heyvm doctor` says whether it is fit"),
         Error::NoCheckpoint => {
             ApiError::new(ErrorCode::InvalidState, "the sandbox has no checkpoint").hint("heyvm checkpoint makes one")
         }
@@ -69,7 +76,8 @@ pub fn agent(status: &tonic::Status) -> ApiError {
         Code::AlreadyExists => ApiError::new(ErrorCode::FileConflict, text),
         Code::InvalidArgument => ApiError::new(ErrorCode::InvalidArgument, text),
         Code::ResourceExhausted => {
-            ApiError::new(ErrorCode::OutOfResources, text).hint("a larger --disk-size-gb gives more room")
+            let is_full = status.message().contains(heyvm_agent_protocol::DISK_FULL);
+            ApiError::new(ErrorCode::OutOfResources, text).hint(if is_full { DISK_FULL } else { TOO_MUCH })
         }
         Code::PermissionDenied => ApiError::new(ErrorCode::Forbidden, text),
         _ => ApiError::new(ErrorCode::SandboxUnreachable, format!("the sandbox's agent failed: {text}"))
@@ -90,4 +98,19 @@ pub fn io(doing: &str, error: &std::io::Error) -> ApiError {
     }
     tracing::error!(%error, doing, "file operation failed");
     ApiError::new(ErrorCode::Internal, format!("{doing}: {error}")).hint("the daemon's log has the details")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_disk_is_answered_with_what_to_do() {
+        let full =
+            agent(&tonic::Status::resource_exhausted(format!("cannot write /a: {}", heyvm_agent_protocol::DISK_FULL)));
+        assert_eq!(full.code, ErrorCode::OutOfResources);
+        assert!(full.hint.unwrap().contains("heyvm resize"));
+        let large = agent(&tonic::Status::resource_exhausted("more than 7 entries"));
+        assert!(!large.hint.unwrap().contains("resize"));
+    }
 }

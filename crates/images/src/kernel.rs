@@ -1,9 +1,8 @@
 //! Guest kernels: taken from a distribution's kernel package, joined with the agent to an initramfs.
 
 use std::{
-    collections::BTreeSet,
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
@@ -11,18 +10,15 @@ use std::{
 use flate2::{Compression, GzBuilder};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Kernel, cpio::Archive};
+use crate::{Error, Kernel, cpio::Archive, modules};
 
-/// Drivers and file systems that every guest needs, by their file's name.
-const MODULES: [&str; 9] =
-    ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "erofs", "overlay", "ext4", "fuse"];
 /// Where the agent is looked for when it is not named.
 const AGENT: &str = "heyvm-agent";
 
 /// Takes kernel and modules of the newest version in `tree` (an unpacked package, or `/`) into `kernels`.
 pub fn import(tree: &Path, kernels: &Path) -> Result<String, Error> {
     let version = newest(tree)?;
-    let modules = ["lib/modules", "usr/lib/modules"]
+    let tree_modules = ["lib/modules", "usr/lib/modules"]
         .map(|dir| tree.join(dir).join(&version))
         .into_iter()
         .find(|dir| dir.join("modules.dep").exists() || dir.join("kernel").is_dir())
@@ -30,11 +26,11 @@ pub fn import(tree: &Path, kernels: &Path) -> Result<String, Error> {
     let half = tempfile::tempdir_in(prepared(kernels)?).map_err(Error::io("making a directory in", kernels))?;
     let vmlinuz = tree.join("boot").join(format!("vmlinuz-{version}"));
     fs::copy(&vmlinuz, half.path().join("vmlinuz")).map_err(Error::io("copying the kernel", &vmlinuz))?;
-    let wanted = closure(&modules)?;
+    let wanted = modules::closure(&tree_modules)?;
     let mut order = String::new();
     for file in wanted {
-        let name = plain_name(&file);
-        let bytes = decompressed(&modules.join(&file))?;
+        let name = modules::plain_name(&file);
+        let bytes = modules::decompressed(&tree_modules.join(&file))?;
         fs::write(half.path().join(&name), bytes).map_err(Error::io("writing the module", half.path().join(&name)))?;
         order.push_str(&name);
         order.push('\n');
@@ -65,72 +61,6 @@ fn newest(tree: &Path) -> Result<String, Error> {
 
 fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
-}
-
-/// Files of the wanted modules and all they need, in load order. Format of modules.dep: `file: its needs, nearest first`.
-fn closure(modules: &Path) -> Result<Vec<String>, Error> {
-    let table = modules.join("modules.dep");
-    if !table.exists() {
-        run_depmod(modules)?;
-    }
-    let text = fs::read_to_string(&table).map_err(Error::io("reading", &table))?;
-    let builtin = fs::read_to_string(modules.join("modules.builtin")).unwrap_or_default();
-    let mut files = Vec::new();
-    let mut seen = BTreeSet::new();
-    for wanted in MODULES {
-        let same = |path: &str| normal(path) == wanted.replace('-', "_");
-        let Some(line) = text.lines().find(|line| line.split(':').next().is_some_and(same)) else {
-            if builtin.lines().any(same) {
-                continue;
-            }
-            return Err(Error::invalid(format!("the kernel has no {wanted}, built in or as a module")));
-        };
-        let (file, needs) = line.split_once(':').unwrap_or((line, ""));
-        let ordered = needs.split_whitespace().rev().chain([file]);
-        files.extend(ordered.filter(|file| seen.insert((*file).to_owned())).map(str::to_owned));
-    }
-    Ok(files)
-}
-
-/// A package that was unpacked, not installed, comes without the table.
-fn run_depmod(modules: &Path) -> Result<(), Error> {
-    let version = modules.file_name().unwrap_or_default();
-    // …/lib/modules/VERSION
-    let base = modules.ancestors().nth(3).unwrap_or(Path::new("/"));
-    let status = std::process::Command::new("depmod").arg("-b").arg(base).arg(version).status();
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        _ => Err(Error::HostNotReady {
-            what: "depmod does not work here".into(),
-            hint: "install the package kmod".into(),
-        }),
-    }
-}
-
-/// `kernel/drivers/block/virtio_blk.ko.xz` → `virtio_blk`.
-fn normal(path: &str) -> String {
-    plain_name(path).trim_end_matches(".ko").replace('-', "_")
-}
-
-fn plain_name(path: &str) -> String {
-    let name = path.rsplit('/').next().unwrap_or(path);
-    name.split(".ko").next().unwrap_or(name).to_owned() + ".ko"
-}
-
-fn decompressed(file: &Path) -> Result<Vec<u8>, Error> {
-    let io = Error::io("reading the module", file);
-    let read = || -> io::Result<Vec<u8>> {
-        let reader = fs::File::open(file)?;
-        let mut bytes = Vec::new();
-        match file.extension().and_then(|e| e.to_str()) {
-            Some("xz") => xz2::read::XzDecoder::new(reader).read_to_end(&mut bytes)?,
-            Some("zst") => zstd::Decoder::new(reader)?.read_to_end(&mut bytes)?,
-            Some("gz") => flate2::read::GzDecoder::new(reader).read_to_end(&mut bytes)?,
-            _ => io::BufReader::new(reader).read_to_end(&mut bytes)?,
-        };
-        Ok(bytes)
-    };
-    read().map_err(io)
 }
 
 /// The newest kernel in `kernels` with the agent that belongs to this program.

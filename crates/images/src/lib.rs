@@ -4,7 +4,8 @@
 //! - [`store`]: what is here, by name and digest.  [`packages`]: the default image, built from the host's distribution.
 //! - [`registry`], [`import`]: images from registries and files.  [`credentials`]: mirrors, and who we are to them.
 //! - [`archive`]: tars of unknown origin.  [`layers`]: one over the other.  [`work`]: directories for what is half-made.
-//! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`cpio`]: guest kernels and their initramfs.
+//! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`modules`], [`cpio`]: guest kernels and their
+//!   initramfs.
 
 pub mod archive;
 mod cpio;
@@ -13,6 +14,7 @@ mod erofs;
 mod import;
 mod kernel;
 mod layers;
+mod modules;
 mod packages;
 mod registry;
 mod store;

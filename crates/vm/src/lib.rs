@@ -5,6 +5,7 @@
 //! Nothing here knows of names, HTTP or the store.
 
 pub mod agent;
+mod clock;
 pub mod qemu;
 mod rehearsal;
 
@@ -205,6 +206,9 @@ pub enum Error {
     /// The guest's kernel did not make the file system on the disk larger.
     #[error("the file system stays as large as it is: {0}")]
     NotGrown(String),
+    /// The guest's kernel counts time with something that loses time.
+    #[error("the guest's kernel fell back to the clock {0:?}, which loses time")]
+    GuestClock(String),
     /// The VM's agent does not answer.
     #[error("the sandbox's agent does not answer: {0}")]
     Unreachable(String),

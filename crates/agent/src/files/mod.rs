@@ -10,6 +10,8 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use heyvm_agent_protocol::DISK_FULL;
+use nix::sys::statvfs::statvfs;
 use tonic::Status;
 
 /// A path from the host: absolute, without `..`.
@@ -27,7 +29,10 @@ pub fn absolute(path: &str) -> Result<PathBuf, Status> {
 /// A failed file operation as the host is told of it.
 pub fn failed(doing: &str, path: &Path, error: &io::Error) -> Status {
     use io::ErrorKind::*;
-    let message = format!("{doing} {}: {error}", path.display());
+    let message = match error.kind() {
+        StorageFull => format!("{doing} {}: {DISK_FULL}{}", path.display(), without_inodes(path)),
+        _ => format!("{doing} {}: {error}", path.display()),
+    };
     match error.kind() {
         NotFound => Status::not_found(message),
         AlreadyExists => Status::already_exists(message),
@@ -42,6 +47,15 @@ pub fn failed(doing: &str, path: &Path, error: &io::Error) -> Status {
     }
 }
 
+/// A disk may be full although it has free blocks.
+fn without_inodes(path: &Path) -> &'static str {
+    let existing = path.ancestors().find_map(|path| statvfs(path).ok());
+    match existing {
+        Some(stat) if stat.files() > 0 && stat.files_available() == 0 => " (it has no free inodes: too many files)",
+        _ => "",
+    }
+}
+
 /// Runs what may block on a thread of its own.
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Status> + Send + 'static,
@@ -53,6 +67,14 @@ pub async fn blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_named() {
+        let full = io::Error::from_raw_os_error(nix::libc::ENOSPC);
+        let status = failed("cannot write", Path::new("/no/such/file"), &full);
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert_eq!(status.message(), format!("cannot write /no/such/file: {DISK_FULL}"));
+    }
 
     #[test]
     fn only_plain_absolute_paths_are_taken() {

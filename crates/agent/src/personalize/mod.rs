@@ -2,27 +2,28 @@
 //!
 //! Order matters: randomness first, so that nothing random is made before it; then the clock, so that files get true
 //! times; then the disk and the root; the network last, when everything it reaches is in place.
+//!
+//! The kernel draws its boot id when it is first read. Nothing reads it before the template is saved, so every clone draws
+//! its own, after its entropy has come. A file mounted over it would do the same, and would forbid every user namespace
+//! (bwrap, rootless podman, nix) to mount a /proc of its own.
 
 pub mod network;
 mod root;
+mod spare;
 
 use std::{
     fs::{self, File},
     io,
     os::fd::AsRawFd,
     path::Path,
-    time::Duration,
 };
 
 use heyvm_agent_protocol::v1::PersonalizeRequest;
-use nix::{
-    libc,
-    sys::time::TimeSpec,
-    time::{ClockId, clock_settime},
-    unistd::sethostname,
-};
+use nix::{libc, unistd::sethostname};
 
 pub use root::{DISK_MOUNT, OldRoot};
+
+use crate::{clock, console};
 
 /// Less entropy than this is refused, in bytes.
 const MIN_ENTROPY: usize = 32;
@@ -57,6 +58,7 @@ pub fn reserve(request: &PersonalizeRequest) -> Result<OldRoot, PersonalizeError
     root::mount_disk(request.disk_bytes).map_err(step("disk"))?;
     let old_root = root::enter()?;
     make_working_dir(request)?;
+    take_spare_room(&old_root);
     Ok(old_root)
 }
 
@@ -64,7 +66,7 @@ pub fn reserve(request: &PersonalizeRequest) -> Result<OldRoot, PersonalizeError
 pub fn personalize(request: &PersonalizeRequest, reserved: Option<OldRoot>) -> Result<OldRoot, PersonalizeError> {
     check(request)?;
     add_entropy(&request.entropy).map_err(step("entropy"))?;
-    set_clock(request.unix_time_ns).map_err(step("clock"))?;
+    clock::set(request.unix_time_ns).map_err(step("clock"))?;
     sethostname(&request.hostname).map_err(step("host name"))?;
     let old_root = match reserved {
         Some(old_root) => {
@@ -77,19 +79,33 @@ pub fn personalize(request: &PersonalizeRequest, reserved: Option<OldRoot>) -> R
             root::enter()?
         }
     };
-    fs::write(root::BOOT_ID_SHOWN, format!("{}\n", request.boot_id)).map_err(step("boot id"))?;
     if let Some(wanted) = &request.network {
         network::configure(wanted).map_err(step("network"))?;
     }
     make_working_dir(request)?;
+    take_spare_room(&old_root);
     Ok(old_root)
+}
+
+/// A disk that has none left works until it is full.
+fn take_spare_room(old_root: &OldRoot) {
+    if let Err(error) = old_root.disk().and_then(spare::take) {
+        console::say(format_args!("no spare room on the disk: {error}"));
+    }
 }
 
 fn make_working_dir(request: &PersonalizeRequest) -> Result<(), PersonalizeError> {
     if request.working_dir.is_empty() {
         return Ok(());
     }
-    fs::create_dir_all(&request.working_dir).map_err(step("working directory"))
+    match fs::create_dir_all(&request.working_dir) {
+        // Commands say that their directory is missing; a sandbox that does not start could not be emptied.
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+            console::say(format_args!("the disk is full: no working directory"));
+            Ok(())
+        }
+        made => made.map_err(step("working directory")),
+    }
 }
 
 fn check(request: &PersonalizeRequest) -> Result<(), PersonalizeError> {
@@ -101,8 +117,6 @@ fn check(request: &PersonalizeRequest) -> Result<(), PersonalizeError> {
         "the host name is none"
     } else if request.machine_id.len() != 32 || !hex(&request.machine_id) {
         "the machine id is not 32 hex digits"
-    } else if request.boot_id.len() != 36 || !hex(&request.boot_id.replace('-', "")) {
-        "the boot id is not a UUID"
     } else if !request.working_dir.is_empty() && !request.working_dir.starts_with('/') {
         "the working directory is not absolute"
     } else if request.env.iter().any(|v| v.name.is_empty() || v.name.contains(['=', '\0']) || v.value.contains('\0')) {
@@ -138,11 +152,6 @@ fn add_entropy(entropy: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn set_clock(unix_time_ns: i64) -> nix::Result<()> {
-    let now = Duration::from_nanos(u64::try_from(unix_time_ns).unwrap_or(0));
-    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(now))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,7 +161,6 @@ mod tests {
             entropy: vec![7; 32],
             hostname: "box-1".into(),
             machine_id: "0123456789abcdef0123456789abcdef".into(),
-            boot_id: "01234567-89ab-4def-8123-456789abcdef".into(),
             working_dir: "/workspace".into(),
             ..PersonalizeRequest::default()
         }
@@ -161,12 +169,11 @@ mod tests {
     #[test]
     fn a_request_must_be_whole() {
         check(&request()).unwrap();
-        let spoil: [fn(&mut PersonalizeRequest); 6] = [
+        let spoil: [fn(&mut PersonalizeRequest); 5] = [
             |r| r.entropy.truncate(31),
             |r| r.hostname = "a b".into(),
             |r| r.hostname = String::new(),
             |r| r.machine_id.push('0'),
-            |r| r.boot_id = "x".repeat(36),
             |r| r.working_dir = "workspace".into(),
         ];
         for spoil in spoil {

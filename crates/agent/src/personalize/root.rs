@@ -8,7 +8,7 @@ use std::{
     io::{self, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown},
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown},
     },
     path::{Path, PathBuf},
 };
@@ -22,7 +22,7 @@ use nix::{
     unistd::{chdir, chroot, fchdir},
 };
 
-use super::{PersonalizeError, step};
+use super::{PersonalizeError, spare, step};
 use crate::{console, disk};
 
 nix::ioctl_none!(flush_buffers, 0x12, 97);
@@ -32,10 +32,6 @@ const DISK: &str = "/dev/vdb";
 pub const DISK_MOUNT: &str = "/rw";
 /// Mounts that go along into the new root.
 const MOVED: [&str; 4] = ["/proc", "/sys", "/dev", "/run"];
-/// Stands in for the kernel's boot id, in the memory of the first root.
-const BOOT_ID: &str = "/boot_id";
-/// Where it is seen.
-pub const BOOT_ID_SHOWN: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The root that the kernel started with; the disk's mount can be reached from there alone.
 pub struct OldRoot(OwnedFd);
@@ -63,10 +59,10 @@ pub fn upper(name: &str) -> PathBuf {
 
 /// Mounts the root over disk and image and makes it the root of the agent and of all that it starts.
 pub fn enter() -> Result<OldRoot, PersonalizeError> {
-    let options = format!("lowerdir=/ro,upperdir={DISK_MOUNT}/upper,workdir={DISK_MOUNT}/work");
+    // With redirects a directory of the image can be renamed; without them `rename` fails with EXDEV.
+    let options = format!("lowerdir=/ro,upperdir={DISK_MOUNT}/upper,workdir={DISK_MOUNT}/work,redirect_dir=on");
     mount(Some("overlay"), "/new", Some("overlay"), MsFlags::MS_NOATIME, Some(options.as_str()))
         .map_err(step("root"))?;
-    cover_boot_id().map_err(step("boot id"))?;
     for dir in MOVED {
         let target = format!("/new{dir}");
         real_directory(Path::new(&target), 0o755).map_err(step("mount point"))?;
@@ -98,6 +94,7 @@ pub fn mount_disk(bytes: u64) -> io::Result<()> {
         // A sandbox on a smaller disk is better than none.
         console::say(format_args!("the disk stays as large as it was: {error}"));
     }
+    spare::give_up_when_full(Path::new(DISK_MOUNT))?;
     for dir in ["upper", "work"] {
         match fs::create_dir(Path::new(DISK_MOUNT).join(dir)) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -155,9 +152,32 @@ fn place(path: &Path, content: &str) -> io::Result<()> {
     }
     let half = path.with_file_name(".heyvm-half");
     let _ = fs::remove_file(&half);
-    let mut file = File::options().write(true).create_new(true).mode(0o644).open(&half)?;
-    file.write_all(content.as_bytes())?;
-    fs::rename(&half, path)
+    let placed = (|| {
+        let mut file = File::options().write(true).create_new(true).mode(0o644).open(&half)?;
+        file.write_all(content.as_bytes())?;
+        fs::rename(&half, path)
+    })();
+    match placed {
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+            let _ = fs::remove_file(&half);
+            // A disk that had no spare room yet. Better an old name than a sandbox that cannot be emptied.
+            if overwrite(path, content).is_err() {
+                console::say(format_args!("the disk is full: {} stays as it was", path.display()));
+            }
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Writes over a regular file, in the block that it has.
+fn overwrite(path: &Path, content: &str) -> io::Result<()> {
+    let file = File::options().write(true).custom_flags(O_NOFOLLOW | nix::libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    file.write_all_at(content.as_bytes(), 0)?;
+    file.set_len(content.len() as u64)
 }
 
 fn holds(path: &Path, content: &str) -> bool {
@@ -177,13 +197,6 @@ fn hosts(hostname: &str, network: Option<&Network>) -> String {
 
 fn resolv_conf(network: &Network) -> String {
     network.nameservers.iter().map(|server| format!("nameserver {server}\n")).collect()
-}
-
-/// The kernel's boot id is its memory's, so all clones of a template have the same one.
-fn cover_boot_id() -> io::Result<()> {
-    fs::write(BOOT_ID, "")?;
-    mount(Some(BOOT_ID), BOOT_ID_SHOWN, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    Ok(())
 }
 
 #[cfg(test)]

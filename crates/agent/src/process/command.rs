@@ -19,6 +19,8 @@ use crate::{
 };
 
 const SHELL: &str = "/bin/sh";
+/// Without a language, programs take text for ASCII: `ls` and `less` show escapes, Python 3.6 and Ruby fail.
+const DEFAULT_LANG: &str = "C.UTF-8";
 
 /// Something to start.
 pub struct Command {
@@ -106,6 +108,7 @@ fn environment(
     default("PATH", DEFAULT_PATH);
     default("HOME", &identity.home);
     default("HOSTNAME", &sandbox.hostname);
+    default("LANG", DEFAULT_LANG);
     if let Some(pty) = &start.pty {
         default("TERM", if pty.term.is_empty() { "xterm-256color" } else { &pty.term });
     }
@@ -145,7 +148,7 @@ mod tests {
         assert_eq!(texts(&command.program.candidates), ["/x/ls"]);
         assert_eq!(texts(&command.program.argv), ["ls", "-l a"]);
         assert_eq!(command.program.cwd.to_str(), Ok("/workspace"));
-        assert_eq!(texts(&command.program.env), ["A=1", "HOME=/root", "HOSTNAME=box", "PATH=/x"]);
+        assert_eq!(texts(&command.program.env), ["A=1", "HOME=/root", "HOSTNAME=box", "LANG=C.UTF-8", "PATH=/x"]);
     }
 
     #[test]
@@ -159,6 +162,15 @@ mod tests {
         let env = vec![EnvVar { name: "A".into(), value: "2".into() }];
         let command = Command::new(&ExecStart { env, ..start(&["ls"]) }, &sandbox(), None).unwrap();
         assert!(texts(&command.program.env).contains(&"A=2"));
+    }
+
+    #[test]
+    fn the_language_is_utf8_unless_named() {
+        let env = vec![EnvVar { name: "LANG".into(), value: "de_DE.UTF-8".into() }];
+        let command = Command::new(&ExecStart { env, ..start(&["ls"]) }, &sandbox(), None).unwrap();
+        let languages = texts(&command.program.env).into_iter().filter(|entry| entry.starts_with("LANG=")).count();
+        assert_eq!(languages, 1);
+        assert!(texts(&command.program.env).contains(&"LANG=de_DE.UTF-8"));
     }
 
     #[test]

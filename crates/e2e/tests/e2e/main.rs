@@ -9,6 +9,7 @@ mod disks;
 mod doctor;
 mod exec;
 mod files;
+mod guest;
 mod images;
 mod input;
 mod isolation;

@@ -3,7 +3,7 @@
 use std::{
     fs,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use heyvm_agent_protocol::v1::{EnvVar, Network, PersonalizeRequest};
@@ -24,12 +24,14 @@ use super::{
     silent,
     template::{BOOT_DEADLINE, Recipe, agent_has_come_up},
 };
-use crate::{Error, Rehearsal, Vm, VmId, VmSpec, agent::unreachable_agent};
+use crate::{Error, Rehearsal, Vm, VmId, VmSpec, agent::unreachable_agent, clock};
 
 /// Bytes of fresh entropy that a clone gets before its first command.
 const ENTROPY: usize = 64;
 /// Becoming one's own takes a tenth of a second; a guest that takes this long never will.
 const PERSONALIZE_DEADLINE: Duration = Duration::from_secs(60);
+/// A guest that has become a sandbox within this has the host's time, to within half of it.
+const PROMPT: Duration = Duration::from_millis(60);
 /// A clone is there within a tenth of a second; others wait for its turn to end.
 const RESUME_DEADLINE: Duration = Duration::from_secs(60);
 /// A command and a program of the image, which is ended before this.
@@ -165,9 +167,19 @@ impl QemuDriver {
     /// Has the agent make the clone its own; a clone that fails to is ended.
     async fn make_own(&self, vm: &Watched, spec: &VmSpec, becoming: Becoming) -> Result<(), Error> {
         let slot = vm.place.dir().record().map(|record| record.slot).unwrap_or_default();
-        let request = personalize_request(spec, slot, self.egress().await?.is_some(), becoming);
-        let personalized =
-            async { vm.agent.client().await?.personalize(request).await.map_err(|s| unreachable_agent(&s)) };
+        let mut request = personalize_request(spec, slot, self.egress().await?.is_some(), becoming);
+        let personalized = async {
+            let mut client = vm.agent.client().await?;
+            request.unix_time_ns = clock::now_ns();
+            let sent = Instant::now();
+            client.personalize(request).await.map_err(|status| unreachable_agent(&status))?;
+            if becoming != Becoming::Reserve && sent.elapsed() > PROMPT {
+                // The connection had to be made first, or the host is busy: the time that was sent has come late. Where this
+                // fails, the clock is kept from now on all the same.
+                let _ = clock::correct(&vm.agent, 1).await;
+            }
+            Ok(())
+        };
         let failed = tokio::select! {
             answer = personalized => answer.err(),
             exit = vm.exited() => {
@@ -241,14 +253,12 @@ fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becomi
     let mut random = rand::rng();
     let mut entropy = vec![0; ENTROPY];
     random.fill_bytes(&mut entropy);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let addresses = egress::addresses(slot);
     PersonalizeRequest {
         entropy,
-        unix_time_ns: i64::try_from(now.as_nanos()).unwrap_or_default(),
+        unix_time_ns: 0,
         hostname: spec.hostname.clone(),
         machine_id: format!("{:032x}", random.random::<u128>()),
-        boot_id: uuid_from(random.random()),
         network: network.then(|| Network {
             address: addresses.guest.to_string(),
             prefix: u32::from(addresses.prefix),
@@ -263,23 +273,5 @@ fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becomi
             Becoming::Sandbox { disk_bytes } => disk_bytes,
             Becoming::Reserve => 0,
         },
-    }
-}
-
-/// A random (version 4) UUID, as the kernel's own boot id is one.
-fn uuid_from(bits: u128) -> String {
-    let bits = bits & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let hex = format!("{bits:032x}");
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn boot_ids_are_uuids() {
-        assert_eq!(uuid_from(u128::MAX), "ffffffff-ffff-4fff-bfff-ffffffffffff");
-        assert_eq!(uuid_from(0), "00000000-0000-4000-8000-000000000000");
     }
 }

@@ -30,7 +30,7 @@ pub mod fd {
 }
 
 /// Changes whenever the machine below does, so that old templates are not resumed on it.
-pub const MACHINE_VERSION: u32 = 5;
+pub const MACHINE_VERSION: u32 = 6;
 /// Bytes of console output that QEMU remembers.
 pub const CONSOLE_BYTES: u32 = 32 << 10;
 /// Code translated from guest code is kept in this many MiB; it is private memory of each VM.

@@ -25,6 +25,7 @@ use super::{
 use crate::{
     AgentConnection, Error, Exit, ExitCause, Usage, Vm, VmId,
     agent::{told, unreachable_agent},
+    clock,
 };
 
 /// What the agent needs beyond the grace it was given, to unmount and power off.
@@ -120,8 +121,15 @@ impl Watched {
 }
 
 impl RunningVm {
-    /// `watched` under the name `id`.
+    /// `watched` under the name `id`; its clock is kept from now on.
     pub fn new(id: VmId, watched: Arc<Watched>) -> Arc<Self> {
+        let kept = Arc::clone(&watched);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = clock::keep(kept.agent.clone()) => {}
+                _ = kept.exited() => {}
+            }
+        });
         Arc::new(Self { id, watched, stopping: OnceLock::new() })
     }
 

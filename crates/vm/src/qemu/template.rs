@@ -46,6 +46,10 @@ pub const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 const TEMPLATE_DEADLINE: Duration = Duration::from_secs(300);
 /// A state is some hundred kilobytes, written to the disk.
 const SAVE_DEADLINE: Duration = Duration::from_secs(60);
+/// What a guest's kernel may count time with; others (`refined-jiffies`) lose time whenever the host is busy.
+const GOOD_CLOCKS: [&str; 2] = ["tsc", "kvm-clock"];
+/// Boots that are tried for one with a good clock.
+const CLOCK_TRIES: u32 = 3;
 /// The agent has noticed the host's leave, and is waiting again, after this.
 const SETTLE: Duration = Duration::from_millis(300);
 /// Largest device state we take from a guest's QEMU, in bytes.
@@ -185,7 +189,7 @@ impl Templates {
         if !home.join("state").exists() {
             progress("booting a template (once per image and size)", None, None);
             let slot = slots.take(&key);
-            let built = Build { host, egress, recipe, home: &home, slot }.run().await;
+            let built = build_with_a_good_clock(|| Build { host, egress, recipe, home: &home, slot }).await;
             slots.give_back(slot, &key);
             built?;
         }
@@ -226,6 +230,17 @@ fn load(home: &Path) -> Result<Template, Error> {
     };
     let memory = loaded().map_err(Error::io("loading the template's memory", &path))?;
     Ok(Template { memory: Arc::new(memory.into()), state: home.join("state") })
+}
+
+/// Builds again when the guest's kernel does not count time with a good clock: all clones would have that one.
+async fn build_with_a_good_clock<'a>(build: impl Fn() -> Build<'a>) -> Result<(), Error> {
+    for _ in 1..CLOCK_TRIES {
+        match build().run().await {
+            Err(Error::GuestClock(source)) => tracing::warn!(source, "a template's clock is bad: it is built again"),
+            done => return done,
+        }
+    }
+    build().run().await
 }
 
 /// One template in the making.
@@ -306,8 +321,12 @@ impl Build<'_> {
 /// Waits for the agent, has it warm up, and leaves it waiting.
 async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
     let agent = agent_has_come_up(dir, qmp).await?;
-    agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|status| unreachable_agent(&status))?;
+    let warm = agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|status| unreachable_agent(&status))?;
     drop(agent);
+    let source = warm.into_inner().clock_source;
+    if !GOOD_CLOCKS.contains(&source.as_str()) {
+        return Err(Error::GuestClock(source.chars().filter(|c| !c.is_control()).take(40).collect()));
+    }
     tokio::time::sleep(SETTLE).await;
     Ok(())
 }
