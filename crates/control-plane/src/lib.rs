@@ -42,6 +42,7 @@ use std::{
 };
 
 use heyvm_api::{ApiError, ErrorCode, sandbox::*, system::*};
+use heyvm_mounts::HandleBudget;
 use heyvm_store::{EndpointRow, Store};
 use heyvm_vm::{AgentConnection, Driver, Vm};
 use tokio::sync::watch;
@@ -108,6 +109,8 @@ struct Sandbox {
     expiring: AtomicBool,
     /// What became of its making, for those who ask again.
     failure: OnceLock<ApiError>,
+    /// What its mounts may have open, all together.
+    mount_handles: Arc<HandleBudget>,
     /// How much of what this run of the start command has printed is in the log.
     log_offset: AtomicU64,
 }
@@ -122,6 +125,7 @@ impl Sandbox {
             removal: watch::channel(None).0,
             expiring: AtomicBool::new(false),
             failure: OnceLock::new(),
+            mount_handles: HandleBudget::of_this_process(),
             log_offset: AtomicU64::new(0),
         })
     }

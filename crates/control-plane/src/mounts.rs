@@ -20,13 +20,13 @@ use heyvm_api::{
     error::with_causes,
     sandbox::{Mount, SandboxInfo, Status},
 };
-use heyvm_mounts::{History, Server};
+use heyvm_mounts::{Directory, DirectoryIdentity, HandleBudget, History, Server};
 use heyvm_vm::{AgentConnection, Vm};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use crate::{ControlPlane, Sandbox, Who, apart, errors, not_running};
+use crate::{ControlPlane, Sandbox, Who, apart, errors, not_running, record::Record};
 
 /// Mounts of one sandbox, at most.
 const MAX_MOUNTS: usize = 16;
@@ -36,54 +36,94 @@ const SYSTEM: [&str; 3] = ["/proc", "/sys", "/dev"];
 const QUEUE: usize = 16;
 /// A guest mounts within a moment, or never.
 const MOUNTING: Duration = Duration::from_secs(60);
+/// A directory on this host is found within it, or its file system does not answer.
+const LOOKING: Duration = Duration::from_secs(30);
+const DIRECTORY_HINT: &str = "name a directory that is there, for example one of your project";
 /// First and longest pause before what could not be served is tried again.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Where it is written down what guests know of their mounts, below the home.
 const DIRECTORY: &str = "mounts";
 
-/// Checks all mounts of one sandbox; the paths of the answer are whole and plain. The one place that says which
-/// directories of this host a sandbox may have.
-pub(crate) fn check(mounts: &[Mount], home: &Path) -> Result<Vec<Mount>, ApiError> {
+/// Checks what a request says of mounts, without a look at this host's files; the sandbox paths of the answer are plain.
+pub(crate) fn check(mounts: &[Mount]) -> Result<Vec<Mount>, ApiError> {
     if mounts.len() > MAX_MOUNTS {
         let message = format!("{} mounts are more than a sandbox can have", mounts.len());
         return Err(invalid(message, &format!("use up to {MAX_MOUNTS}: mount a directory that holds several")));
     }
     let mut checked: Vec<Mount> = Vec::new();
     for mount in mounts {
-        let host_path = host_path(&mount.host_path, home)?;
+        let Mount { host_path, read_only, .. } = mount.clone();
+        if !host_path.starts_with('/') {
+            return Err(invalid(format!("host_path {host_path:?} is not an absolute path"), "begin it with /"));
+        }
         let sandbox_path = sandbox_path(&mount.sandbox_path)?;
         if checked.iter().any(|other| other.sandbox_path == sandbox_path) {
-            let message = format!("there is a mount at {sandbox_path} already");
-            return Err(invalid(message, "every mount needs a sandbox_path of its own"));
+            return Err(taken(&sandbox_path));
         }
-        checked.push(Mount { host_path, sandbox_path, read_only: mount.read_only });
+        checked.push(Mount { host_path, sandbox_path, read_only });
     }
     Ok(checked)
 }
 
-fn host_path(asked: &str, home: &Path) -> Result<String, ApiError> {
-    if !asked.starts_with('/') {
-        return Err(invalid(format!("host_path {asked:?} is not an absolute path"), "begin it with /"));
-    }
-    let hint = "name a directory that is there, for example one of your project";
+/// Resolves the links of a mount's host path, once: from then on the path is opened through no link, and the directory
+/// must be the one that is identified here. Blocks on the file system.
+fn resolve(mount: &mut Mount, home: &Path) -> Result<DirectoryIdentity, ApiError> {
+    let asked = &mount.host_path;
     let no_directory = |why: String| {
-        ApiError::new(ErrorCode::InvalidDirectory, format!("host_path {asked:?} cannot be mounted: {why}")).hint(hint)
+        ApiError::new(ErrorCode::InvalidDirectory, format!("host_path {asked:?} cannot be mounted: {why}"))
+            .hint(DIRECTORY_HINT)
     };
     let path = fs::canonicalize(asked).map_err(|error| no_directory(error.to_string()))?;
     if !path.is_dir() {
         return Err(no_directory("it is no directory".into()));
     }
+    permitted(&path, home)?;
+    let directory = Directory::open(&path).map_err(not_opened)?;
+    let path = path.into_os_string().into_string();
+    mount.host_path = path.map_err(|path| no_directory(format!("{} is not UTF-8", path.display())))?;
+    Ok(directory.identity().clone())
+}
+
+/// Refuses directories that no sandbox may have. `path` holds no links.
+fn permitted(path: &Path, home: &Path) -> Result<(), ApiError> {
     let home = fs::canonicalize(home).unwrap_or_else(|_| home.to_owned());
     let why = if path == Path::new("/") || SYSTEM.iter().any(|system| path.starts_with(system)) {
         "the whole host and its kernel's files are not for a sandbox"
-    } else if path.starts_with(&home) || home.starts_with(&path) {
+    } else if path.starts_with(&home) || home.starts_with(path) {
         "heyvm's own files are in it"
     } else {
-        let whole = path.into_os_string().into_string();
-        return whole.map_err(|path| no_directory(format!("{} is not UTF-8", path.display())));
+        return Ok(());
     };
-    Err(ApiError::new(ErrorCode::Forbidden, format!("host_path {asked:?} cannot be mounted: {why}")).hint(hint))
+    let message = format!("host_path {:?} cannot be mounted: {why}", path.display().to_string());
+    Err(ApiError::new(ErrorCode::Forbidden, message).hint(DIRECTORY_HINT))
+}
+
+/// Runs file system calls that may stall (NFS, FUSE) where they stall nobody else, and not indefinitely.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::time::timeout(LOOKING, tokio::task::spawn_blocking(work)).await;
+    done.map_err(|_| {
+        ApiError::new(ErrorCode::InvalidDirectory, "the file system of the directory to mount does not answer")
+            .hint("look at it with ls; a network file system may be out of reach")
+    })?
+    .map_err(|error| errors::internal(&error))?
+}
+
+fn not_opened(error: heyvm_mounts::Error) -> ApiError {
+    use heyvm_mounts::Error::{Link, Replaced};
+    let hint = match error {
+        Link { .. } | Replaced { .. } => {
+            "see what stands there now; heyvm mount-add with the same paths, on the stopped sandbox, mounts that instead"
+        }
+        _ => "the directory must be there and open to the one who runs the daemon",
+    };
+    ApiError::new(ErrorCode::InvalidDirectory, with_causes(&error)).hint(hint)
+}
+
+fn taken(sandbox_path: &str) -> ApiError {
+    invalid(format!("there is a mount at {sandbox_path} already"), "every mount needs a sandbox_path of its own")
 }
 
 fn sandbox_path(asked: &str) -> Result<String, ApiError> {
@@ -109,7 +149,8 @@ fn invalid(message: String, hint: &str) -> ApiError {
 }
 
 impl ControlPlane {
-    /// Mounts a directory of this host into a sandbox: at once where it runs, else when it starts.
+    /// Mounts a directory of this host into a sandbox: at once where it runs, else when it starts. Repeating it changes
+    /// nothing while the sandbox runs; on a stopped one it takes the directory that is at the path now.
     pub async fn add_mount(self: &Arc<Self>, who: &Who, mount: Mount) -> Result<SandboxInfo, ApiError> {
         who.account.must_be_owner("mounting a directory of the host")?;
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
@@ -119,12 +160,31 @@ impl ControlPlane {
             if before.removing || !matches!(before.status, Status::Running | Status::Stopped | Status::Failed) {
                 return Err(not_running(&before));
             }
-            let mounts = check(&[before.mounts.as_slice(), &[mount]].concat(), &plane.config.home)?;
-            let record = plane.save(&sandbox, |record| record.mounts = mounts).await?;
-            if let (Some(vm), Some(added)) = (sandbox.vm(), record.mounts.last())
-                && let Err(error) = plane.mount(&sandbox, &vm, added).await
+            let (mount, directory) = plane.resolve_mount(mount).await?;
+            if let Some(same) = before.mounts.iter().find(|other| other.sandbox_path == mount.sandbox_path) {
+                if *same != mount {
+                    return Err(taken(&mount.sandbox_path));
+                }
+                if sandbox.vm().is_some() {
+                    return Ok(plane.info(&before));
+                }
+                let change = |record: &mut Record| drop(record.directories.insert(mount.sandbox_path, directory));
+                return Ok(plane.info(&plane.save(&sandbox, change).await?));
+            }
+            let mounts = check(&[before.mounts.as_slice(), std::slice::from_ref(&mount)].concat())?;
+            plane.room_for_mounts(&before.id)?;
+            let change = |record: &mut Record| {
+                record.mounts = mounts;
+                record.directories.insert(mount.sandbox_path.clone(), directory);
+            };
+            let record = plane.save(&sandbox, change).await?;
+            if let Some(vm) = sandbox.vm()
+                && let Err(error) = plane.mount(&sandbox, &vm, &mount).await
             {
-                plane.save(&sandbox, |record| record.mounts = before.mounts).await?;
+                let undo = |record: &mut Record| {
+                    (record.mounts, record.directories) = (before.mounts, before.directories);
+                };
+                plane.save(&sandbox, undo).await?;
                 return Err(error.sandbox(record.id));
             }
             Ok(plane.info(&record))
@@ -132,13 +192,66 @@ impl ControlPlane {
         .await
     }
 
+    /// Resolves the mounts of a sandbox that is to be made.
+    pub(crate) async fn resolve_mounts(&self, record: &mut Record) -> Result<(), ApiError> {
+        if record.mounts.is_empty() {
+            return Ok(());
+        }
+        self.room_for_mounts(&record.id)?;
+        for mount in &mut record.mounts {
+            let (resolved, directory) = self.resolve_mount(mount.clone()).await?;
+            record.directories.insert(resolved.sandbox_path.clone(), directory);
+            *mount = resolved;
+        }
+        Ok(())
+    }
+
+    async fn resolve_mount(&self, mount: Mount) -> Result<(Mount, DirectoryIdentity), ApiError> {
+        let mut mount = check(&[mount])?.remove(0);
+        let home = self.config.home.clone();
+        on_disk(move || {
+            let directory = resolve(&mut mount, &home)?;
+            Ok((mount, directory))
+        })
+        .await
+    }
+
+    /// Refuses more sandboxes with mounts than leave descriptors for everything else.
+    fn room_for_mounts(&self, id: &str) -> Result<(), ApiError> {
+        let others = self.all().into_iter().filter(|sandbox| {
+            let record = sandbox.record();
+            record.id != id && record.is_living() && !record.mounts.is_empty()
+        });
+        let (others, most) = (others.count(), HandleBudget::sandboxes());
+        if others < most {
+            return Ok(());
+        }
+        let message = format!("{others} sandboxes with mounts run; this host's limit of open files allows no more");
+        Err(ApiError::new(ErrorCode::OutOfResources, message)
+            .hint("stop one of them, or raise the limit (ulimit -n, LimitNOFILE=) and run `heyvm daemon restart`"))
+    }
+
     /// Mounts everything in a VM that has just been started.
     pub(crate) async fn mount_all(&self, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
-        // What may be mounted, or is there, may have changed since.
-        for mount in check(&record.mounts, &self.config.home)? {
-            self.mount(sandbox, vm, &mount).await?;
+        if !record.mounts.is_empty() {
+            self.room_for_mounts(&record.id)?;
         }
+        for mount in &record.mounts {
+            if !record.directories.contains_key(&mount.sandbox_path) {
+                self.identify(sandbox, mount).await?;
+            }
+            self.mount(sandbox, vm, mount).await?;
+        }
+        Ok(())
+    }
+
+    /// Identifies the directory of a mount that an earlier version recorded by its path alone.
+    async fn identify(&self, sandbox: &Sandbox, mount: &Mount) -> Result<(), ApiError> {
+        let path = PathBuf::from(&mount.host_path);
+        let opened = on_disk(move || Directory::open(&path).map_err(not_opened)).await?;
+        let sandbox_path = mount.sandbox_path.clone();
+        self.save(sandbox, |record| drop(record.directories.insert(sandbox_path, opened.identity().clone()))).await?;
         Ok(())
     }
 
@@ -146,14 +259,14 @@ impl ControlPlane {
     pub(crate) fn resume_mounts(&self, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>) {
         for mount in sandbox.snapshot().mounts {
             let history = History::Kept(self.journal(sandbox, &mount));
-            tokio::spawn(Serving::new(sandbox, vm, mount, history).serve(None));
+            tokio::spawn(Serving::new(self, sandbox, vm, mount, history).serve(None));
         }
     }
 
     async fn mount(&self, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>, mount: &Mount) -> Result<(), ApiError> {
         let history = History::Fresh(self.journal(sandbox, mount));
         let (mounted, is_mounted) = oneshot::channel();
-        tokio::spawn(Serving::new(sandbox, vm, mount.clone(), history).serve(Some(mounted)));
+        tokio::spawn(Serving::new(self, sandbox, vm, mount.clone(), history).serve(Some(mounted)));
         is_mounted.await.map_err(|error| errors::internal(&error))?
     }
 
@@ -187,14 +300,19 @@ struct Serving {
     sandbox: Arc<Sandbox>,
     vm: Arc<dyn Vm>,
     mount: Mount,
+    /// The directory that was checked; `None` where an earlier version recorded its path alone.
+    directory: Option<DirectoryIdentity>,
     history: History,
+    home: PathBuf,
 }
 
 type Mounted = oneshot::Sender<Result<(), ApiError>>;
 
 impl Serving {
-    fn new(sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>, mount: Mount, history: History) -> Self {
-        Self { sandbox: Arc::clone(sandbox), vm: Arc::clone(vm), mount, history }
+    fn new(plane: &ControlPlane, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>, mount: Mount, history: History) -> Self {
+        let directory = sandbox.record().directories.get(&mount.sandbox_path).cloned();
+        let home = plane.config.home.clone();
+        Self { sandbox: Arc::clone(sandbox), vm: Arc::clone(vm), mount, directory, history, home }
     }
 
     /// Serves it until its VM is the sandbox's no more or somebody in the guest has unmounted it. With `mounted` somebody
@@ -270,13 +388,18 @@ impl Serving {
     }
 
     async fn open(&self) -> Result<Arc<Server>, ApiError> {
-        let (path, read_only) = (PathBuf::from(&self.mount.host_path), self.mount.read_only);
-        let history = self.history.clone();
-        let opened = tokio::task::spawn_blocking(move || Server::open(&path, read_only, &history));
-        opened.await.map_err(|error| errors::internal(&error))?.map(Arc::new).map_err(|error| {
-            ApiError::new(ErrorCode::InvalidDirectory, with_causes(&error))
-                .hint("the directory must be there and open to the one who runs the daemon")
+        let (path, read_only, home) = (PathBuf::from(&self.mount.host_path), self.mount.read_only, self.home.clone());
+        let (known, history) = (self.directory.clone(), self.history.clone());
+        let budget = Arc::clone(&self.sandbox.mount_handles);
+        on_disk(move || {
+            permitted(&path, &home)?;
+            let directory = match known {
+                Some(known) => Directory::reopen(&path, &known),
+                None => Directory::open(&path),
+            };
+            Ok(Arc::new(Server::open(directory.map_err(not_opened)?, read_only, &history, &budget)))
         })
+        .await
     }
 
     /// Returns when it is mounted.
@@ -325,7 +448,7 @@ mod tests {
         fs::write(project.join("file"), "").unwrap();
         std::os::unix::fs::symlink(&home, project.join("link")).unwrap();
 
-        let good = check(&[mount(&project, "/data/./x/")], &home).unwrap();
+        let good = check(&[mount(&project, "/data/./x/")]).unwrap();
         assert_eq!(good[0].sandbox_path, "/data/x");
         use ErrorCode::{Forbidden, InvalidArgument, InvalidDirectory};
         for (host, code) in [
@@ -342,17 +465,32 @@ mod tests {
             (&project.join("link"), Forbidden),
             (&project.join("../home"), Forbidden),
         ] {
-            let error = check(&[mount(host, "/data")], &home).unwrap_err();
+            let checked = check(&[mount(host, "/data")]).and_then(|mut mounts| resolve(&mut mounts[0], &home));
+            let error = checked.unwrap_err();
             assert!(error.code == code && error.hint.is_some(), "{host:?}: {error:?}");
         }
         for sandbox in ["", "data", "/", "/.", "/proc", "/proc/x", "/sys", "/dev/shm", "/a/../b", "/a\0b"] {
-            let error = check(&[mount(&project, sandbox)], &home).unwrap_err();
+            let error = check(&[mount(&project, sandbox)]).unwrap_err();
             assert!(error.code == InvalidArgument && error.hint.is_some(), "{sandbox:?}: {error:?}");
         }
         let twice = [mount(&project, "/data"), mount(&project, "/data/")];
-        assert!(check(&twice, &home).unwrap_err().message.contains("already"));
+        assert!(check(&twice).unwrap_err().message.contains("already"));
         let many: Vec<_> = (0..=MAX_MOUNTS).map(|number| mount(&project, &format!("/data/{number}"))).collect();
-        assert_eq!(check(&many, &home).unwrap_err().code, InvalidArgument);
-        check(&many[1..], &home).unwrap();
+        assert_eq!(check(&many).unwrap_err().code, InvalidArgument);
+        check(&many[1..]).unwrap();
+    }
+
+    #[test]
+    fn links_are_resolved_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = fs::canonicalize(dir.path()).unwrap();
+        let (home, project) = (dir.join("home"), dir.join("project"));
+        fs::create_dir(&home).unwrap();
+        fs::create_dir(&project).unwrap();
+        std::os::unix::fs::symlink("project", dir.join("link")).unwrap();
+        let mut linked = mount(&dir.join("link"), "/data");
+        let directory = resolve(&mut linked, &home).unwrap();
+        assert_eq!(Path::new(&linked.host_path), project);
+        Directory::reopen(&project, &directory).unwrap();
     }
 }

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use heyvm_api::sandbox::{CreateRequest, Endpoint, Mount, Reason, ReasonCode, SandboxInfo, SizeClass, Status};
+use heyvm_mounts::DirectoryIdentity;
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +98,9 @@ pub struct Record {
     /// Directories of this host in it.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// Which directories these were when they were checked, by `sandbox_path`.
+    #[serde(default)]
+    pub directories: BTreeMap<String, DirectoryIdentity>,
     /// Why it does not run.
     pub reason: Option<Reason>,
     /// What was done otherwise than asked for.

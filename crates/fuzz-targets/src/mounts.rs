@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use heyvm_mounts::{History, Server};
+use heyvm_mounts::{Directory, HandleBudget, History, Server};
 
 use crate::outside::Outside;
 
@@ -16,7 +16,9 @@ pub fn mount_requests(mut data: &[u8]) {
     fs::write(place.inside().join("file"), "content").expect("a file");
     let journal = tempfile::tempdir().expect("a directory");
     let history = History::Fresh(journal.path().join("journal"));
-    let server = Server::open(&place.inside(), false, &history).expect("a server");
+    let inside = fs::canonicalize(place.inside()).expect("a directory");
+    let directory = Directory::open(&inside).expect("a directory");
+    let server = Server::open(directory, false, &history, &HandleBudget::new(1024));
     assert!(server.answer(data).is_none() || data.len() >= HEAD);
     for unique in 1..=REQUESTS {
         let Some((request, rest)) = cut(data) else { break };

@@ -7,6 +7,7 @@
 //!                                                 ├ nodes     which number the guest knows a name by; kept in a journal
 //!                                                 ├ handles   files and directories that are open
 //!                                                 ├ tree      every way to a file, none of which leaves the directory
+//!                                                 ├ directory what may be served, recognised again later
 //!                                                 └ worker    who does the work, with whose rights
 //! ```
 //! The guest is hostile: whatever it asks for, nothing outside the directory is reached. Every path is walked by the
@@ -16,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod directories;
+mod directory;
 mod entries;
 mod files;
 mod handles;
@@ -27,12 +29,14 @@ mod worker;
 
 use std::{io, path::PathBuf};
 
+pub use directory::{Directory, DirectoryIdentity};
+pub use handles::HandleBudget;
 pub use server::{History, Server};
 pub use wire::MAX_WRITE;
 
 /// Nodes of one mount that the guest may remember at a time: beyond it look-ups fail with ENFILE.
 pub const MAX_NODES: usize = 512 << 10;
-/// Files and directories of one mount that may be open at a time: beyond it opening fails with ENFILE.
+/// Files and directories of all mounts of one sandbox that may be open at a time: beyond it opening fails with ENFILE.
 pub const MAX_HANDLES: usize = 2048;
 
 /// Why a directory cannot be served.
@@ -46,6 +50,18 @@ pub enum Error {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// A symbolic link stands where the directory was.
+    #[error("{path} leads through a symbolic link", path = path.display())]
+    Link {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path means another directory than before.
+    #[error("{path} is another directory than the one that was mounted", path = path.display())]
+    Replaced {
+        /// The path.
+        path: PathBuf,
     },
     /// The thread that does the work could not be set up.
     #[error("no thread with the rights of the directory's owner")]

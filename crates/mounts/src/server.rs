@@ -3,8 +3,8 @@
 use std::{
     fs::File,
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::{
@@ -13,8 +13,8 @@ use rustix::{
 };
 
 use crate::{
-    Error,
-    handles::Handles,
+    directory::Directory,
+    handles::{HandleBudget, Handles},
     nodes::Nodes,
     tree::{self, Tree},
     wire::{self, Head, Input, Operation, Output, ROOT},
@@ -39,11 +39,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Opens the directory. What later becomes of its name does not matter; when the directory itself is removed, the
-    /// guest gets errors.
-    pub fn open(directory: &Path, read_only: bool, history: &History) -> Result<Self, Error> {
-        let failed = |source| Error::Directory { path: directory.to_owned(), source };
-        let tree = Tree::open(directory).map_err(failed)?;
+    /// Serves an open directory within a sandbox's budget of descriptors. When the directory itself is removed, the guest
+    /// gets errors.
+    pub fn open(directory: Directory, read_only: bool, history: &History, budget: &Arc<HandleBudget>) -> Self {
         let nodes = match history {
             History::Fresh(journal) => Nodes::with_journal(journal),
             History::Kept(journal) => Nodes::from_journal(journal),
@@ -52,7 +50,7 @@ impl Server {
             tracing::warn!(%error, "the next daemon will not know the files that a guest has open in a mount");
             Nodes::new()
         });
-        Ok(Self { tree, handles: Handles::new(), read_only, nodes: Mutex::new(nodes) })
+        Self { tree: directory.tree, handles: Handles::new(Arc::clone(budget)), read_only, nodes: Mutex::new(nodes) }
     }
 
     /// The answer to one request; none to one that wants none, and to what is no request.

@@ -1,6 +1,6 @@
 //! Every way to a file: walked by the kernel below one directory, never out of it.
 
-use std::{fs::File, io, os::fd::OwnedFd, path::Path};
+use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use rustix::{
     fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, Stat, fstat, openat2},
@@ -30,10 +30,17 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// Opens it; later walks begin here, whatever becomes of its name.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    /// Opens it, through no symbolic link; later walks begin here, whatever becomes of its name.
+    pub fn open(path: &Path) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { root: rustix::fs::open(path, flags, Mode::empty())? })
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        for _ in 0..TRIES {
+            match openat2(CWD, path, flags, Mode::empty(), resolve) {
+                Err(Errno::AGAIN) => {}
+                opened => return Ok(Self { root: opened? }),
+            }
+        }
+        Err(Errno::AGAIN)
     }
 
     /// The directory itself.

@@ -150,6 +150,7 @@ impl ControlPlane {
         if let Some(id) = asked.sandbox_id {
             record.id = id.to_string();
         }
+        self.resolve_mounts(&mut record).await?;
         if let Some(archive) = &record.archive_id {
             archives::check(&self.config.home, archive)?;
         }

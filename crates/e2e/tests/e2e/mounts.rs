@@ -156,7 +156,9 @@ fn mounts_come_again_with_a_start_and_are_added_to_what_runs() {
     let added = host.json(&add);
     assert_eq!((&added["mounts"][1]["host_path"], &added["mounts"][1]["read_only"]), (&path.into(), &true.into()));
     assert_eq!(vm.sh("cat /srv/second/file").out(), "second");
-    assert_eq!(host.refused(&add).code, "invalid_argument");
+    assert_eq!(host.json(&add)["mounts"], added["mounts"], "repeating it changes nothing");
+    let other = ["mount-add", "--id", &vm.id, "--host-path", path, "--sandbox-path", "/data"];
+    assert_eq!(host.refused(&other).code, "invalid_argument");
     assert_eq!(vm.info()["mounts"].as_array().expect("mounts").len(), 2);
 
     vm.does("stop");
@@ -173,9 +175,31 @@ fn mounts_come_again_with_a_start_and_are_added_to_what_runs() {
     fs::remove_dir_all(&third).expect("directory");
     let refused = host.refused(&["start", &vm.id]);
     assert_eq!((refused.code.as_str(), refused.step.as_str()), ("invalid_directory", "mount"));
+    // Another directory of the same name is mounted when that is asked for.
     fs::create_dir(&third).expect("directory");
+    fs::write(third.join("new"), "").expect("file");
+    let refused = host.refused(&["start", &vm.id]);
+    assert_eq!((refused.code.as_str(), refused.step.as_str()), ("invalid_directory", "mount"));
+    host.run(&add).succeeded();
     vm.does("start");
-    vm.sh("touch /third/again");
+    vm.sh("touch /third/again && test -e /third/new");
+}
+
+#[test]
+fn a_guest_points_no_mount_at_another_directory() {
+    let host = Host::new();
+    let (project, secret) = (directory(&host, "project"), directory(&host, "secret"));
+    fs::create_dir(project.join("sub")).expect("directory");
+    fs::write(secret.join("key"), "of the host\n").expect("file");
+    let (outer, inner) = (format!("{}:/data", project.display()), format!("{}:/inner", project.join("sub").display()));
+    let vm = host.create(&["--size-class", "mini", "--mount", &outer, "--mount", &inner]);
+    let link = format!("rm -r /data/sub && ln -s {} /data/sub", secret.display());
+    vm.sh(&link);
+    vm.does("stop");
+    let refused = host.refused(&["start", &vm.id]);
+    assert_eq!((refused.code.as_str(), refused.step.as_str()), ("invalid_directory", "mount"));
+    assert!(refused.message.contains("symbolic link"), "{}", refused.message);
+    assert_eq!(fs::read_to_string(secret.join("key")).expect("file"), "of the host\n");
 }
 
 /// What uses a mount goes on under another daemon: its directory, its open files.

@@ -156,3 +156,30 @@ fn what_may_be_open_has_a_bound() {
     guest.ask(RELEASE, node, &join(&[&first.to_ne_bytes(), &[0; 16]])).unwrap();
     guest.open(node, O_RDONLY).unwrap();
 }
+
+#[test]
+fn all_mounts_of_a_sandbox_share_one_budget() {
+    let (dir, journal) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let shared = fs::canonicalize(dir.path()).unwrap();
+    // Few descriptors in all: a sandbox still gets as many as it can work with.
+    let budget = heyvm_mounts::HandleBudget::new(1024);
+    let servers = ["one", "two"].map(|name| {
+        let history = heyvm_mounts::History::Fresh(journal.path().join(name));
+        let directory = heyvm_mounts::Directory::open(&shared).unwrap();
+        heyvm_mounts::Server::open(directory, false, &history, &budget)
+    });
+    let open = |server: &heyvm_mounts::Server| {
+        let answer = server.answer(&request(OPENDIR, ROOT, &[0; 8])).unwrap();
+        i32::from_ne_bytes(answer[4..8].try_into().unwrap())
+    };
+    let opened = (0..).take_while(|_| open(&servers[0]) == 0).count();
+    assert_eq!((opened, open(&servers[1])), (64, -ENFILE));
+    drop(servers.into_iter().next());
+    let again = heyvm_mounts::Server::open(
+        heyvm_mounts::Directory::open(&shared).unwrap(),
+        false,
+        &heyvm_mounts::History::Fresh(journal.path().join("three")),
+        &budget,
+    );
+    assert_eq!(open(&again), 0, "what a mount held is given back with it");
+}

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use heyvm_mounts::{History, Server};
+use heyvm_mounts::{Directory, HandleBudget, History, Server};
 use tempfile::TempDir;
 
 pub const ROOT: u64 = 1;
@@ -136,7 +136,9 @@ impl Guest {
 }
 
 fn open(dir: &Path, read_only: bool, history: &History) -> Server {
-    Server::open(&dir.join("shared"), read_only, history).unwrap()
+    let shared = std::fs::canonicalize(dir.join("shared")).unwrap();
+    let budget = HandleBudget::new(heyvm_mounts::MAX_HANDLES * 64);
+    Server::open(Directory::open(&shared).unwrap(), read_only, history, &budget)
 }
 
 pub fn request(operation: u32, node: u64, body: &[u8]) -> Vec<u8> {
