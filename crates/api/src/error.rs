@@ -123,6 +123,52 @@ impl ErrorCode {
         }
     }
 
+    /// What to do next, where the place of the error knows nothing better.
+    pub fn hint(self) -> &'static str {
+        use ErrorCode::*;
+        match self {
+            InvalidArgument | BadRequest => "`heyvm COMMAND --help` and GET /openapi.json describe what is accepted",
+            BadHost => "use a host name of `urls`, as `heyvm get` prints it",
+            InvalidName => "use lower-case letters, digits and dashes",
+            InvalidPort => "use a port from 1 to 65535",
+            UnknownSizeClass => "use micro, mini, small, medium, large or xlarge",
+            UnknownRegion => "leave the region out to use the default one",
+            SandboxNotFound => "`heyvm list --all` shows every sandbox",
+            NameTaken => "choose another name, or replace the sandbox of this name with --replace",
+            IdempotencyKeyReused => "use a new key for a new request",
+            InvalidState => "`heyvm get` shows the sandbox's state",
+            PortNotBound => "`heyvm get` lists the bound ports; `heyvm bind` binds one",
+            PortNotListening => "start the app, or see `heyvm logs` for why it ended",
+            ImageNotFound => "`heyvm images list` shows the images at hand; `heyvm pull` fetches one",
+            RegistryUnavailable => "try again, or import the image with `heyvm images import`",
+            ImageInvalid => "pull or export the image again",
+            InvalidDirectory => "name a directory that is there and not empty",
+            ArchiveInvalid => "pack the directory again with tar",
+            ArchiveNotFound => "`heyvm list-archives` shows the archives at hand",
+            SetupHookFailed | StartCommandFailed => {
+                "run the command by hand: deploy with --keep-on-failure, then `heyvm exec`"
+            }
+            HealthTimeout => "see `heyvm logs`; --health-timeout waits longer",
+            VmFailed => "try again; `heyvm doctor` checks this host",
+            SandboxUnreachable => "`heyvm get` says how the sandbox is; `heyvm restart` starts it afresh",
+            FileNotFound => "list the directory with `heyvm exec NAME -- ls`",
+            FileConflict => "remove what is there first, or choose another path",
+            OutOfResources => "free disk space or memory on the host, or remove sandboxes",
+            HostNotReady => "`heyvm doctor` says what the host lacks",
+            Unsupported => "leave out what the message names",
+            Unauthorized => "log in with `heyvm login`, or send `Authorization: Bearer TOKEN`",
+            Forbidden => "use credentials that allow this; `heyvm whoami` shows yours",
+            NotFound => "GET /openapi.json lists every path",
+            QuotaExceeded => "remove or stop sandboxes, or ask the operator for more",
+            RateLimited => "wait as long as the answer says",
+            RegionUnavailable | StorageUnavailable => "try again in a moment",
+            TooLarge => "send less at a time",
+            Timeout => "try again with a longer timeout",
+            DaemonUnavailable => "run the command again; `heyvm daemon status` shows the daemon",
+            Internal => "the daemon's log (~/.heyo/daemon.log) has the details",
+        }
+    }
+
     /// The code as it stands in JSON.
     pub fn as_str(self) -> String {
         match serde_json::to_value(self) {

@@ -28,6 +28,11 @@ pub struct Refused {
 pub fn parse(arguments: Vec<OsString>) -> Result<Cli, Refused> {
     let arguments = with_format_in_front(arguments);
     let format = format_of(&arguments);
+    if arguments.len() == 1 {
+        // Who types the name alone wants to know what there is.
+        let shown = Cli::command().render_help().to_string();
+        return Err(Refused { error: Cli::command().error(ErrorKind::DisplayHelp, shown), format });
+    }
     let cli = Cli::try_parse_from(arguments).map_err(|error| Refused { error, format })?;
     if cli.command.is_none() && !cli.serve.api {
         let error = Cli::command().error(ErrorKind::MissingSubcommand, "a command is missing");
@@ -145,6 +150,24 @@ mod tests {
         assert_eq!(exec(&["exec", "a", "--", "--format=json"]).1, ["--format=json"]);
         assert_eq!(exec(&["exec", "a", "--", "prog", "--format", "xml"]).1, ["prog", "--format", "xml"]);
         assert_eq!(exec(&["exec", "a", "--", "prog", "--format", "json", "x"]).1.len(), 4);
+    }
+
+    #[test]
+    fn docker_users_habits_work() {
+        for line in [&["ls"][..], &["ps", "-a", "-q"]] {
+            assert!(matches!(parsed(line).unwrap().command, Some(Command::List(_))), "{line:?}");
+        }
+        assert!(matches!(parsed(&["rm", "-f", "a", "b"]).unwrap().command, Some(Command::Rm(args)) if args.yes));
+        let line = ["deploy", ".", "-n", "web", "-p", "80", "-e", "A=1", "-v", "/a:/b", "-w", "/srv"];
+        let Some(Command::Deploy(args)) = parsed(&line).unwrap().command else { panic!("no deploy") };
+        assert_eq!(
+            (args.port, args.make.env, args.make.mount),
+            (vec!["80".into()], vec!["A=1".into()], vec!["/a:/b".into()])
+        );
+        let Some(Command::Create(args)) = parsed(&["create", "--port", "80"]).unwrap().command else {
+            panic!("no create")
+        };
+        assert_eq!(args.open_port, ["80"]);
     }
 
     #[test]

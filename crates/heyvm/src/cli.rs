@@ -8,7 +8,7 @@ use crate::{
     commands::{
         archives::{ArchiveArgs, ArchiveDirArgs, DeleteArchiveArgs, UpdateArgs},
         bind::{BindArgs, UnbindArgs},
-        completions::CompletionsArgs,
+        completions::{self, CompletionsArgs},
         cp::CpArgs,
         daemon::DaemonArgs,
         deploy::{CreateArgs, DeployArgs},
@@ -92,10 +92,10 @@ pub enum Command {
     #[command(after_help = EXEC_EXAMPLES)]
     Exec(ExecArgs),
     /// List sandboxes and their URLs
-    #[command(after_help = LIST_EXAMPLES)]
+    #[command(visible_aliases = ["ls", "ps"], after_help = LIST_EXAMPLES)]
     List(ListArgs),
-    /// Tell everything about one sandbox, also why it ended
-    #[command(after_help = GET_EXAMPLES)]
+    /// Show everything about one sandbox, also why it ended
+    #[command(visible_alias = "inspect", after_help = GET_EXAMPLES)]
     Get(Who),
     /// Wait until a port in a sandbox, or a URL, answers
     #[command(after_help = WAIT_FOR_EXAMPLES)]
@@ -109,15 +109,15 @@ pub enum Command {
     /// Show what the start command has printed
     #[command(after_help = LOGS_EXAMPLES)]
     Logs(LogsArgs),
-    /// End the VM and keep its disk
+    /// Stop sandboxes (their disks are kept)
     #[command(after_help = STOP_EXAMPLES)]
-    Stop(Who),
-    /// Go on from the disk of a stopped sandbox
+    Stop(Several),
+    /// Start stopped sandboxes (their disks are kept)
     #[command(after_help = START_EXAMPLES)]
-    Start(Who),
-    /// Stop and start
+    Start(Several),
+    /// Stop sandboxes and start them again
     #[command(after_help = RESTART_EXAMPLES)]
-    Restart(Who),
+    Restart(Several),
     /// Give a sandbox another size class, or a larger disk
     #[command(after_help = RESIZE_EXAMPLES)]
     Resize(ResizeArgs),
@@ -154,7 +154,7 @@ pub enum Command {
     /// Remove an archive; sandboxes that were made from it go on
     #[command(after_help = DELETE_ARCHIVE_EXAMPLES)]
     DeleteArchive(DeleteArchiveArgs),
-    /// Put an archive in place of what a sandbox's app is, and restart it
+    /// Replace a sandbox's app with an archive and restart it
     #[command(after_help = UPDATE_EXAMPLES)]
     Update(UpdateArgs),
     /// Log in to a heyvm server: commands then use it instead of this machine
@@ -163,28 +163,40 @@ pub enum Command {
     /// Forget the login, here and at the server
     #[command(after_help = LOGOUT_EXAMPLES)]
     Logout,
-    /// Tell who commands are to the server
+    /// Show the identity used for the server
     #[command(after_help = WHOAMI_EXAMPLES)]
     Whoami,
-    /// Say whether this machine can run sandboxes, how well, and what to do about it
+    /// Check whether this machine can run sandboxes, and say what to do
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor,
-    /// Look after the background daemon, which starts by itself
+    /// Manage the background daemon (starts automatically)
     #[command(after_help = DAEMON_EXAMPLES)]
     Daemon(DaemonArgs),
-    /// Look after a heyvm server's accounts
+    /// Run a heyvm server and manage its accounts
     #[command(after_help = SERVER_EXAMPLES)]
     Server(ServerArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions(CompletionsArgs),
+    /// Print the version
+    #[command(after_help = VERSION_EXAMPLES)]
+    Version,
 }
 
 /// A sandbox.
 #[derive(Debug, clap::Args)]
 pub struct Who {
     /// Id, name or slug
+    #[arg(add = completions::sandboxes())]
     pub sandbox: String,
+}
+
+/// One sandbox or several.
+#[derive(Debug, clap::Args)]
+pub struct Several {
+    /// Id, name or slug (repeatable)
+    #[arg(required = true, add = completions::sandboxes())]
+    pub sandboxes: Vec<String>,
 }
 
 const TOP_EXAMPLES: &str = "\
@@ -238,8 +250,9 @@ Examples:
   heyvm logs web
   heyvm logs -f web";
 const STOP_EXAMPLES: &str = "\
-Example:
-  heyvm stop web --format json";
+Examples:
+  heyvm stop web --format json
+  heyvm stop worker-1 worker-2";
 const START_EXAMPLES: &str = "\
 Example:
   heyvm start web";
@@ -259,7 +272,7 @@ Example:
 const RM_EXAMPLES: &str = "\
 Examples:
   heyvm rm web
-  heyvm rm -y web worker-1 worker-2";
+  heyvm rm -f web worker-1 worker-2";
 const IMAGES_EXAMPLES: &str = "\
 Examples:
   heyvm images list
@@ -325,6 +338,9 @@ Example:
 const COMPLETIONS_EXAMPLES: &str = "\
 Example:
   heyvm completions bash > ~/.local/share/bash-completion/completions/heyvm";
+const VERSION_EXAMPLES: &str = "\
+Example:
+  heyvm version --format json";
 
 #[cfg(test)]
 mod tests {

@@ -24,6 +24,9 @@ fn main() {
         Some("daemon") => heyvm_jail::process::close_inherited(),
         _ => {}
     }
+    clap_complete::CompleteEnv::with_factory(<cli::Cli as clap::CommandFactory>::command)
+        .var(commands::completions::VARIABLE)
+        .complete();
     let status = match arguments::parse(std::env::args_os().collect()) {
         Ok(cli) => commands::run(cli),
         Err(refused) => refused.tell(),

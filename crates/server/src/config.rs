@@ -1,4 +1,5 @@
-//! `config.toml`: what the user may decide. All of it is optional; a key nobody knows is an error that names it.
+//! `config.toml`: the user's settings. All of them are optional; an unknown key is an error that names it. docs/settings.md is
+//! made from these types and those of `server.toml`.
 
 use std::{
     io,
@@ -14,6 +15,7 @@ use crate::Error;
 /// The whole file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct Config {
     /// Image of sandboxes that ask for none.
     pub default_image: String,
@@ -28,6 +30,7 @@ pub struct Config {
     /// What sandboxes may reach.
     pub network: NetworkConfig,
     /// Registries: mirrors, credentials.
+    #[cfg_attr(test, serde(skip_serializing))]
     pub registries: RegistryConfig,
     /// Present: this daemon is a region of a cloud.
     pub region: Option<RegionConfig>,
@@ -36,6 +39,7 @@ pub struct Config {
 /// `[edge]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct EdgeConfig {
     /// Address to listen at.
     pub listen: IpAddr,
@@ -52,6 +56,7 @@ pub struct EdgeConfig {
 /// `[network]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct NetworkConfig {
     /// Whether sandboxes have a network at all.
     pub enabled: bool,
@@ -63,6 +68,7 @@ pub struct NetworkConfig {
 /// absolute, or begin at the home.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct RegionConfig {
     /// Address and port to listen at.
     pub listen: SocketAddr,

@@ -168,7 +168,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
             return Problem::invalid(format!("the body is not JSON: {inner}"), hint);
         }
         let field = if path == "." { "the body".to_owned() } else { format!("field {path}") };
-        Problem::invalid(format!("{field} is not as it should be: {inner}"), hint)
+        Problem::invalid(format!("{field}: {inner}"), hint)
     })?;
     json.end().map_err(|error| Problem::invalid(format!("the body is not JSON: {error}"), hint))?;
     Ok(value)

@@ -34,6 +34,9 @@ mod region;
 mod relay;
 mod routes;
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod settings_page;
+#[cfg(test)]
 mod trials;
 
 pub use daemon::run_daemon;

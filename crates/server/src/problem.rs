@@ -59,19 +59,19 @@ impl From<QueryRejection> for Problem {
     fn from(rejection: QueryRejection) -> Self {
         let text = rejection.body_text();
         let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
-        Self::invalid(format!("the query is not as it should be: {text}"), "see GET /openapi.json")
+        Self::invalid(format!("query: {text}"), "GET /openapi.json describes every parameter")
     }
 }
 
 impl From<PathRejection> for Problem {
     fn from(rejection: PathRejection) -> Self {
-        Self::invalid(format!("the path is not as it should be: {}", rejection.body_text()), "see GET /openapi.json")
+        Self::invalid(format!("path: {}", rejection.body_text()), "GET /openapi.json describes every parameter")
     }
 }
 
 impl From<RawPathParamsRejection> for Problem {
     fn from(rejection: RawPathParamsRejection) -> Self {
-        Self::invalid(format!("the path is not as it should be: {}", rejection.body_text()), "see GET /openapi.json")
+        Self::invalid(format!("path: {}", rejection.body_text()), "GET /openapi.json describes every parameter")
     }
 }
 
@@ -97,16 +97,6 @@ impl IntoResponse for Problem {
 
 /// Every error says what to do next.
 fn with_hint(mut error: ApiError) -> ApiError {
-    if error.hint.is_none() {
-        let hint = match error.code {
-            ErrorCode::FileNotFound => "GET /sandboxes/{id}/files lists what is there",
-            ErrorCode::FileConflict => "remove what is there first, or choose another path",
-            ErrorCode::SandboxUnreachable => "`heyvm get` says how the sandbox is; `heyvm restart` starts it afresh",
-            ErrorCode::SandboxNotFound => "`heyvm list --all` shows every sandbox",
-            ErrorCode::Internal => "the daemon's log has the details",
-            _ => "see GET /openapi.json, or `heyvm --help`",
-        };
-        error.hint = Some(hint.into());
-    }
+    error.hint.get_or_insert_with(|| error.code.hint().into());
     error
 }

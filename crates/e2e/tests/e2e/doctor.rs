@@ -5,10 +5,12 @@ use std::time::Duration;
 use heyvm_e2e::{
     Host,
     host::{program, test_home},
+    run::Ran,
 };
 use heyvm_images::{ImageStore, RegistryConfig};
 use heyvm_jail::root;
 use heyvm_vm::qemu::accel::{Acceleration, Trial, boots};
+use nix::sys::signal::Signal;
 
 #[test]
 fn says_whether_kvm_works_and_why() {
@@ -53,9 +55,40 @@ fn every_command_has_help_with_an_example() {
         assert!(help.contains("Example") && help.contains("heyvm "), "{command} --help has no example:\n{help}");
     }
     for shell in ["bash", "zsh", "fish"] {
-        assert!(host.run(&["completions", shell]).succeeded().out().contains("wait-for"), "{shell}");
+        assert!(host.run(&["completions", shell]).succeeded().out().contains("HEYVM_COMPLETE"), "{shell}");
     }
     assert!(host.run(&["--version"]).succeeded().out().starts_with("heyvm "));
+    assert!(host.run(&["version"]).succeeded().out().starts_with("heyvm "));
+    assert!(host.run(&["version", "--format", "json"]).json()["version"].is_string());
+    let alone = host.run(&[]).succeeded().out();
+    assert!(alone.contains("Usage: heyvm") && alone.contains("deploy"), "{alone}");
+}
+
+/// What bash completes in a line that ends with `word`.
+fn completed(host: &Host, line: &str) -> Vec<String> {
+    let script = format!(
+        "source <(heyvm completions bash); COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); \
+         _clap_complete_heyvm heyvm \"${{COMP_WORDS[COMP_CWORD]}}\"; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    );
+    let mut bash = std::process::Command::new("bash");
+    host.environment(&mut bash);
+    let programs = program().parent().expect("a directory").display().to_string();
+    bash.args(["-c", &script]).env("PATH", format!("{programs}:{}", std::env::var("PATH").expect("PATH")));
+    Ran::of(&mut bash, b"").succeeded().out().lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn bash_completes_commands_names_and_sizes() {
+    let host = Host::new();
+    assert!(completed(&host, "heyvm wai").contains(&"wait-for".to_owned()));
+    let vm = host.create(&["--name", "completed-by-name", "--size-class", "micro"]);
+    assert_eq!(completed(&host, "heyvm stop comp"), ["completed-by-name"]);
+    assert_eq!(completed(&host, "heyvm create --size-class mi"), ["micro", "mini"]);
+    // A key press starts no daemon.
+    host.end_daemon(Signal::SIGTERM);
+    assert_eq!(completed(&host, "heyvm stop comp"), [""]);
+    assert!(host.daemon().is_none());
+    assert_eq!(vm.status(), "running");
 }
 
 /// Both verdicts, on real guests: one that starts, and one that has not by the deadline, as on a KVM that only opens.

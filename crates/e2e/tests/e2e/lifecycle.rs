@@ -6,6 +6,21 @@ use heyvm_e2e::{Host, apps::WEB_FLAGS, eventually, http, leaks};
 use nix::sys::signal::Signal;
 
 #[test]
+fn several_sandboxes_stop_and_start_at_once() {
+    let host = Host::new();
+    let [one, two] = ["one", "two"].map(|name| host.create(&["--name", name, "--size-class", "micro"]));
+    let stopped = host.json(&["stop", "one", "two"]);
+    assert_eq!((&stopped[0]["status"], &stopped[1]["id"]), (&"stopped".into(), &two.id.as_str().into()));
+    let refused = host.refused(&["start", "one", "nowhere"]);
+    assert_eq!(refused.code, "sandbox_not_found");
+    assert!(refused.message.contains("started before it: one"), "{}", refused.message);
+    assert_eq!((one.status(), two.status()), ("running".into(), "stopped".into()));
+    let ids = host.run(&["ps", "-a", "-q"]).succeeded().out();
+    assert!(ids.lines().any(|id| id == one.id) && ids.lines().count() == 2, "{ids}");
+    assert_eq!(host.json(&["rm", "-f", "one", "two"]).as_array().expect("both").len(), 2);
+}
+
+#[test]
 fn stop_frees_the_machine_and_start_goes_on_from_the_disk_under_the_same_url() {
     let host = Host::new();
     let vm = host.deploy(&host.web_app(), &WEB_FLAGS);

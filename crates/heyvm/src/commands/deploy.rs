@@ -13,7 +13,7 @@ use heyvm_api::{
 use serde_json::json;
 use tokio_util::io::ReaderStream;
 
-use super::{Context, Outcome, bind::parse_port, encoded, list::word, mount};
+use super::{Context, Outcome, bind::parse_port, completions, encoded, list::word, mount};
 use crate::{
     archive,
     output::{self, Format},
@@ -24,25 +24,25 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct MakeArgs {
     /// Name; unique among living sandboxes
-    #[arg(long)]
+    #[arg(short, long)]
     pub name: Option<String>,
     /// URL-safe name; made from the name when absent
     #[arg(long)]
     pub slug: Option<String>,
     /// Image, for example ubuntu:24.04
-    #[arg(long)]
+    #[arg(long, add = completions::images())]
     pub image: Option<String>,
     /// shell, python or node: what the image must have to run the app
     #[arg(long = "type")]
     pub kind: Option<String>,
-    /// qemu, the one there is
+    /// VM backend [possible values: qemu]
     #[arg(long)]
     pub backend: Option<String>,
     /// Long-running process to keep the sandbox alive
     #[arg(long)]
     pub start_command: Option<String>,
     /// Directory of commands
-    #[arg(long)]
+    #[arg(short, long)]
     pub working_directory: Option<String>,
     /// HTTP path to poll for readiness
     #[arg(long)]
@@ -51,7 +51,7 @@ pub struct MakeArgs {
     #[arg(long, default_value = "120s")]
     pub health_timeout: String,
     /// micro, mini, small, medium, large or xlarge
-    #[arg(long)]
+    #[arg(long, add = completions::size_classes())]
     pub size_class: Option<String>,
     /// Disk in GB, 1 to 250
     #[arg(long, allow_negative_numbers = true)]
@@ -60,7 +60,7 @@ pub struct MakeArgs {
     #[arg(long)]
     pub region: Option<String>,
     /// Environment variable KEY=VALUE (repeatable)
-    #[arg(long, value_name = "KEY=VALUE")]
+    #[arg(short, long, value_name = "KEY=VALUE")]
     pub env: Vec<String>,
     /// Shell command to run before the start command (repeatable)
     #[arg(long)]
@@ -75,7 +75,7 @@ pub struct MakeArgs {
     #[arg(long)]
     pub private: bool,
     /// Let the sandbox use a directory of this machine, live; with :ro behind it for reading alone (repeatable)
-    #[arg(long, value_name = "HOST:SANDBOX")]
+    #[arg(short = 'v', long, value_name = "HOST:SANDBOX")]
     pub mount: Vec<String>,
     /// Mount a volume (refused: not in this version)
     #[arg(long)]
@@ -100,7 +100,7 @@ pub struct DeployArgs {
     /// Directory with the app
     pub directory: PathBuf,
     /// Port to expose publicly, at a URL of its own (repeatable)
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(short, long, allow_negative_numbers = true)]
     pub port: Vec<String>,
     /// Take also what .gitignore, .heyvmignore and the default list leave out
     #[arg(long)]
@@ -113,7 +113,7 @@ pub struct DeployArgs {
 #[derive(Debug, clap::Args)]
 pub struct CreateArgs {
     /// Port to expose publicly, at a URL of its own (repeatable)
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(short = 'p', long, visible_alias = "port", allow_negative_numbers = true)]
     pub open_port: Vec<String>,
     #[command(flatten)]
     pub make: MakeArgs,

@@ -8,17 +8,17 @@ use heyvm_api::{
 };
 use serde::Serialize;
 
-use super::{Context, Outcome, list::word, path};
+use super::{Context, Outcome, completions, list::word, path};
 use crate::{output, progress::Progress};
 
 /// `rm`.
 #[derive(Debug, clap::Args)]
 pub struct RmArgs {
     /// Id, name or slug (repeatable)
-    #[arg(required = true)]
+    #[arg(required = true, add = completions::sandboxes())]
     pub sandboxes: Vec<String>,
     /// Do not ask
-    #[arg(short, long)]
+    #[arg(short, long, visible_short_alias = 'f', visible_alias = "force")]
     pub yes: bool,
 }
 
@@ -26,33 +26,53 @@ pub struct RmArgs {
 #[derive(Debug, clap::Args)]
 pub struct ResizeArgs {
     /// Id, name or slug
+    #[arg(add = completions::sandboxes())]
     pub sandbox: String,
     /// micro, mini, small, medium, large or xlarge; a running sandbox is started again
-    #[arg(long, required_unless_present = "disk_size_gb", conflicts_with = "disk_size_gb")]
+    #[arg(long, add = completions::size_classes(), required_unless_present = "disk_size_gb", conflicts_with = "disk_size_gb")]
     pub size_class: Option<String>,
     /// Disk in GB, up to 250; it only grows
     #[arg(long, allow_negative_numbers = true)]
     pub disk_size_gb: Option<i64>,
 }
 
-/// Ends the VM, keeps the disk.
-pub async fn stop(context: &Context, who: &str) -> Outcome {
-    let info: SandboxInfo = context.client().await?.post(&path(who, "/stop"), &()).await?;
-    output::answer(context.format, &info, || format!("{} is {}", info.name, word(&info.status)));
-    Ok(0)
+/// Ends the VMs, keeps the disks; the first failure ends it.
+pub async fn stop(context: &Context, sandboxes: &[String]) -> Outcome {
+    let client = context.client().await?;
+    let mut done: Vec<SandboxInfo> = Vec::new();
+    for who in sandboxes {
+        done.push(client.post(&path(who, "/stop"), &()).await.map_err(|error| after(error, "stopped", &done))?);
+    }
+    answer(context, &done)
 }
 
-/// Goes on from the disk.
-pub async fn start(context: &Context, who: &str) -> Outcome {
-    let info = told(context, who, "start", &format!("starting {who}"), &()).await?;
-    output::answer(context.format, &info, || format!("{} is {}", info.name, word(&info.status)));
-    Ok(0)
+/// Goes on from the disks; the first failure ends it.
+pub async fn start(context: &Context, sandboxes: &[String]) -> Outcome {
+    let mut done = Vec::new();
+    for who in sandboxes {
+        let started = told(context, who, "start", &format!("starting {who}"), &()).await;
+        done.push(started.map_err(|error| after(error, "started", &done))?);
+    }
+    answer(context, &done)
 }
 
-/// Stops and starts.
-pub async fn restart(context: &Context, who: &str) -> Outcome {
-    let info = told(context, who, "restart", &format!("restarting {who}"), &()).await?;
-    output::answer(context.format, &info, || format!("{} is {}", info.name, word(&info.status)));
+/// Stops and starts; the first failure ends it.
+pub async fn restart(context: &Context, sandboxes: &[String]) -> Outcome {
+    let mut done = Vec::new();
+    for who in sandboxes {
+        let restarted = told(context, who, "restart", &format!("restarting {who}"), &()).await;
+        done.push(restarted.map_err(|error| after(error, "restarted", &done))?);
+    }
+    answer(context, &done)
+}
+
+/// Prints one sandbox as an object, several as an array.
+fn answer(context: &Context, done: &[SandboxInfo]) -> Outcome {
+    let line = |info: &SandboxInfo| format!("{} is {}", info.name, word(&info.status));
+    match done {
+        [one] => output::answer(context.format, one, || line(one)),
+        all => output::answer(context.format, &all, || all.iter().map(line).collect::<Vec<_>>().join("\n")),
+    }
     Ok(0)
 }
 
@@ -106,22 +126,16 @@ pub async fn rm(context: &Context, args: &RmArgs) -> Outcome {
     let client = context.client().await?;
     let mut removed: Vec<SandboxInfo> = Vec::new();
     for who in &args.sandboxes {
-        removed.push(client.delete(&path(who, "")).await.map_err(|error| after(error, &removed))?);
+        removed.push(client.delete(&path(who, "")).await.map_err(|error| after(error, "removed", &removed))?);
     }
-    match removed.as_slice() {
-        [one] => output::answer(context.format, one, || format!("{} is removed", one.name)),
-        all => output::answer(context.format, &all, || {
-            all.iter().map(|info| format!("{} is removed\n", info.name)).collect()
-        }),
-    }
-    Ok(0)
+    answer(context, &removed)
 }
 
-/// The error, with what was removed before it.
-fn after(mut error: ApiError, removed: &[SandboxInfo]) -> ApiError {
-    if !removed.is_empty() {
-        let names: Vec<_> = removed.iter().map(|info| info.name.as_str()).collect();
-        error.message.push_str(&format!("; removed before it: {}", names.join(", ")));
+/// Adds to an error what was done before it.
+fn after(mut error: ApiError, what: &str, done: &[SandboxInfo]) -> ApiError {
+    if !done.is_empty() {
+        let names: Vec<_> = done.iter().map(|info| info.name.as_str()).collect();
+        error.message.push_str(&format!("; {what} before it: {}", names.join(", ")));
     }
     error
 }

@@ -9,11 +9,14 @@ use crate::output;
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
     /// Also stopped ones, and those removed within a day
-    #[arg(long, conflicts_with = "stopped")]
+    #[arg(short, long, conflicts_with = "stopped")]
     pub all: bool,
     /// Only stopped and failed ones
     #[arg(long)]
     pub stopped: bool,
+    /// Print ids alone, one a line (as JSON: an array of ids)
+    #[arg(short, long)]
+    pub quiet: bool,
 }
 
 /// A status in lower case.
@@ -29,25 +32,36 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
         _ => "living",
     };
     let all: Vec<SandboxInfo> = context.client().await?.get(&format!("/sandboxes?filter={filter}")).await?;
+    if args.quiet {
+        let ids: Vec<_> = all.iter().map(|info| info.id.as_str()).collect();
+        output::answer(context.format, &ids, || ids.join("\n"));
+        return Ok(0);
+    }
     output::answer(context.format, &all, || {
         if all.is_empty() {
             return "no sandboxes; heyvm deploy DIR makes one".into();
         }
-        let rows: Vec<Vec<String>> = all.iter().map(row).collect();
-        output::table(&["NAME", "STATUS", "REGION", "IMAGE", "SIZE", "ENDS", "URL"], &rows)
+        let mut columns = vec!["NAME", "STATUS", "REGION", "IMAGE", "SIZE", "ENDS", "URL"];
+        // Only ended sandboxes have a reason.
+        let has_reasons = all.iter().any(|info| info.reason.is_some());
+        columns.extend(has_reasons.then_some("REASON"));
+        let rows: Vec<Vec<String>> = all.iter().map(|info| row(info, has_reasons)).collect();
+        output::table(&columns, &rows)
     });
     Ok(0)
 }
 
-fn row(info: &SandboxInfo) -> Vec<String> {
-    let ends = match (&info.reason, info.expires_at) {
-        (Some(reason), _) => reason.message.chars().take(40).collect(),
-        (None, Some(at)) => at.format("%Y-%m-%d %H:%M:%SZ").to_string(),
-        (None, None) => "-".into(),
-    };
+fn row(info: &SandboxInfo, has_reasons: bool) -> Vec<String> {
+    // A removed sandbox has no end before it.
+    let ends = info.expires_at.filter(|_| info.status != Status::Removed);
+    let ends = ends.map_or("-".into(), |at| at.format("%Y-%m-%d %H:%M:%SZ").to_string());
     let url = info.urls.first().map_or("-".into(), |url| url.url.clone());
     let (status, size) = (word(&info.status), info.size_class.as_str().into());
-    vec![info.name.clone(), status, info.region.clone(), info.image.clone(), size, ends, url]
+    let mut row = vec![info.name.clone(), status, info.region.clone(), info.image.clone(), size, ends, url];
+    if has_reasons {
+        row.push(info.reason.as_ref().map_or("-".into(), |reason| reason.message.chars().take(60).collect()));
+    }
+    row
 }
 
 /// Everything about one.

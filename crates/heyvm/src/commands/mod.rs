@@ -109,9 +109,9 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Bind(args) => bind::bind(&context, &args).await,
         Command::Unbind(args) => bind::unbind(&context, &args).await,
         Command::Logs(args) => logs::logs(&context, &args).await,
-        Command::Stop(who) => lifecycle::stop(&context, &who.sandbox).await,
-        Command::Start(who) => lifecycle::start(&context, &who.sandbox).await,
-        Command::Restart(who) => lifecycle::restart(&context, &who.sandbox).await,
+        Command::Stop(several) => lifecycle::stop(&context, &several.sandboxes).await,
+        Command::Start(several) => lifecycle::start(&context, &several.sandboxes).await,
+        Command::Restart(several) => lifecycle::restart(&context, &several.sandboxes).await,
         Command::Resize(args) => lifecycle::resize(&context, args).await,
         Command::Checkpoint(who) => lifecycle::checkpoint(&context, &who.sandbox).await,
         Command::Restore(who) => lifecycle::restore(&context, &who.sandbox).await,
@@ -131,6 +131,11 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Doctor => daemon::doctor(&context).await,
         Command::Daemon(args) => daemon::daemon(&context, args.command).await,
         Command::Server(args) => server::server(&context, args).await,
+        Command::Version => {
+            let version = env!("CARGO_PKG_VERSION");
+            output::answer(context.format, &serde_json::json!({"version": version}), || format!("heyvm {version}"));
+            Ok(0)
+        }
         Command::Completions(_) => Ok(0),
     }
 }

@@ -15,6 +15,7 @@ use crate::Error;
 /// The whole file.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct ServerConfig {
     /// `postgres://…`, or the path of an SQLite database; `server.db` in the home when absent.
     pub store: Option<String>,
@@ -29,8 +30,10 @@ pub struct ServerConfig {
     /// The proxy in front of sandboxes.
     pub edge: EdgeConfig,
     /// Where archives are kept; in `server-archives` in the home when absent.
+    #[cfg_attr(test, serde(skip_serializing))]
     pub archives: Option<heyvm_archives::Settings>,
     /// Limits of accounts that have none of their own.
+    #[cfg_attr(test, serde(skip_serializing))]
     pub quotas: Quotas,
     /// The regions; the first is the default.
     #[serde(rename = "region")]
@@ -42,6 +45,7 @@ pub struct ServerConfig {
 /// A certificate chain and its key, PEM.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct TlsFiles {
     /// The chain.
     pub certificate: PathBuf,
@@ -52,6 +56,7 @@ pub struct TlsFiles {
 /// `[edge]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct EdgeConfig {
     /// Address to listen at.
     pub listen: IpAddr,
@@ -76,6 +81,7 @@ pub struct EdgeConfig {
 /// `[edge.acme]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct AcmeConfig {
     /// URL of the authority's directory; Let's Encrypt's when absent.
     #[serde(default)]
@@ -95,6 +101,7 @@ pub struct AcmeConfig {
 /// `[[region]]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct RegionTable {
     /// `US`, `EU` or a word of the operator's.
     pub name: String,
@@ -111,6 +118,7 @@ pub struct RegionTable {
 /// `[tokens]`
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
 pub struct TokensConfig {
     /// How long an access token is valid, in seconds.
     pub lifetime_seconds: u64,

@@ -378,7 +378,8 @@ async fn pass_on(
     let place = served.cloud.find(account, who).await?;
     let body = Body::new(Full::from(body).map_err(|never| match never {}));
     let request = Request::builder().method(method).header(header::CONTENT_TYPE, "application/json").body(body);
-    let request = request.map_err(|error| Problem::invalid(error.to_string(), "see GET /openapi.json"))?;
+    let request =
+        request.map_err(|error| Problem::invalid(error.to_string(), "GET /openapi.json describes every field"))?;
     forward::to(&place, path, request).await
 }
 

@@ -34,7 +34,8 @@ pub async fn forward(
 /// Sends a request to a sandbox's region, as one for `rest` below the sandbox's own path.
 pub(super) async fn to(place: &Place<'_>, rest: &str, mut request: Request) -> Result<Response, Problem> {
     *request.uri_mut() = place.path(rest).parse().map_err(|_| {
-        ApiError::new(ErrorCode::InvalidArgument, "the path is not as it should be").hint("see GET /openapi.json")
+        ApiError::new(ErrorCode::InvalidArgument, "the path names no sandbox")
+            .hint("GET /openapi.json describes every path")
     })?;
     clean(request.headers_mut());
     let visitor = relay::wants_upgrade(request.headers()).then(|| hyper::upgrade::on(&mut request));

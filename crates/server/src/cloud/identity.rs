@@ -56,7 +56,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         // Some paths name more than the sandbox; it comes first.
         let path = RawPathParams::from_request_parts(parts, state).await;
-        let path = path.map_err(|error| Problem::invalid(error.body_text(), "see GET /openapi.json"))?;
+        let path =
+            path.map_err(|error| Problem::invalid(error.body_text(), "GET /openapi.json describes every field"))?;
         Ok(Self(path.iter().next().map(|(_, value)| value.to_owned()).unwrap_or_default()))
     }
 }
