@@ -34,7 +34,9 @@ pub struct Registry {
     mirrors: Vec<String>,
     /// Speak plain HTTP to the registry itself.
     insecure: bool,
+    /// Name to log in with; Docker's own credentials are used where none is given.
     username: Option<String>,
+    /// The password or access token that goes with it.
     password: Option<String>,
 }
 

@@ -29,7 +29,7 @@ pub struct Config {
     pub edge: EdgeConfig,
     /// What sandboxes may reach.
     pub network: NetworkConfig,
-    /// Registries: mirrors, credentials.
+    /// One table for each registry, by its name, for example `[registries."docker.io"]`: mirrors, credentials.
     #[cfg_attr(test, serde(skip_serializing))]
     pub registries: RegistryConfig,
     /// Present: this daemon is a region of a cloud.

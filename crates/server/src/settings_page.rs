@@ -68,6 +68,8 @@ struct Key {
     name: String,
     doc: String,
     kind: Type,
+    /// Whether it may be left out.
+    optional: bool,
 }
 
 /// The types of the files, by name: the keys of each and its own meaning.
@@ -80,11 +82,16 @@ fn tables(files: &[&str]) -> Tables {
         let source = fs::read_to_string(crates.join(file)).unwrap();
         for item in syn::parse_file(&source).unwrap().items {
             let (name, doc, keys) = match item {
-                Item::Struct(item) => (item.ident, doc(&item.attrs), keys_of(&item.fields)),
+                Item::Struct(item) => (item.ident, doc(&item.attrs), keys_of(&item.attrs, &item.fields)),
                 Item::Enum(item) => {
                     let keys = item.variants.iter().filter_map(|variant| {
                         let kind = variant.fields.iter().next()?.ty.clone();
-                        Some(Key { name: variant.ident.to_string().to_lowercase(), doc: doc(&variant.attrs), kind })
+                        Some(Key {
+                            name: variant.ident.to_string().to_lowercase(),
+                            doc: doc(&variant.attrs),
+                            kind,
+                            optional: true,
+                        })
                     });
                     (item.ident, doc(&item.attrs), keys.collect())
                 }
@@ -96,7 +103,7 @@ fn tables(files: &[&str]) -> Tables {
     tables
 }
 
-fn keys_of(fields: &Fields) -> Vec<Key> {
+fn keys_of(attrs: &[Attribute], fields: &Fields) -> Vec<Key> {
     let serde = |attrs: &[Attribute], word: &str| serde_attribute(attrs).iter().any(|text| text == word);
     let named = fields.iter().filter(|field| !serde(&field.attrs, "skip"));
     let keys = named.filter_map(|field| {
@@ -104,7 +111,8 @@ fn keys_of(fields: &Fields) -> Vec<Key> {
             .into_iter()
             .find_map(|text| text.strip_prefix("rename = ").map(|name| name.trim_matches('"').to_owned()));
         let name = renamed.or_else(|| field.ident.as_ref().map(ToString::to_string))?;
-        Some(Key { name, doc: doc(&field.attrs), kind: field.ty.clone() })
+        let optional = serde(attrs, "default") || serde(&field.attrs, "default");
+        Some(Key { name, doc: doc(&field.attrs), kind: field.ty.clone(), optional })
     });
     keys.collect()
 }
@@ -180,13 +188,14 @@ fn describe(tables: &Tables, type_name: &str, place: &str, default: &Value, page
         }
         if tables.contains_key(&kind) {
             let brackets = if is_list { format!("[[{header}]]") } else { format!("[{header}]") };
-            inner.push((kind, brackets, header, value.cloned().unwrap_or_default(), key.doc.clone()));
+            let doc = if key.doc.is_empty() { tables[&kind].0.clone() } else { key.doc.clone() };
+            inner.push((kind, brackets, header, value.cloned().unwrap_or_default(), doc));
             continue;
         }
         let default = match value {
             Some(Value::Null) => "-".to_owned(),
             Some(value) => format!("`{value}`"),
-            None if default.is_null() && !is_optional => "*required*".into(),
+            None if default.is_null() && !is_optional && !key.optional => "*required*".into(),
             None => "-".into(),
         };
         let word = word(&kind);
