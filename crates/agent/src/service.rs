@@ -9,13 +9,13 @@ use std::{
 };
 
 use heyvm_agent_protocol::v1::{
-    ClockReply, ClockRequest, DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, Exit, FileChunk, FileInfo,
-    FreezeDiskReply, FreezeDiskRequest, GrowDiskReply, GrowDiskRequest, ListDirReply, ListDirRequest, MainEvent,
-    MetricsReply, MetricsRequest, MountInput, MountOutput, PackRequest, PersonalizeReply, PersonalizeRequest,
-    PortStatusReply, PortStatusRequest, ReadFileRequest, RemoveReply, RemoveRequest, ShutdownReply, ShutdownRequest,
-    StartMainReply, StartMainRequest, StatRequest, ThawDiskReply, ThawDiskRequest, UnpackInput, UnpackReply,
-    WarmUpReply, WarmUpRequest, WatchMainRequest, WriteFileInput, WriteFileReply, agent_server::Agent, exec_input,
-    exec_output,
+    ClockReply, ClockRequest, DialInput, DialOutput, ExecInput, ExecOutput, ExecStart, ExecStarted, Exit, FileChunk,
+    FileInfo, FreezeDiskReply, FreezeDiskRequest, GrowDiskReply, GrowDiskRequest, ListDirReply, ListDirRequest,
+    MainEvent, MetricsReply, MetricsRequest, MountInput, MountOutput, PackRequest, PersonalizeReply,
+    PersonalizeRequest, PortStatusReply, PortStatusRequest, ReadFileRequest, RemoveReply, RemoveRequest, ShutdownReply,
+    ShutdownRequest, StartMainReply, StartMainRequest, StatRequest, ThawDiskReply, ThawDiskRequest, UnpackInput,
+    UnpackReply, WarmUpReply, WarmUpRequest, WatchMainRequest, WriteFileInput, WriteFileReply, agent_server::Agent,
+    exec_input, exec_output,
 };
 use tokio::{
     sync::{Mutex, mpsc},
@@ -35,7 +35,10 @@ use crate::{
     net,
     oom::OomKills,
     personalize::{self, OldRoot, PersonalizeError},
-    process::{Command, Nursery, Reaper, SpawnError, command::CommandError},
+    process::{
+        Cgroups, Command, Reaper, SpawnError, Spawner,
+        command::{self, CommandError},
+    },
     sandbox::Sandbox,
     shutdown, warm_up,
 };
@@ -45,7 +48,7 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The agent as the host sees it.
 pub struct Service {
-    nursery: Arc<Nursery>,
+    spawner: Arc<Spawner>,
     sandbox: RwLock<Option<Arc<Sandbox>>>,
     /// Held while the guest becomes a sandbox or ends.
     stage: Mutex<Stage>,
@@ -69,10 +72,10 @@ enum Stage {
 }
 
 impl Service {
-    /// An agent that waits for `Personalize`; children are born in `cgroup`.
+    /// An agent that waits for `Personalize`; children run in cgroups below the one whose directory is `cgroup`.
     pub fn new(reaper: Arc<Reaper>, cgroup: Option<OwnedFd>) -> Self {
         Self {
-            nursery: Arc::new(Nursery { reaper, cgroup }),
+            spawner: Arc::new(Spawner { reaper, cgroups: cgroup.map(Cgroups::below) }),
             sandbox: RwLock::default(),
             stage: Mutex::default(),
             sessions: Arc::default(),
@@ -83,9 +86,9 @@ impl Service {
         }
     }
 
-    /// An agent that serves the machine it is on as it is.
-    pub fn personalized(reaper: Arc<Reaper>, sandbox: Sandbox) -> Self {
-        let service = Self::new(reaper, None);
+    /// An agent that serves the host it is on as it is.
+    pub fn personalized(reaper: Arc<Reaper>, cgroup: Option<OwnedFd>, sandbox: Sandbox) -> Self {
+        let service = Self::new(reaper, cgroup);
         service.become_sandbox(sandbox);
         service
     }
@@ -158,13 +161,28 @@ impl From<NotStarted> for Status {
     }
 }
 
-fn not_started(name: &str, error: &SpawnError) -> NotStarted {
-    NotStarted::Ended(Exit { code: error.code(), error: format!("{name}: {error}"), ..Exit::default() })
+/// The longest argument, and all of them together, are the kernel's to limit.
+const TOO_LONG: &str = "an argument is longer than 128 KiB, or all together exceed 2 MiB; pass it on standard input, or in \
+                        a file";
+
+fn not_started(start: &ExecStart, error: &SpawnError) -> NotStarted {
+    let name = command::name(start);
+    let error_text = match error {
+        SpawnError::Exec(cause) if cause.raw_os_error() == Some(nix::libc::E2BIG) => format!("{name}: {TOO_LONG}"),
+        SpawnError::Exec(_) if error.code() == 127 && name == command::SHELL => {
+            format!(
+                "{name}: {error}; scripts and sessions need a shell, which this image does not have: run a program \
+                     with its arguments as words"
+            )
+        }
+        _ => format!("{name}: {error}"),
+    };
+    NotStarted::Ended(Exit { code: error.code(), error: error_text, ..Exit::default() })
 }
 
 /// What it takes to start something.
 struct Launcher {
-    nursery: Arc<Nursery>,
+    spawner: Arc<Spawner>,
     sessions: Arc<Sessions>,
     sandbox: Arc<Sandbox>,
 }
@@ -173,14 +191,26 @@ impl Launcher {
     fn start(&self, start: &ExecStart) -> Result<(crate::process::Child, crate::process::Streams), NotStarted> {
         let session = self.sessions.get(&start.session);
         let command = Command::new(start, &self.sandbox, session.as_ref())?;
-        self.nursery.start(&command).map_err(|error| not_started(&start.argv[0], &error))
+        self.spawner.start(&command).or_else(|error| {
+            let words = (start.shell && start.session.is_empty() && start.argv.len() == 1 && error.code() == 127)
+                .then(|| command::words(&start.argv[0]))
+                .flatten();
+            let Some(argv) = words else { return Err(not_started(start, &error)) };
+            // An image without a shell: nothing in these words needs one.
+            let direct = ExecStart { argv, shell: false, ..start.clone() };
+            let command = Command::new(&direct, &self.sandbox, None)?;
+            self.spawner.start(&command).map_err(|second| match second.code() {
+                127 => not_started(start, &error),
+                _ => not_started(&direct, &second),
+            })
+        })
     }
 }
 
 impl Service {
     fn launcher(&self) -> Result<Launcher, Status> {
-        let (nursery, sessions) = (Arc::clone(&self.nursery), Arc::clone(&self.sessions));
-        Ok(Launcher { nursery, sessions, sandbox: self.sandbox()? })
+        let (spawner, sessions) = (Arc::clone(&self.spawner), Arc::clone(&self.sessions));
+        Ok(Launcher { spawner, sessions, sandbox: self.sandbox()? })
     }
 
     /// Does what looks at paths of the sandbox: at once, or on a thread of its own where a path may be a mount's, which
@@ -223,7 +253,7 @@ impl Agent for Service {
         if self.sandbox().is_ok() {
             return Err(Status::failed_precondition("only a template is warmed up"));
         }
-        let bytes_read = warm_up::warm_up(&self.nursery).await;
+        let bytes_read = warm_up::warm_up(&self.spawner).await;
         Ok(Response::new(WarmUpReply { bytes_read, clock_source: clock::source() }))
     }
 
@@ -246,6 +276,12 @@ impl Agent for Service {
         };
         let timeout = Duration::from_millis(start.timeout_ms).min(MAX_TIMEOUT);
         let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
+        if start.detach {
+            let started = ExecStarted { pid: child.pid.as_raw() };
+            let _ = replies.try_send(Ok(ExecOutput { kind: Some(exec_output::Kind::Started(started)) }));
+            tokio::spawn(exec::detached(child, deadline));
+            return Ok(stream(receiver));
+        }
         let oom_kills = Arc::clone(&self.oom_kills);
         let sessions = Arc::clone(&self.sessions);
         let run = Run { child, streams, replies, requests, deadline, oom_kills };
@@ -257,7 +293,7 @@ impl Agent for Service {
 
     async fn start_main(&self, request: Request<StartMainRequest>) -> Result<Response<StartMainReply>, Status> {
         let start = request.into_inner().start.ok_or_else(|| Status::invalid_argument("there is no command"))?;
-        if start.pty.is_some() || start.stdin || !start.session.is_empty() {
+        if start.pty.is_some() || start.stdin || !start.session.is_empty() || start.detach {
             let what = "a start command has neither terminal nor input nor session";
             return Err(Status::invalid_argument(what));
         }

@@ -10,7 +10,7 @@ use std::{
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use crate::process::{
-    Nursery,
+    Spawner,
     spawn::{Descriptors, Program, spawn},
     user::Identity,
 };
@@ -57,11 +57,11 @@ const PYTHON: &str = "import http.server, json, socket, subprocess, threading, a
 const NODE: &str = "require('http').createServer(); require('fs'); require('path')";
 
 /// Reads and runs what there is; how many bytes were read.
-pub async fn warm_up(nursery: &Nursery) -> u64 {
+pub async fn warm_up(spawner: &Spawner) -> u64 {
     let read = tokio::task::spawn_blocking(read_files).await.unwrap_or(0);
     for command in COMMANDS {
         // A program that the image does not have is no loss.
-        let _ = run(nursery, command).await;
+        let _ = run(spawner, command).await;
     }
     read
 }
@@ -86,7 +86,7 @@ fn read_file(image: &File, path: &str) -> io::Result<u64> {
     io::copy(&mut file.take(MAX_FILE), &mut io::sink())
 }
 
-async fn run(nursery: &Nursery, command: &[&str]) -> io::Result<()> {
+async fn run(spawner: &Spawner, command: &[&str]) -> io::Result<()> {
     let texts = |texts: &[&str]| texts.iter().copied().map(CString::new).collect::<Result<Vec<_>, _>>();
     let null = File::options().read(true).write(true).open("/dev/null")?;
     let program = Program {
@@ -97,8 +97,9 @@ async fn run(nursery: &Nursery, command: &[&str]) -> io::Result<()> {
         cwd: c"/".into(),
         identity: Identity::root(),
     };
-    let descriptors = Descriptors { standard: [&null; 3].map(std::os::fd::AsFd::as_fd), extra: None, terminal: false };
-    let started = nursery.reaper.adopt(|| spawn(&program, &descriptors, None));
+    let standard = [&null; 3].map(std::os::fd::AsFd::as_fd);
+    let descriptors = Descriptors { standard, report: None, script: None, terminal: false };
+    let started = spawner.reaper.adopt(|| spawn(&program, &descriptors, None));
     let mut child = started.map_err(io::Error::other)?;
     if tokio::time::timeout(DEADLINE, child.ended()).await.is_err() {
         let _ = child.signal_group(nix::libc::SIGKILL);

@@ -17,6 +17,7 @@ mod progress;
 mod spool;
 
 fn main() {
+    heyvm_jail::signals::pass_none_on();
     // Programs of their own, before anything else is set up: each confines itself.
     match std::env::args_os().nth(1).as_deref().and_then(std::ffi::OsStr::to_str) {
         Some("jail") => heyvm_jail::main_jail(),

@@ -1,10 +1,11 @@
 //! One command at the host's call: its input, its output and its end, over one stream.
 //!
 //! ```text
-//! host ──ExecInput──▶ Run ──pipes──▶ process group
+//! host ──ExecInput──▶ Run ──pipes──▶ process group, in a cgroup of its own
 //!      ◀─ExecOutput──     (waits while the host does not take what is there)
 //! ```
-//! When the host lets go of the stream, the process group is killed.
+//! When the host lets go of the stream, or its time is up, everything in the cgroup is killed. A [`detached`] command
+//! belongs to no stream.
 
 pub mod session;
 
@@ -19,7 +20,7 @@ use crate::{
     oom::OomKills,
     process::{
         Child, Ended, Streams,
-        streams::{Input, Output},
+        streams::{Input, Output, Unread},
         terminal,
     },
 };
@@ -59,6 +60,7 @@ pub struct Run {
 }
 
 /// What the host's side of a run has come to.
+#[derive(Default)]
 struct Host {
     /// Output on its way.
     outgoing: Option<exec_output::Kind>,
@@ -70,6 +72,12 @@ struct Host {
     silent: bool,
     /// Its input ends once `incoming` is through.
     closing: bool,
+    /// Bytes of input that were written to the process.
+    written: u64,
+    /// Where its input was closed: what is left in the pipe.
+    closed: Option<Unread>,
+    /// Where the process closed its input: what was left in the pipe.
+    lost: u64,
 }
 
 impl Host {
@@ -81,6 +89,12 @@ impl Host {
         }
         self.untold -= taken;
         Some(taken)
+    }
+
+    /// Bytes of input that the process has read.
+    fn read(&self, input: Option<&Input>) -> u64 {
+        let closed = self.closed.as_ref().map_or(0, Unread::bytes);
+        self.written.saturating_sub(self.lost + closed + input.map_or(0, Input::unread))
     }
 }
 
@@ -95,7 +109,7 @@ impl Run {
     /// Runs to the end and says so to the host; what a session's shell has reported goes to `keep` before.
     pub async fn finish(mut self, keep: impl FnOnce(Session)) {
         let mut report = self.streams.report.take().map(|pipe| tokio::spawn(collect(pipe)));
-        let mut host = Host { outgoing: None, incoming: Vec::new(), untold: 0, silent: false, closing: false };
+        let mut host = Host::default();
         self.reply(exec_output::Kind::Started(ExecStarted { pid: self.child.pid.as_raw() })).await;
         let (ended, timed_out) = match self.attend(&mut host).await {
             Finish::Ended(ended) => (ended, false),
@@ -117,7 +131,8 @@ impl Run {
         {
             keep(session);
         }
-        let exit = exit(ended, timed_out, &self.oom_kills);
+        let stdin_read = host.read(self.streams.input.as_ref());
+        let exit = Exit { stdin_read, ..exit(ended, timed_out, &self.oom_kills) };
         self.reply(exec_output::Kind::Exit(exit)).await;
     }
 
@@ -158,8 +173,11 @@ impl Run {
                     None => streams.stderr = None,
                 },
                 written = write(input, &host.incoming) => match written {
-                    Ok(length) => drop(host.incoming.drain(..length)),
-                    Err(_) => streams.input = None,
+                    Ok(length) => {
+                        host.written += length as u64;
+                        host.incoming.drain(..length);
+                    }
+                    Err(_) => host.lost = streams.input.take().map_or(0, |input| input.unread()),
                 },
             }
             if streams.input.is_none() {
@@ -202,12 +220,24 @@ impl Run {
     }
 
     fn kill(&self) {
-        if let Err(error) = self.child.signal_group(nix::libc::SIGKILL)
-            && error != nix::errno::Errno::ESRCH
-        {
-            console::say(format_args!("cannot kill process group {}: {error}", self.child.pid));
-        }
+        end_all(&self.child);
     }
+}
+
+fn end_all(child: &Child) {
+    if let Err(error) = child.kill_all() {
+        console::say(format_args!("could not kill command {}: {error}", child.pid));
+    }
+}
+
+/// Waits for a command that no host attends to; its time-out holds all the same.
+pub async fn detached(mut child: Child, deadline: Option<Instant>) {
+    tokio::select! {
+        _ = child.ended() => return,
+        () = at(deadline) => {}
+    }
+    end_all(&child);
+    child.ended().await;
 }
 
 /// The last message about a process.
@@ -220,6 +250,7 @@ pub fn exit(ended: Ended, timed_out: bool, oom_kills: &OomKills) -> Exit {
         timed_out,
         oom_killed: killed && !timed_out && oom_kills.grew(),
         error: String::new(),
+        stdin_read: 0,
     }
 }
 
@@ -258,7 +289,8 @@ fn close_input(streams: &mut Streams, host: &mut Host) {
             host.closing = false;
             streams.input = Some(input);
         }
-        _ => {}
+        Some(input) => host.closed = input.close(),
+        None => {}
     }
 }
 

@@ -1,4 +1,4 @@
-//! A byte stream from the host to a port of the guest's loopback.
+//! A byte stream from the host to a port of the guest, at whatever address something listens there.
 
 use std::{
     io,
@@ -20,8 +20,12 @@ use tokio::{
 };
 use tonic::{Status, Streaming};
 
+use super::listening;
+
 /// A program on loopback that does not accept for this long is not going to.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// A port that is listened on at more addresses than loopback is tried at these many.
+const MAX_ADDRESSES: usize = 8;
 /// Messages that may wait for the host.
 const QUEUE: usize = 2;
 
@@ -52,24 +56,47 @@ async fn carry(
     }
 }
 
+/// Connects at loopback, where nearly everything listens; else wherever the guest's own tables say that something does:
+/// a server that binds its host name listens at the network's address alone.
 async fn connect(port: u16) -> Result<TcpStream, Status> {
-    let mut refused = None;
-    for address in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
-        let connecting = TcpStream::connect(SocketAddr::new(address, port));
-        match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
-            Ok(Ok(stream)) => {
-                // Whoever writes in small pieces has flushed them on purpose.
-                let _ = stream.set_nodelay(true);
-                return Ok(stream);
-            }
-            Ok(Err(error)) => refused = Some(error),
-            Err(_) => return Err(Status::deadline_exceeded(format!("port {port} does not accept connections"))),
+    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    let mut refused = match connect_at(loopback, port).await? {
+        Ok(stream) => return Ok(stream),
+        Err(refused) => refused,
+    };
+    let others = listening::addresses(port).into_iter().filter(|address| !loopback.contains(address));
+    let others: Vec<IpAddr> = others.filter(|address| !address.is_unspecified()).take(MAX_ADDRESSES).collect();
+    if !others.is_empty() {
+        match connect_at(others, port).await? {
+            Ok(stream) => return Ok(stream),
+            Err(error) => refused = error,
         }
     }
     match refused {
         Some(error) if is_local_shortage(&error) => Err(Status::resource_exhausted(error.to_string())),
         _ => Err(Status::not_found(format!("nothing listens on port {port}"))),
     }
+}
+
+/// Connects at the first address that takes it; why the last one did not.
+async fn connect_at(
+    addresses: impl IntoIterator<Item = IpAddr>,
+    port: u16,
+) -> Result<Result<TcpStream, Option<io::Error>>, Status> {
+    let mut refused = None;
+    for address in addresses {
+        let connecting = TcpStream::connect(SocketAddr::new(address, port));
+        match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
+            Ok(Ok(stream)) => {
+                // Whoever writes in small pieces has flushed them on purpose.
+                let _ = stream.set_nodelay(true);
+                return Ok(Ok(stream));
+            }
+            Ok(Err(error)) => refused = Some(error),
+            Err(_) => return Err(Status::deadline_exceeded(format!("port {port} does not accept connections"))),
+        }
+    }
+    Ok(Err(refused))
 }
 
 fn is_local_shortage(error: &io::Error) -> bool {

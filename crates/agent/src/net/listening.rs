@@ -1,6 +1,11 @@
-//! Whether a port is listened on, without connecting to it: from the kernel's tables.
+//! Whether a port is listened on, and at which addresses, without connecting to it: from the kernel's tables.
 
-use std::{fs, thread, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, Ipv6Addr},
+    thread,
+    time::Duration,
+};
 
 use nix::libc;
 use tokio::sync::oneshot;
@@ -41,18 +46,38 @@ fn watch(port: u16, say: oneshot::Sender<()>) {
 }
 
 fn listens(port: u16) -> bool {
-    ["/proc/net/tcp", "/proc/net/tcp6"]
-        .iter()
-        .any(|table| fs::read_to_string(table).is_ok_and(|table| has_listener(&table, port)))
+    !addresses(port).is_empty()
 }
 
-fn has_listener(table: &str, port: u16) -> bool {
-    table.lines().skip(1).any(|line| {
+/// The addresses at which something listens on `port`.
+pub fn addresses(port: u16) -> Vec<IpAddr> {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
+    tables.iter().flat_map(|table| listeners(table, port)).collect()
+}
+
+fn listeners(table: &str, port: u16) -> impl Iterator<Item = IpAddr> {
+    table.lines().skip(1).filter_map(move |line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
-        let (local, state) = (fields.next(), fields.nth(1));
-        let local_port = local.and_then(|local| local.rsplit_once(':')).map(|(_, port)| u16::from_str_radix(port, 16));
-        state == Some(LISTEN) && local_port == Some(Ok(port))
+        let (local, state) = (fields.next()?, fields.nth(1)?);
+        let (address, local_port) = local.rsplit_once(':')?;
+        (state == LISTEN && u16::from_str_radix(local_port, 16) == Ok(port)).then(|| parse(address))?
     })
+}
+
+/// An address as the kernel writes it: words of 32 bits in the host's order, in hex.
+fn parse(address: &str) -> Option<IpAddr> {
+    let word = |at: usize| u32::from_str_radix(address.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
+    match address.len() {
+        8 => Some(IpAddr::from(word(0)?)),
+        32 => {
+            let mut bytes = [0; 16];
+            for (index, part) in bytes.chunks_exact_mut(4).enumerate() {
+                part.copy_from_slice(&word(8 * index)?);
+            }
+            Some(Ipv6Addr::from(bytes).to_canonical())
+        }
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -67,10 +92,12 @@ mod tests {
 
     #[test]
     fn only_listeners_count() {
-        assert!(has_listener(TABLE, 8080));
-        assert!(!has_listener(TABLE, 80), "a connection is not a listener");
-        assert!(!has_listener(TABLE, 40000));
-        assert!(has_listener(TABLE6, 3000));
+        let found = |table: &'static str, port| listeners(table, port).map(|a| a.to_string()).collect::<Vec<_>>();
+        assert_eq!(found(TABLE, 8080), ["127.0.0.1"]);
+        assert!(found(TABLE, 80).is_empty(), "a connection is not a listener");
+        assert!(found(TABLE, 40000).is_empty());
+        assert_eq!(found(TABLE6, 3000), ["::"]);
+        assert_eq!(found(TABLE6, 3001), ["fd00::10", "10.90.0.2"]);
     }
 
     #[test]

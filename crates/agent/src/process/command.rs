@@ -3,24 +3,39 @@
 use std::{
     collections::BTreeMap,
     ffi::{CString, NulError},
+    fs::File,
+    io::Write,
+    os::fd::OwnedFd,
     path::Path,
 };
 
 use heyvm_agent_protocol::v1::{EnvVar, ExecStart, Pty};
 
+use nix::{
+    errno::Errno,
+    libc,
+    sys::memfd::{MFdFlags, memfd_create},
+};
+
 use super::{
     lookup::{DEFAULT_PATH, candidates},
-    spawn::Program,
+    spawn::{Program, SCRIPT},
     user::{Identity, UserError},
 };
 use crate::{
+    descriptor,
     exec::session::{self, Session},
     sandbox::Sandbox,
 };
 
-const SHELL: &str = "/bin/sh";
 /// Without a language, programs take text for ASCII: `ls` and `less` show escapes, Python 3.6 and Ruby fail.
 const DEFAULT_LANG: &str = "C.UTF-8";
+/// What runs scripts.
+pub const SHELL: &str = "/bin/sh";
+/// The kernel takes no longer argument (MAX_ARG_STRLEN).
+const MAX_ARGUMENT: usize = 128 << 10;
+/// Characters of a program's name that an error repeats.
+const MAX_NAME: usize = 100;
 
 /// Something to start.
 pub struct Command {
@@ -32,6 +47,10 @@ pub struct Command {
     pub terminal: Option<Pty>,
     /// Whether it reports on descriptor 3.
     pub report: bool,
+    /// Its script, where that is too long for an argument.
+    pub script: Option<OwnedFd>,
+    /// Whether it has neither input nor output.
+    pub detached: bool,
 }
 
 /// Why a command makes no sense.
@@ -49,6 +68,12 @@ pub enum CommandError {
     /// The user does not exist.
     #[error(transparent)]
     User(#[from] UserError),
+    /// The script could not be kept for the shell to read.
+    #[error("the script could not be kept in memory: {0}")]
+    Script(#[source] Errno),
+    /// A detached command with something that needs the host's end.
+    #[error("a detached command has neither terminal nor input nor session")]
+    Detached,
 }
 
 impl Command {
@@ -57,9 +82,14 @@ impl Command {
         if start.argv.is_empty() {
             return Err(CommandError::Empty);
         }
+        if start.detach && (start.pty.is_some() || start.stdin || !start.session.is_empty()) {
+            return Err(CommandError::Detached);
+        }
         let identity = Identity::find(&start.user, Path::new("/etc"))?;
         let environment = environment(start, sandbox, session, &identity)?;
-        let argv = arguments(start);
+        let long = start.shell && start.argv[0].len() >= MAX_ARGUMENT;
+        let script = long.then(|| keep_script(&start.argv[0])).transpose()?;
+        let argv = arguments(start, long);
         let path = environment.get("PATH").map_or(DEFAULT_PATH, String::as_str);
         let program = Program {
             root: None,
@@ -69,12 +99,55 @@ impl Command {
             cwd: CString::new(directory(start, sandbox, session))?,
             identity,
         };
-        Ok(Self { program, stdin: start.stdin, terminal: start.pty.clone(), report: !start.session.is_empty() })
+        Ok(Self {
+            program,
+            stdin: start.stdin,
+            terminal: start.pty.clone(),
+            report: !start.session.is_empty(),
+            script,
+            detached: start.detach,
+        })
     }
 }
 
-fn arguments(start: &ExecStart) -> Vec<String> {
-    let own = start.argv.iter().map(String::as_str);
+/// What an error calls the program: the shell where there is one, never a whole script.
+pub fn name(start: &ExecStart) -> String {
+    if start.shell || !start.session.is_empty() {
+        return SHELL.into();
+    }
+    let name = start.argv.first().map(String::as_str).unwrap_or_default();
+    let shown: String = name.chars().filter(|c| !c.is_control()).take(MAX_NAME).collect();
+    if shown.len() < name.len() { format!("{shown}…") } else { shown }
+}
+
+/// A script's words, where it is nothing but words: a shell would run them as they are.
+pub fn words(script: &str) -> Option<Vec<String>> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-+./:,@% =".contains(c);
+    let words: Vec<String> = script.split_ascii_whitespace().map(str::to_owned).collect();
+    let begins_with_program = words.first().is_some_and(|first| !first.contains('='));
+    (begins_with_program && script.chars().all(is_plain)).then_some(words)
+}
+
+/// Keeps a script where a shell can read it: in memory, below a number that goes to no other descriptor of the child.
+fn keep_script(script: &str) -> Result<OwnedFd, CommandError> {
+    CString::new(script)?;
+    let keep = || -> nix::Result<OwnedFd> {
+        let mut file = File::from(memfd_create(c"script", MFdFlags::MFD_CLOEXEC)?);
+        // Once it is open for reading, the command itself has no use for the descriptor.
+        let text = format!("exec {SCRIPT}<&-; {script}\n");
+        file.write_all(text.as_bytes()).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        descriptor::above(&file, SCRIPT)
+    };
+    keep().map_err(CommandError::Script)
+}
+
+/// Reads the kept script.
+const READ_SCRIPT: &str = ". /proc/self/fd/9";
+
+fn arguments(start: &ExecStart, long: bool) -> Vec<String> {
+    // The script's place stays taken: what follows are its arguments.
+    let first = if long { READ_SCRIPT } else { start.argv[0].as_str() };
+    let own = [first].into_iter().chain(start.argv.iter().skip(1).map(String::as_str));
     let head: &[&str] = match (start.session.is_empty(), start.shell) {
         (true, false) => &[],
         (true, true) => &[SHELL, "-c"],
@@ -179,6 +252,29 @@ mod tests {
         let cwd = |cwd: &str| Command::new(&within(cwd), &sandbox(), None).unwrap().program.cwd.into_string().unwrap();
         assert_eq!(cwd("src"), "/workspace/src");
         assert_eq!(cwd("/srv"), "/srv");
+    }
+
+    #[test]
+    fn script_too_long_for_an_argument_is_read_from_memory() {
+        let text = format!("echo {}", "z".repeat(200 << 10));
+        let command = Command::new(&ExecStart { shell: true, ..start(&[&text, "x"]) }, &sandbox(), None).unwrap();
+        assert_eq!(texts(&command.program.argv), ["/bin/sh", "-c", READ_SCRIPT, "sh", "x"]);
+        assert!(command.script.is_some() && READ_SCRIPT.ends_with(&SCRIPT.to_string()));
+    }
+
+    #[test]
+    fn an_error_names_the_program_and_never_repeats_a_script() {
+        assert_eq!(name(&ExecStart { shell: true, ..start(&["echo\nzzz"]) }), "/bin/sh");
+        assert_eq!(name(&start(&["./run\n.sh"])), "./run.sh…");
+        assert!(name(&start(&[&"z".repeat(200 << 10)])).len() < 200);
+    }
+
+    #[test]
+    fn only_plain_words_run_without_a_shell() {
+        assert_eq!(words("/server -port 80").unwrap(), ["/server", "-port", "80"]);
+        for script in ["", "A=1 b", "a; b", "a $b", "a 'b'", "a *", "a >b", "a\nb", "~/a", "a # b"] {
+            assert_eq!(words(script), None, "{script:?}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!               │ user, lookup
 //! ```
 
+pub mod cgroup;
 pub mod command;
 pub mod ended;
 pub mod lookup;
@@ -14,11 +15,9 @@ pub mod streams;
 pub mod terminal;
 pub mod user;
 
-use std::{
-    os::fd::{AsFd, OwnedFd},
-    sync::Arc,
-};
+use std::sync::Arc;
 
+pub use cgroup::Cgroups;
 pub use command::Command;
 pub use ended::Ended;
 pub use reaper::{Child, Reaper};
@@ -26,20 +25,24 @@ pub use spawn::SpawnError;
 pub use streams::Streams;
 
 /// What every child is started with.
-pub struct Nursery {
+pub struct Spawner {
     /// Who collects it.
     pub reaper: Arc<Reaper>,
-    /// The cgroup it is born in.
-    pub cgroup: Option<OwnedFd>,
+    /// Where it gets a cgroup of its own, where the kernel has such a thing.
+    pub cgroups: Option<Arc<Cgroups>>,
 }
 
-impl Nursery {
+impl Spawner {
     /// Starts a command.
     pub fn start(&self, command: &Command) -> Result<(Child, Streams), SpawnError> {
         let (streams, theirs) = Streams::open(command).map_err(SpawnError::Descriptors)?;
-        let descriptors = theirs.descriptors();
-        let cgroup = self.cgroup.as_ref().map(AsFd::as_fd);
-        let child = self.reaper.adopt(|| spawn::spawn(&command.program, &descriptors, cgroup))?;
+        let descriptors = theirs.descriptors(command.script.as_ref());
+        // A sandbox whose root allows no more cgroups still runs commands, in the cgroup of all.
+        let own = self.cgroups.as_ref().and_then(|all| all.take().ok());
+        let shared = self.cgroups.as_ref().map(|all| all.parent());
+        let cgroup = own.as_ref().map(cgroup::Cgroup::dir).or(shared);
+        let mut child = self.reaper.adopt(|| spawn::spawn(&command.program, &descriptors, cgroup))?;
+        child.cgroup = own;
         Ok((child, streams))
     }
 }

@@ -18,7 +18,10 @@ use tokio::{
     sync::oneshot,
 };
 
-use super::ended::{self, Ended};
+use super::{
+    cgroup::Cgroup,
+    ended::{self, Ended},
+};
 
 type Children = HashMap<i32, oneshot::Sender<Ended>>;
 
@@ -38,6 +41,8 @@ pub struct Reaper {
 pub struct Child {
     /// Its process id and the id of its group.
     pub pid: Pid,
+    /// Where all that it begins runs.
+    pub cgroup: Option<Cgroup>,
     reaper: Arc<Reaper>,
     end: oneshot::Receiver<Ended>,
 }
@@ -65,7 +70,7 @@ impl Reaper {
         let born = spawn().map(|pid| {
             let (say, end) = oneshot::channel();
             self.lock().insert(pid.as_raw(), say);
-            Child { pid, reaper: Arc::clone(self), end }
+            Child { pid, cgroup: None, reaper: Arc::clone(self), end }
         });
         drop(birth);
         if self.due.load(Ordering::SeqCst) {
@@ -120,5 +125,15 @@ impl Child {
             return Err(Errno::ESRCH);
         }
         ended::kill(-self.pid.as_raw(), signal)
+    }
+    /// Kills it and all that it has begun; without a cgroup of its own, its process group.
+    pub fn kill_all(&self) -> io::Result<()> {
+        if self.cgroup.as_ref().is_some_and(|cgroup| cgroup.kill().is_ok()) {
+            return Ok(());
+        }
+        match self.signal_group(nix::libc::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }

@@ -5,9 +5,10 @@
 
 use std::{
     ffi::CString,
-    io,
+    fs, io,
     os::fd::{AsRawFd, BorrowedFd, RawFd},
     ptr,
+    sync::OnceLock,
 };
 
 use nix::{
@@ -18,6 +19,10 @@ use nix::{
 
 use super::user::Identity;
 
+/// The descriptor of a script that is too long for an argument: the highest that every shell can name.
+pub const SCRIPT: RawFd = 9;
+/// What the child's descriptors are, in the order in which they are put in place.
+const TARGETS: [RawFd; 5] = [0, 1, 2, 3, SCRIPT];
 /// Enough for a few frames of system calls.
 const STACK: usize = 32 << 10;
 
@@ -41,8 +46,10 @@ pub struct Program {
 pub struct Descriptors<'a> {
     /// 0, 1 and 2.
     pub standard: [BorrowedFd<'a>; 3],
-    /// 3, if any.
-    pub extra: Option<BorrowedFd<'a>>,
+    /// 3: where a session's shell reports.
+    pub report: Option<BorrowedFd<'a>>,
+    /// [`SCRIPT`]: a script that is too long for an argument.
+    pub script: Option<BorrowedFd<'a>>,
     /// Whether 0 is to be its controlling terminal.
     pub terminal: bool,
 }
@@ -98,9 +105,11 @@ struct Plan {
     uid: u32,
     gid: u32,
     groups: Vec<libc::gid_t>,
-    /// Source of descriptor 0, 1, 2 and 3; -1 for none.
-    descriptors: [RawFd; 4],
+    /// Sources of [`TARGETS`]; -1 for none.
+    descriptors: [RawFd; TARGETS.len()],
     terminal: bool,
+    /// Signals that this process ignores: bit 0 is signal 1.
+    ignored: u64,
     step: Step,
     error: c_int,
 }
@@ -158,6 +167,7 @@ impl Plan {
         let pointers = |strings: &[CString]| -> Vec<*const c_char> {
             strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect()
         };
+        let number = |fd: Option<BorrowedFd<'_>>| fd.map_or(-1, |fd| fd.as_raw_fd());
         let [stdin, stdout, stderr] = descriptors.standard.map(|fd| fd.as_raw_fd());
         let mut argv = vec![c"/bin/sh".as_ptr()];
         argv.extend(pointers(&program.argv));
@@ -170,12 +180,33 @@ impl Plan {
             uid: program.identity.uid,
             gid: program.identity.gid,
             groups: program.identity.groups.clone(),
-            descriptors: [stdin, stdout, stderr, descriptors.extra.map_or(-1, |fd| fd.as_raw_fd())],
+            descriptors: [stdin, stdout, stderr, number(descriptors.report), number(descriptors.script)],
             terminal: descriptors.terminal,
+            ignored: ignored_signals(),
             step: Step::Descriptors,
             error: 0,
         }
     }
+}
+
+/// `struct sigaction` as the kernel knows it; all-zero is SIG_DFL.
+#[repr(C)]
+#[derive(Default)]
+struct KernelAction {
+    handler: usize,
+    flags: u64,
+    restorer: usize,
+    mask: u64,
+}
+
+/// The signals that this process ignores. Nothing here changes that after the start, so that it is read once.
+fn ignored_signals() -> u64 {
+    static IGNORED: OnceLock<u64> = OnceLock::new();
+    *IGNORED.get_or_init(|| {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(u64::MAX)
+    })
 }
 
 /// Makes the child and gives its id to the parent, or a negative error number.
@@ -225,7 +256,7 @@ fn become_program(plan: &mut Plan) -> c_int {
     // that glibc would spread over the parent's threads (setuid and its like) are made directly.
     unsafe {
         libc::setsid();
-        for (target, &source) in (0..).zip(&plan.descriptors) {
+        for (&target, &source) in TARGETS.iter().zip(&plan.descriptors) {
             if source == target && libc::fcntl(source, libc::F_SETFD, 0) < 0
                 || source >= 0 && source != target && libc::dup2(source, target) < 0
             {
@@ -249,8 +280,12 @@ fn become_program(plan: &mut Plan) -> c_int {
                 return errno();
             }
         }
-        // Rust's runtime ignores SIGPIPE; programs expect it to end them.
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        // CLONE_CLEAR_SIGHAND leaves ignored what is ignored: SIGPIPE by Rust's runtime, SIGINT by a shell that started us
+        // in the background. glibc's `sigaction` refuses two of them.
+        for signal in (1..=64).filter(|signal| plan.ignored >> (signal - 1) & 1 == 1) {
+            let default = KernelAction::default();
+            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, ptr::null::<u8>(), size_of::<u64>());
+        }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());

@@ -3,11 +3,14 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
 };
 
 use heyvm_agent_protocol::CHUNK;
-use nix::{fcntl::OFlag, unistd::pipe2};
+use nix::{fcntl::OFlag, libc, unistd::pipe2};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::unix::pipe,
@@ -56,6 +59,12 @@ pub enum Output {
 impl Streams {
     /// Makes what the command asks for.
     pub fn open(command: &Command) -> io::Result<(Self, Theirs)> {
+        if command.detached {
+            let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+            let streams = Self { input: None, stdout: None, stderr: None, report: None, terminal: None };
+            let standard = [null()?, null()?, null()?];
+            return Ok((streams, Theirs { standard, report: None, terminal: false }));
+        }
         let (report, their_report) = command.report.then(output_pipe).transpose()?.unzip();
         if let Some(size) = &command.terminal {
             let made = terminal::open(size)?;
@@ -91,10 +100,11 @@ fn output_pipe() -> io::Result<(Output, OwnedFd)> {
 
 impl Theirs {
     /// As `spawn` wants them.
-    pub fn descriptors(&self) -> Descriptors<'_> {
+    pub fn descriptors<'a>(&'a self, script: Option<&'a OwnedFd>) -> Descriptors<'a> {
         Descriptors {
             standard: self.standard.each_ref().map(AsFd::as_fd),
-            extra: self.report.as_ref().map(AsFd::as_fd),
+            report: self.report.as_ref().map(AsFd::as_fd),
+            script: script.map(AsFd::as_fd),
             terminal: self.terminal,
         }
     }
@@ -142,7 +152,41 @@ fn read_into(fd: &OwnedFd, data: &mut Vec<u8>) -> io::Result<usize> {
     Ok(read?)
 }
 
+nix::ioctl_read_bad!(bytes_to_read, libc::FIONREAD, libc::c_int);
+
+/// An end of a pipe that nobody writes to any more, kept to know what was never read.
+pub struct Unread(File);
+
+impl Unread {
+    /// Bytes in it.
+    pub fn bytes(&self) -> u64 {
+        in_pipe(&self.0)
+    }
+}
+
+fn in_pipe(pipe: &impl AsRawFd) -> u64 {
+    let mut bytes = 0;
+    // SAFETY: the kernel writes one integer.
+    let told = unsafe { bytes_to_read(pipe.as_raw_fd(), &raw mut bytes) };
+    told.ok().and_then(|_| u64::try_from(bytes).ok()).unwrap_or(0)
+}
+
 impl Input {
+    /// Bytes that were written and not read yet.
+    pub fn unread(&self) -> u64 {
+        match self {
+            Self::Pipe(pipe) => in_pipe(pipe),
+            Self::Terminal(_) => 0,
+        }
+    }
+
+    /// Closes it; what is still unread of a pipe can be told later.
+    pub fn close(self) -> Option<Unread> {
+        let Self::Pipe(pipe) = self else { return None };
+        let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+        File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map(Unread).ok()
+    }
+
     /// Writes some of `data`; how much. May be cancelled without loss.
     pub async fn write(&self, data: &[u8]) -> io::Result<usize> {
         match self {

@@ -60,6 +60,21 @@ async fn bytes_go_both_ways_and_each_way_ends_by_itself() {
 }
 
 #[tokio::test]
+async fn server_on_another_address_than_loopback_is_reached() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut client = Agent::personalized(dir.path()).client().await;
+    // As a server that binds $HOSTNAME listens: not at 127.0.0.1.
+    let listener = TcpListener::bind("127.0.0.2:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"here").await.unwrap();
+    });
+    let (_input, mut output) = dial(&mut client, port).await.unwrap();
+    assert_eq!(read_to_end(&mut output).await, b"here");
+}
+
+#[tokio::test]
 async fn a_server_that_only_listens_on_ipv6_is_reached() {
     let dir = tempfile::tempdir().unwrap();
     let mut client = Agent::personalized(dir.path()).client().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use heyvm_agent_protocol::v1::{exec_input, exec_output, *};
 use tonic::Code;
 
-use crate::harness::{Agent, Call, Client, alive, eventually, program, run, script};
+use crate::harness::{Agent, Call, Client, TestCgroup, alive, eventually, program, run, script};
 
 async fn client() -> (tempfile::TempDir, Client) {
     let dir = tempfile::tempdir().unwrap();
@@ -97,6 +97,99 @@ async fn a_time_out_kills_the_whole_group() {
     assert!(ran.exit.timed_out);
     assert_eq!(ran.exit.code, 124);
     eventually("the grandchild is dead", || !alive(ran.out())).await;
+}
+
+/// Each leaves its process group, its session or its parent.
+const RUNAWAYS: [&str; 4] = [
+    "timeout 1000 sleep 1000",
+    "setsid sleep 1000 & wait",
+    "(setsid sh -c 'sleep 1000 & sleep 1000' &) ; sleep 1000",
+    "exec python3 -c 'import subprocess; subprocess.Popen([\"sleep\", \"1000\"], start_new_session=True).wait()'",
+];
+
+#[tokio::test]
+async fn nothing_that_a_command_began_outlives_its_time_out_or_its_host() {
+    let Some(cgroup) = TestCgroup::make() else {
+        return eprintln!("SKIPPED: this host lets no cgroup be made; an end-to-end test has one in its guest");
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut client = Agent::in_cgroup(dir.path(), Some(cgroup.open())).client().await;
+    for text in RUNAWAYS {
+        let ran = run(&mut client, ExecStart { timeout_ms: 700, ..script(text) }).await;
+        assert_eq!((ran.exit.code, ran.exit.timed_out), (124, true), "{text}");
+        eventually(text, || !cgroup.is_populated()).await;
+
+        let call = Call::start(&mut client, script(text)).await.unwrap();
+        eventually("it runs", || cgroup.is_populated()).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        drop(call);
+        eventually(text, || !cgroup.is_populated()).await;
+    }
+    // What a command that has ended left behind goes on.
+    run(&mut client, script("setsid sleep 1000 &")).await;
+    assert!(cgroup.is_populated());
+}
+
+#[tokio::test]
+async fn detached_command_goes_on_without_its_host() {
+    let (dir, mut client) = client().await;
+    let detached = |start: ExecStart| ExecStart { detach: true, ..start };
+    let text = "echo lost; echo no >&2; cat; sleep 1; echo done > left; sleep 1000";
+    let mut call = Call::start(&mut client, detached(script(text))).await.unwrap();
+    let Some(exec_output::Kind::Started(started)) = call.next().await else { panic!("it has not started") };
+    assert!(call.next().await.is_none(), "the stream ends");
+    drop(call);
+    eventually("it goes on", || dir.path().join("left").exists()).await;
+    assert!(alive(&started.pid.to_string()));
+    kill(&started.pid.to_string());
+
+    let mut call =
+        Call::start(&mut client, ExecStart { timeout_ms: 300, ..detached(script("sleep 1000")) }).await.unwrap();
+    let Some(exec_output::Kind::Started(started)) = call.next().await else { panic!("it has not started") };
+    eventually("its time-out holds", || !alive(&started.pid.to_string())).await;
+
+    let missing = run(&mut client, detached(program(&["no-such-program", "x"]))).await;
+    assert_eq!(missing.exit.code, 127);
+    for refused in [ExecStart { stdin: true, ..script("cat") }, ExecStart { session: "s".into(), ..script("true") }] {
+        let refused = Call::start(&mut client, detached(refused)).await.err().unwrap();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+    }
+}
+
+#[tokio::test]
+async fn script_of_any_length_runs_and_an_argument_that_is_too_long_is_one_line() {
+    let (_dir, mut client) = client().await;
+    let long = "z".repeat(200 << 10);
+    let text = format!("echo {long} | wc -c; echo \"$0 $1\"; cat; [ -e /proc/self/fd/9 ] || echo closed");
+    let start = ExecStart { shell: true, stdin: true, ..program(&[&text, "one"]) };
+    let call = Call::start(&mut client, start.clone()).await.unwrap();
+    call.say(exec_input::Kind::Stdin(b"input\n".to_vec())).await;
+    call.say(exec_input::Kind::StdinClose(true)).await;
+    let ran = call.finish().await;
+    assert_eq!((ran.out(), ran.err()), (format!("{}\nsh one\ninput\nclosed", long.len() + 1).as_str(), ""));
+    let in_session = ExecStart { session: "s".into(), stdin: false, ..start };
+    assert!(run(&mut client, in_session).await.out().ends_with("closed"));
+
+    let ran = run(&mut client, program(&["echo", &long])).await;
+    assert_eq!(ran.exit.code, 126);
+    assert!(ran.exit.error.len() < 300 && ran.exit.error.contains("128 KiB"), "{}", ran.exit.error);
+}
+
+#[tokio::test]
+async fn commands_start_with_default_signals() {
+    let (_dir, mut client) = client().await;
+    let ran = run(&mut client, program(&["grep", "-E", "^Sig(Ign|Blk)", "/proc/self/status"])).await;
+    assert_eq!(ran.out().replace('\t', " "), "SigBlk: 0000000000000000\nSigIgn: 0000000000000000");
+}
+
+/// As a script starts `nohup ./test &`.
+#[test]
+fn ignored_signals_of_the_agent_are_not_its_commands() {
+    let script = "trap '' INT QUIT HUP; exec \"$0\" --exact exec::commands_start_with_default_signals exec::signals_reach_the_group";
+    let this = std::env::current_exe().unwrap();
+    let output = std::process::Command::new("sh").args(["-c", script]).arg(this).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("2 passed"));
 }
 
 #[tokio::test]
@@ -206,6 +299,29 @@ async fn input_that_is_read_or_dropped_is_told() {
         let ran = call.finish().await;
         assert_eq!(ran.exit.code, 0, "{text}");
         assert!(ran.stdin_taken > ((BLOCKS - 1) * BLOCK) as u64, "{text}: {} were taken", ran.stdin_taken);
+    }
+}
+
+#[tokio::test]
+async fn end_tells_how_much_input_was_read() {
+    let (_dir, mut client) = client().await;
+    for (text, closes, read) in [
+        ("true", false, 0),
+        ("true", true, 0),
+        ("head -c 10 >/dev/null", true, 10),
+        ("head -c 10 >/dev/null", false, 10),
+        ("cat >/dev/null", true, 1000),
+        ("exec <&-; sleep 1", true, 0),
+    ] {
+        // A pipe's reader takes as much as it asks for.
+        let call =
+            Call::start(&mut client, ExecStart { stdin: true, ..script(&format!("sleep 0.5; {text}")) }).await.unwrap();
+        call.say(exec_input::Kind::Stdin(vec![b'x'; 1000])).await;
+        if closes {
+            call.say(exec_input::Kind::StdinClose(true)).await;
+        }
+        let ran = call.finish().await;
+        assert_eq!((ran.exit.code, ran.exit.stdin_read), (0, read), "{text}, closed: {closes}");
     }
 }
 

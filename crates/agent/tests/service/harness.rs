@@ -1,6 +1,13 @@
 //! An agent in this process and clients of it.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use heyvm_agent::{Reaper, Sandbox, connection, service::Service};
 use heyvm_agent_protocol::{
@@ -27,12 +34,17 @@ pub struct Agent {
 impl Agent {
     /// One that is a sandbox already, with `dir` as its working directory.
     pub fn personalized(dir: &std::path::Path) -> Self {
+        Self::in_cgroup(dir, None)
+    }
+
+    /// The same, whose commands run in cgroups below the one whose directory is `cgroup`.
+    pub fn in_cgroup(dir: &std::path::Path, cgroup: Option<OwnedFd>) -> Self {
         let sandbox = Sandbox {
             env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("GREETING".into(), "hello".into())],
             working_dir: dir.to_str().unwrap().into(),
             hostname: "box".into(),
         };
-        Self { service: Arc::new(Service::personalized(reaper(), sandbox)) }
+        Self { service: Arc::new(Service::personalized(reaper(), cgroup, sandbox)) }
     }
 
     /// One that waits for its first call.
@@ -154,5 +166,40 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(std::time::Instant::now() < give_up, "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A cgroup for a test, where this host lets one be made; removed with everything in it.
+pub struct TestCgroup(PathBuf);
+
+impl TestCgroup {
+    pub fn make() -> Option<Self> {
+        let top = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(PathBuf::from);
+        let top = top.into_iter().find(|top| top.join("cgroup.controllers").exists())?;
+        let dir = top.join(format!("heyvm-agent-test-{}", std::process::id()));
+        fs::create_dir(&dir).ok()?;
+        Some(Self(dir))
+    }
+
+    pub fn open(&self) -> OwnedFd {
+        File::open(&self.0).unwrap().into()
+    }
+
+    /// Whether anything lives in it or below it.
+    pub fn is_populated(&self) -> bool {
+        fs::read_to_string(self.0.join("cgroup.events")).unwrap().contains("populated 1")
+    }
+}
+
+impl Drop for TestCgroup {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let give_up = std::time::Instant::now() + PATIENCE;
+        while fs::remove_dir(&self.0).is_err() && std::time::Instant::now() < give_up {
+            for below in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+                let _ = fs::remove_dir(below.path());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }

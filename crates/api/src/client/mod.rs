@@ -5,10 +5,10 @@
 mod events;
 mod server;
 
-use std::io;
+use std::{io, time::Duration};
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Frame, Incoming};
@@ -30,7 +30,11 @@ pub use server::{Connection, Remote, Server, notice_silence};
 /// Largest JSON answer that is read, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
 /// Servers close a connection that is idle for longer.
-const IDLE: std::time::Duration = std::time::Duration::from_secs(15);
+const IDLE: Duration = Duration::from_secs(15);
+/// A server that keeps a caller waiting for so long is asked whether it is there, and has as long to say so.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// One that has missed so many of these questions in a row is given up.
+const MISSED: u32 = 2;
 
 /// The body of a request.
 pub type Body = UnsyncBoxBody<Bytes, Box<dyn std::error::Error + Send + Sync>>;
@@ -129,7 +133,7 @@ impl Client {
             return self.json(response).await;
         }
         let mut events = Events::new(response.into_body());
-        while let Some(event) = events.next().await.map_err(|why| self.server.broken(why))? {
+        while let Some(event) = self.unless_silent(events.next()).await?.map_err(|why| self.server.broken(why))? {
             match event.kind.as_str() {
                 "progress" => progress(self.parse(&event.data)?),
                 "result" => return self.parse(&event.data),
@@ -160,7 +164,43 @@ impl Client {
     ) -> Result<impl Stream<Item = io::Result<Bytes>> + use<>, ApiError> {
         let request = request(Method::GET, path).header(header::ACCEPT, accept);
         let response = self.checked(self.call(request, empty()).await?).await?;
-        Ok(response.into_body().into_data_stream().map(|piece| piece.map_err(io::Error::other)))
+        let pieces = Box::pin(response.into_body().into_data_stream());
+        let pieces = stream::try_unfold((self.clone(), pieces), |(client, mut pieces)| async move {
+            let silent = |error| io::Error::new(io::ErrorKind::TimedOut, error);
+            match client.unless_silent(pieces.next()).await.map_err(silent)? {
+                Some(piece) => Ok(Some((piece.map_err(io::Error::other)?, (client, pieces)))),
+                None => Ok(None),
+            }
+        });
+        Ok(pieces.boxed())
+    }
+
+    /// Resolves when the server has stopped answering, however long its other answers may take: one that leaves a caller
+    /// waiting is asked for its health, and once more before it is given up.
+    pub async fn until_silent(&self) -> ApiError {
+        let mut missed = 0;
+        while missed < MISSED {
+            tokio::time::sleep(PATIENCE).await;
+            missed = if self.answers().await { 0 } else { missed + 1 };
+        }
+        self.server.silent()
+    }
+
+    /// Whether the server answers anything in time.
+    async fn answers(&self) -> bool {
+        let Ok(request) = request(Method::GET, &format!("{}/health", self.server.base())).body(empty()) else {
+            return false;
+        };
+        matches!(tokio::time::timeout(PATIENCE, self.http.request(request)).await, Ok(Ok(_)))
+    }
+
+    /// Waits for work that the server has a part in.
+    async fn unless_silent<T>(&self, work: impl Future<Output = T>) -> Result<T, ApiError> {
+        tokio::select! {
+            biased;
+            done = work => Ok(done),
+            silent = self.until_silent() => Err(silent),
+        }
     }
 
     /// A WebSocket.
@@ -172,7 +212,7 @@ impl Client {
         let request = format!("ws://{rest}{path}").into_client_request();
         let mut request = request.map_err(|error| cannot_be_sent(&error))?;
         request.headers_mut().extend(self.identity.clone());
-        match tokio_tungstenite::client_async(request, stream).await {
+        match self.unless_silent(tokio_tungstenite::client_async(request, stream)).await? {
             Ok((socket, _)) => Ok(socket),
             Err(tungstenite::Error::Http(response)) => {
                 let body = response.body().as_deref().unwrap_or_default();
@@ -204,7 +244,7 @@ impl Client {
         *request.version_mut() = http::Version::HTTP_11;
         request.headers_mut().remove(header::HOST);
         request.headers_mut().extend(self.identity.clone());
-        self.http.request(request).await.map_err(|error| {
+        self.unless_silent(self.http.request(request)).await?.map_err(|error| {
             let source = std::error::Error::source(&error);
             match source.and_then(|source| source.downcast_ref::<io::Error>()).filter(|_| error.is_connect()) {
                 Some(connecting) => self.server.unreachable(connecting),
@@ -226,7 +266,8 @@ impl Client {
 
     async fn collect(&self, body: Incoming) -> Result<Bytes, ApiError> {
         let limited = http_body_util::Limited::new(body, MAX_ANSWER);
-        Ok(limited.collect().await.map_err(|error| self.server.broken(error))?.to_bytes())
+        let collected = self.unless_silent(limited.collect()).await?;
+        Ok(collected.map_err(|error| self.server.broken(error))?.to_bytes())
     }
 
     async fn checked(&self, response: Response<Incoming>) -> Result<Response<Incoming>, ApiError> {

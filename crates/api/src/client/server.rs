@@ -167,6 +167,17 @@ impl Server {
         ApiError::new(ErrorCode::DaemonUnavailable, message).hint(hint)
     }
 
+    /// It takes connections and says nothing.
+    pub(super) fn silent(&self) -> ApiError {
+        let hint = match self {
+            Self::Socket(_) => {
+                "Run `heyvm daemon status`: it names the process, which may be stopped or hang.".to_owned()
+            }
+            Self::Remote(_) => "Try again later, or ask the operator of the server.".into(),
+        };
+        ApiError::new(ErrorCode::DaemonUnavailable, format!("{} does not answer", self.name())).hint(hint)
+    }
+
     /// The answer ended early, or is none of heyvm's.
     pub(super) fn broken(&self, why: impl fmt::Display) -> ApiError {
         let hint = match self {

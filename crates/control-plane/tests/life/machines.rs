@@ -128,7 +128,7 @@ impl Machines {
         let serving = self.runtime.spawn(async move {
             let reaper = Reaper::new(false);
             tokio::spawn(Arc::clone(&reaper).run());
-            let service = Arc::new(Service::personalized(reaper, sandbox));
+            let service = Arc::new(Service::personalized(reaper, None, sandbox));
             while let Ok((stream, _)) = listener.accept().await {
                 tokio::spawn(connection::serve(stream, Arc::clone(&service)));
             }

@@ -337,6 +337,7 @@ fn start(request: ExecRequest) -> Result<ExecStart, Problem> {
         timeout_ms,
         pty: request.pty.map(pty),
         stdin: request.stdin,
+        detach: false,
     })
 }
 
