@@ -102,7 +102,7 @@ fn load_modules(dir: &Path) -> io::Result<()> {
             Err(errno) => console::say(format_args!("module {name}: {}", errno.desc())),
         }
     }
-    fs::remove_dir_all(dir)
+    Ok(heyvm_trees::remove(dir)?)
 }
 
 fn make_cgroup() -> io::Result<OwnedFd> {

@@ -80,6 +80,7 @@ pub fn agent(status: &tonic::Status) -> ApiError {
             ApiError::new(ErrorCode::OutOfResources, text).hint(if is_full { DISK_FULL } else { TOO_MUCH })
         }
         Code::PermissionDenied => ApiError::new(ErrorCode::Forbidden, text),
+        Code::FailedPrecondition => ApiError::new(ErrorCode::InvalidState, text),
         _ => ApiError::new(ErrorCode::SandboxUnreachable, format!("the sandbox's agent failed: {text}"))
             .hint("heyvm get says whether the sandbox still runs"),
     }

@@ -282,7 +282,7 @@ impl ControlPlane {
 
     /// Forgets what a guest knew of its mounts. The host's directories are not touched.
     pub(crate) fn forget_mounts(&self, id: &str) {
-        let _ = fs::remove_dir_all(journals(&self.config.home, id));
+        let _ = heyvm_trees::remove(&journals(&self.config.home, id));
     }
 }
 

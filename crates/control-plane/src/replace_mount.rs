@@ -1,8 +1,11 @@
-//! A new archive in place of what a directory of a running sandbox holds.
+//! A new archive in place of what a directory of a running sandbox holds. Files of the host are never among what is
+//! replaced: where a mount lies at, above or below the directory, nothing is touched.
+
+use std::path::{Path, PathBuf};
 
 use heyvm_api::{
     ApiError, ErrorCode,
-    sandbox::{ReplaceMountRequest, SandboxInfo, Status},
+    sandbox::{Mount, ReplaceMountRequest, SandboxInfo, Status},
 };
 
 use crate::{ControlPlane, Who, archives, not_running};
@@ -17,10 +20,11 @@ impl ControlPlane {
         let sandbox = self.find(who)?;
         let _one_transition = sandbox.transition.lock().await;
         let record = sandbox.snapshot();
+        let path = checked(&request.sandbox_path.unwrap_or_else(|| record.working_directory.clone()))?;
+        check_mounts(&path, &record.mounts)?;
         let vm = sandbox.vm().filter(|_| record.status == Status::Running).ok_or_else(|| not_running(&record))?;
         archives::check(&self.config.home, &request.archive_id)?;
         let root = request.archive_root.as_deref().map(archives::root).transpose()?;
-        let path = checked(request.sandbox_path.unwrap_or_else(|| record.working_directory.clone()))?;
         self.unpack(&vm, &request.archive_id, root.as_deref(), &path, true).await?;
         let is_the_apps = path == record.working_directory;
         let record = self
@@ -34,14 +38,29 @@ impl ControlPlane {
     }
 }
 
-fn checked(path: String) -> Result<String, ApiError> {
-    let plain = path.trim_end_matches('/');
-    let leaves = path.split('/').any(|part| part == "..") || path.contains('\0');
-    if path.starts_with('/') && !leaves && !SYSTEM.contains(&plain) && !plain.is_empty() {
-        return Ok(plain.to_owned());
+fn checked(asked: &str) -> Result<String, ApiError> {
+    let leaves = asked.split('/').any(|part| part == "..") || asked.contains('\0');
+    let plain = Path::new(asked).components().collect::<PathBuf>().to_string_lossy().into_owned();
+    if asked.starts_with('/') && !leaves && !SYSTEM.contains(&plain.as_str()) {
+        return Ok(plain);
     }
-    Err(ApiError::new(ErrorCode::InvalidArgument, format!("sandbox_path {path:?} cannot be replaced"))
+    Err(ApiError::new(ErrorCode::InvalidArgument, format!("sandbox_path {asked:?} cannot be replaced"))
         .hint("use an absolute path of an app's directory, for example /workspace"))
+}
+
+/// Refuses a path that holds files of the host, or is held by a directory of them. The agent looks again, since a path
+/// may lead elsewhere in the guest.
+fn check_mounts(path: &str, mounts: &[Mount]) -> Result<(), ApiError> {
+    let path = Path::new(path);
+    let holds =
+        |mount: &&Mount| path.starts_with(&mount.sandbox_path) || Path::new(&mount.sandbox_path).starts_with(path);
+    let Some(mount) = mounts.iter().find(holds) else { return Ok(()) };
+    let (host, at) = (&mount.host_path, &mount.sandbox_path);
+    Err(ApiError::new(
+        ErrorCode::InvalidState,
+        format!("{} cannot be replaced: {host} of the host is mounted at {at}", path.display()),
+    )
+    .hint("Name another directory, change the files on the host, or make a sandbox without this mount."))
 }
 
 #[cfg(test)]
@@ -51,8 +70,19 @@ mod tests {
     #[test]
     fn a_system_directory_is_not_replaced() {
         for bad in ["", "/", "//", "/etc/", "/proc", "workspace", "/srv/../etc", "/a\0b"] {
-            assert_eq!(checked(bad.into()).unwrap_err().code, ErrorCode::InvalidArgument, "{bad:?}");
+            assert_eq!(checked(bad).unwrap_err().code, ErrorCode::InvalidArgument, "{bad:?}");
         }
-        assert_eq!(checked("/workspace/".into()).unwrap(), "/workspace");
+        assert_eq!(checked("/workspace//./a/").unwrap(), "/workspace/a");
+    }
+
+    #[test]
+    fn files_of_the_host_are_not_replaced() {
+        let mount = |at: &str| Mount { host_path: "/home/me/proj".into(), sandbox_path: at.into(), read_only: false };
+        for (path, at) in [("/srv/app", "/srv/app"), ("/srv/app", "/srv/app/a/b"), ("/srv/app/a/b", "/srv/app")] {
+            let error = check_mounts(path, &[mount("/other"), mount(at)]).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidState, "{path} {at}");
+            assert!(error.message.contains("/home/me/proj") && error.message.contains(at), "{error:?}");
+        }
+        check_mounts("/srv/app", &[mount("/srv/apples"), mount("/srv/a"), mount("/data")]).unwrap();
     }
 }

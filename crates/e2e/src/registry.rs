@@ -84,8 +84,8 @@ impl Drop for Registry {
 pub fn oci_layout(below: &Path, root: &Path) -> PathBuf {
     let layout = below.join("layout");
     let bundle = below.join("bundle");
-    let _ = fs::remove_dir_all(&layout);
-    let _ = fs::remove_dir_all(&bundle);
+    let _ = heyvm_trees::remove(&layout);
+    let _ = heyvm_trees::remove(&bundle);
     let image = format!("{}:latest", layout.display());
     let umoci = |arguments: &[&str]| Ran::of(Command::new("umoci").args(arguments), b"").succeeded();
     umoci(&["init", "--layout", layout.to_str().expect("UTF-8")]);

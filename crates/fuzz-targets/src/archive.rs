@@ -3,7 +3,8 @@
 use std::{io::Write, path::Path};
 
 use flate2::{Compression, write::GzEncoder};
-use heyvm_agent::files::unpack::{Limits, Wanted, unpack};
+use heyvm_agent::files::unpack::unpack;
+use heyvm_bounded_tar::Options;
 
 use crate::outside::Outside;
 
@@ -29,12 +30,19 @@ fn limits() -> heyvm_archives::Limits {
 fn unpacked(tar: &[u8]) {
     for (clean, root) in [(false, ""), (true, ""), (true, "a")] {
         let place = Outside::new();
-        let wanted = Wanted::new(root, Limits::new(BYTES, ENTRIES)).expect("a plain path");
-        if let Ok(done) = unpack(&place.inside(), clean, wanted, tar) {
+        let options = Options::for_a_guest().limits(BYTES, ENTRIES).below(root).expect("a plain path");
+        if let Ok(done) = unpack(&place.inside(), clean, &options, tar) {
             assert!(done.bytes <= BYTES && done.entries <= ENTRIES);
         }
         place.check();
     }
+    // As the command line takes what a guest sends.
+    let place = Outside::new();
+    let options = Options::for_the_host().limits(BYTES, ENTRIES);
+    if let Ok((done, _)) = heyvm_bounded_tar::unpack(&place.inside(), &options, tar) {
+        assert!(done.bytes <= BYTES && done.entries <= ENTRIES);
+    }
+    place.check();
 }
 
 fn gzip(tar: &[u8]) -> Vec<u8> {

@@ -1,13 +1,13 @@
 //! Tar archives of unknown origin, compressed or not, entry by entry, in bounded memory.
 
 use std::{
-    cell::Cell,
     fs::File,
     io::{self, BufReader, Read},
     path::Path,
-    rc::Rc,
 };
 
+use heyvm_bounded_tar::Metered;
+pub use heyvm_bounded_tar::entries;
 use tar::Entry;
 
 use crate::Error;
@@ -23,50 +23,7 @@ pub fn each(
     broken: impl Fn(io::Error) -> Error,
     see: impl FnMut(&mut Entry<'_, Metered<Box<dyn Read>>>) -> Result<bool, Error>,
 ) -> Result<(), Error> {
-    entries(open(file)?, MAX_HEADERS, broken, see)
-}
-
-/// Shows the entries of a tar stream until one answers `false`. Between one entry's content and the next it may say
-/// `max_headers` bytes: the tar reader holds headers in memory whatever their size.
-pub fn entries<R: Read, E>(
-    from: R,
-    max_headers: u64,
-    broken: impl Fn(io::Error) -> E,
-    mut see: impl FnMut(&mut Entry<'_, Metered<R>>) -> Result<bool, E>,
-) -> Result<(), E> {
-    let left = Rc::new(Cell::new(max_headers));
-    let mut archive = tar::Archive::new(Metered { from, left: Rc::clone(&left) });
-    let mut entries = archive.entries().map_err(&broken)?;
-    loop {
-        left.set(max_headers);
-        let Some(entry) = entries.next() else { return Ok(()) };
-        let mut entry = entry.map_err(&broken)?;
-        left.set(u64::MAX);
-        if !see(&mut entry)? {
-            return Ok(());
-        }
-        // What is left over of it shall not count as a header.
-        io::copy(&mut entry, &mut io::sink()).map_err(&broken)?;
-    }
-}
-
-/// An archive of which only so much may be read at a time.
-pub struct Metered<R> {
-    from: R,
-    left: Rc<Cell<u64>>,
-}
-
-impl<R: Read> Read for Metered<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.left.get();
-        if left == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a header is too large"));
-        }
-        let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let count = self.from.read(&mut buffer[..most])?;
-        self.left.set(left - count as u64);
-        Ok(count)
-    }
+    entries(open(file)?, MAX_HEADERS, broken, see).map(drop)
 }
 
 /// A file as what it says it is at its beginning: gzip, zstd, xz, or plain.

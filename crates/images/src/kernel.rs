@@ -37,7 +37,7 @@ pub fn import(tree: &Path, kernels: &Path) -> Result<String, Error> {
     }
     fs::write(half.path().join("order"), order).map_err(Error::io("writing the modules' order in", half.path()))?;
     let target = kernels.join(&version);
-    let _ = fs::remove_dir_all(&target);
+    let _ = heyvm_trees::remove(&target);
     fs::rename(half.keep(), &target).map_err(Error::io("keeping the kernel", &target))?;
     Ok(version)
 }

@@ -282,12 +282,14 @@ fn mode(entry: &Entry<'_, impl Read>, kind: EntryType) -> io::Result<u32> {
 
 /// Devices are for root to make, where even root may, and mean something in the guest alone.
 fn make_special(entry: &Entry<'_, impl Read>, kind: EntryType, target: &Path, mode: u32) -> io::Result<bool> {
-    let number = |part: Option<u32>| dev_t::from(part.unwrap_or(0));
-    let device = makedev(number(entry.header().device_major()?), number(entry.header().device_minor()?));
-    let flag = match kind {
-        EntryType::Char => SFlag::S_IFCHR,
-        EntryType::Block => SFlag::S_IFBLK,
-        _ => SFlag::S_IFIFO,
+    let number = |part: io::Result<Option<u32>>| Ok::<_, io::Error>(dev_t::from(part?.unwrap_or(0)));
+    let (flag, device) = match kind {
+        // GNU tar leaves a FIFO's numbers empty.
+        EntryType::Fifo => (SFlag::S_IFIFO, 0),
+        kind => {
+            let flag = if kind == EntryType::Char { SFlag::S_IFCHR } else { SFlag::S_IFBLK };
+            (flag, makedev(number(entry.header().device_major())?, number(entry.header().device_minor())?))
+        }
     };
     match mknod(target, flag, Mode::from_bits_truncate(mode), device) {
         Err(Errno::EPERM) => Ok(false),
@@ -314,7 +316,7 @@ fn date(target: &Path, time: u64) -> io::Result<()> {
 
 fn clear(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(meta) if meta.is_dir() => Ok(heyvm_trees::remove(path)?),
         Ok(_) => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
@@ -371,6 +373,24 @@ mod tests {
         done.unwrap();
         assert!(!root.path().join("a/one").exists() && root.path().join("a/two").exists());
         assert!(!root.path().join("b/three").exists() && root.path().join("b/four").exists());
+    }
+
+    #[test]
+    fn fifos_of_every_tar_format_are_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("from");
+        fs::create_dir(&from).unwrap();
+        nix::unistd::mkfifo(&from.join("fifo"), Mode::S_IRWXU).unwrap();
+        for format in ["gnu", "oldgnu", "ustar", "posix"] {
+            let (tar, root) = (dir.path().join(format!("{format}.tar")), dir.path().join(format));
+            let mut packing = std::process::Command::new("tar");
+            packing.arg("--format").arg(format).arg("-cf").arg(&tar).arg("-C").arg(&from).arg(".");
+            assert!(packing.status().unwrap().success());
+            fs::create_dir(&root).unwrap();
+            apply(&tar, &root, &mut Budget::default()).unwrap();
+            let made = fs::symlink_metadata(root.join("fifo")).map(|meta| meta.file_type());
+            assert!(std::os::unix::fs::FileTypeExt::is_fifo(&made.unwrap()), "{format}");
+        }
     }
 
     #[test]

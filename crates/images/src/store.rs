@@ -86,7 +86,7 @@ impl ImageStore {
         for entry in fs::read_dir(&self.images).map_err(Error::io("reading", &self.images))?.flatten() {
             let free = entry.file_name().to_str().is_some_and(|name| !wanted.contains(name));
             if free && entry.path().join(TOLD).exists() {
-                fs::remove_dir_all(entry.path()).map_err(Error::io("removing", entry.path()))?;
+                remove_dir(&entry.path())?;
             }
         }
         Ok(())
@@ -100,7 +100,7 @@ impl ImageStore {
         self.write_index(&index)?;
         if !index.values().any(|digest| *digest == image.digest) {
             let dir = self.images.join(dir_name(&image.digest));
-            fs::remove_dir_all(&dir).map_err(Error::io("removing", dir))?;
+            remove_dir(&dir)?;
         }
         Ok(())
     }
@@ -248,9 +248,8 @@ impl ImageStore {
         };
         let told = serde_json::to_vec(&image).map_err(|error| Error::io("writing", half)(error.into()))?;
         fs::write(half.join(TOLD), told).map_err(Error::io("writing", half))?;
-        match fs::remove_dir_all(&target) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("removing", target)(error)),
-            _ => {}
+        if target.exists() {
+            remove_dir(&target)?;
         }
         fs::rename(half, &target).map_err(Error::io("keeping the image", &target))?;
         self.write_index(&index)?;
@@ -322,6 +321,10 @@ fn import_name(path: &Path, parts: &Parts) -> Option<String> {
 
 fn dir_name(digest: &str) -> String {
     digest.replace(':', "-")
+}
+
+fn remove_dir(dir: &Path) -> Result<(), Error> {
+    heyvm_trees::remove(dir).map_err(|error| Error::io("removing", dir)(error.into()))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {

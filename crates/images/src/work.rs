@@ -48,7 +48,7 @@ fn sweep(parent: &Path) {
         if entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX))
             && let Ok(dir) = File::open(entry.path())
             && let Ok(_held) = Flock::lock(dir, FlockArg::LockExclusiveNonblock)
-            && let Err(error) = fs::remove_dir_all(entry.path())
+            && let Err(error) = heyvm_trees::remove(&entry.path())
         {
             tracing::warn!(path = %entry.path().display(), %error, "what a killed process left cannot be removed");
         }

@@ -135,14 +135,14 @@ fn copy_all(files: &[PathBuf], parent: &Path, dir: &Path) -> Result<(), Error> {
         fs::write(half.join("dev/kvm"), "")?;
         open_directories(&half)?;
         match fs::rename(&half, dir) {
-            Err(_) if dir.is_dir() => fs::remove_dir_all(&half),
+            Err(_) if dir.is_dir() => Ok(heyvm_trees::remove(&half)?),
             other => other,
         }
     };
     fs::create_dir_all(parent).map_err(Error::io("making", parent))?;
-    let _ = fs::remove_dir_all(&half);
+    let _ = heyvm_trees::remove(&half);
     make().map_err(|source| {
-        let _ = fs::remove_dir_all(&half);
+        let _ = heyvm_trees::remove(&half);
         Error::Io { doing: "preparing QEMU's root directory", path: dir.to_owned(), source }
     })
 }

@@ -156,7 +156,7 @@ mod tests {
         assert!(refused.contains(&std::process::id().to_string()), "{refused}");
         assert!(home.is_ours());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
-        fs::remove_dir_all(&path).unwrap();
+        heyvm_trees::remove(&path).unwrap();
         assert!(!home.is_ours());
         let successor = Home::open(path).unwrap();
         assert!(!home.is_ours() && successor.is_ours());

@@ -1,9 +1,9 @@
 //! Tar streams between the host and the threads that read and write files.
 
 use std::{
-    fs::{self, File, Metadata},
+    fs,
     io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -11,16 +11,11 @@ use heyvm_agent_protocol::{
     CHUNK,
     v1::{FileChunk, UnpackInput, UnpackReply},
 };
-use nix::libc::{O_NOCTTY, O_NOFOLLOW, O_NONBLOCK};
+use heyvm_bounded_tar::{Kind, Options, Packer, Problem, Rules, Shrunk};
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
-use super::{
-    absolute, blocking,
-    content::Chunks,
-    failed,
-    unpack::{self, Limits, Wanted},
-};
+use super::{absolute, blocking, content::Chunks, failed, unpack};
 
 /// Chunks that may wait for whoever is slower.
 const QUEUE: usize = 4;
@@ -29,10 +24,11 @@ const QUEUE: usize = 4;
 pub async fn unpack(mut requests: Streaming<UnpackInput>) -> Result<UnpackReply, Status> {
     let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("no directory was named"))?;
     let dir = absolute(&first.path)?;
-    let wanted = Wanted::new(&first.root, Limits::new(first.max_bytes, first.max_entries))?;
+    let options = Options::for_a_guest().limits(first.max_bytes, first.max_entries).below(&first.root);
+    let options = options.map_err(|error| unpack::refused(&error))?;
     let (chunks, receiver) = mpsc::channel(QUEUE);
     let unpacking = tokio::task::spawn_blocking(move || {
-        unpack::unpack(&dir, first.clean, wanted, Incoming { chunks: receiver, current: io::Cursor::default() })
+        unpack::unpack(&dir, first.clean, &options, Incoming { chunks: receiver, current: io::Cursor::default() })
     });
     let mut next = Ok(Some(first.data));
     loop {
@@ -91,10 +87,13 @@ pub async fn pack(path: String) -> Result<Chunks, Status> {
     }
     let (chunks, receiver) = mpsc::channel(QUEUE);
     tokio::task::spawn_blocking(move || {
-        let mut packing = Packing { builder: tar::Builder::new(Outgoing::new(&chunks)), device: meta.dev() };
-        let packed = if meta.is_dir() { packing.directory(&path) } else { packing.single(&path, &meta) };
-        if let Err(error) = packed.and_then(|()| packing.builder.into_inner()?.flush()) {
-            let _ = chunks.blocking_send(Err(failed("cannot pack", &path, &error)));
+        // Files in use may change meanwhile: as many bytes as the header says, whatever becomes of them.
+        let rules = Rules { shrunk: Shrunk::Padded, owners: true };
+        let mut packing = Packing { packer: Packer::new(Outgoing::new(&chunks), rules), device: meta.dev() };
+        let packed = if meta.is_dir() { packing.directory(&path) } else { packing.single(&path) };
+        let packed = packed.and_then(|()| packing.packer.finish()?.flush().map_err(Problem::Output));
+        if let Err(problem) = packed {
+            let _ = chunks.blocking_send(Err(refused(&problem)));
         }
     });
     Ok(receiver)
@@ -132,52 +131,47 @@ impl Write for Outgoing<'_> {
 }
 
 struct Packing<'a> {
-    builder: tar::Builder<Outgoing<'a>>,
+    packer: Packer<Outgoing<'a>>,
     /// Other file systems, such as /proc, are left out.
     device: u64,
 }
 
 impl Packing<'_> {
-    fn single(&mut self, path: &Path, meta: &Metadata) -> io::Result<()> {
+    fn single(&mut self, path: &Path) -> Result<(), Problem> {
         let name = path.file_name().map(PathBuf::from).unwrap_or_default();
         // The path may be a symbolic link: the file it leads to is what was asked for.
-        self.file(&fs::canonicalize(path)?, &name, meta)
+        let real = fs::canonicalize(path).map_err(|error| Problem::io(path, error))?;
+        self.packer.append_file(&real, &name).map(drop)
     }
 
-    fn directory(&mut self, root: &Path) -> io::Result<()> {
+    fn directory(&mut self, root: &Path) -> Result<(), Problem> {
         let mut pending = vec![PathBuf::new()];
         while let Some(dir) = pending.pop() {
-            let mut entries = fs::read_dir(root.join(&dir))?.collect::<io::Result<Vec<_>>>()?;
+            let failed = |error| Problem::io(&root.join(&dir), error);
+            let mut entries =
+                fs::read_dir(root.join(&dir)).map_err(failed)?.collect::<io::Result<Vec<_>>>().map_err(failed)?;
             entries.sort_by_key(fs::DirEntry::file_name);
             for entry in entries {
                 let (path, name) = (entry.path(), dir.join(entry.file_name()));
                 // What has just been removed is not there.
                 let Ok(meta) = entry.metadata() else { continue };
-                let kind = meta.file_type();
-                if kind.is_dir() && meta.dev() == self.device {
-                    self.builder.append_data(&mut header(&meta, 0), &name, io::empty())?;
-                    pending.push(name);
-                } else if kind.is_symlink() {
-                    self.builder.append_link(&mut header(&meta, 0), &name, fs::read_link(&path)?)?;
-                } else if kind.is_file() {
-                    self.file(&path, &name, &meta)?;
+                if meta.is_dir() && meta.dev() != self.device {
+                    continue;
+                }
+                match self.packer.append(&path, &name) {
+                    Ok(Kind::Directory) => pending.push(name),
+                    Ok(_) | Err(Problem::Gone) => {}
+                    Err(problem) => return Err(problem),
                 }
             }
         }
         Ok(())
     }
-
-    /// Exactly as many bytes as the header says, whatever becomes of the file meanwhile.
-    fn file(&mut self, path: &Path, name: &Path, meta: &Metadata) -> io::Result<()> {
-        let opened = File::options().read(true).custom_flags(O_NONBLOCK | O_NOCTTY | O_NOFOLLOW).open(path)?;
-        let bytes = opened.chain(io::repeat(0)).take(meta.len());
-        self.builder.append_data(&mut header(meta, meta.len()), name, bytes)
-    }
 }
 
-fn header(meta: &Metadata, size: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_metadata(meta);
-    header.set_size(size);
-    header
+fn refused(problem: &Problem) -> Status {
+    match problem {
+        Problem::Io { path, error } => failed("cannot pack", path, error),
+        Problem::Changed { .. } | Problem::Gone | Problem::Output(_) => Status::internal(problem.to_string()),
+    }
 }

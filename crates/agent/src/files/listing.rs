@@ -64,7 +64,8 @@ pub fn list(path: &str) -> Result<ListDirReply, Status> {
     Ok(ListDirReply { entries, truncated })
 }
 
-/// Removes a file, an empty directory or, when `recursive`, a directory with everything below it.
+/// Removes a file, an empty directory or, when `recursive`, a directory with everything below it: unless something is
+/// mounted there, which is not the sandbox's to remove.
 pub fn remove(path: &str, recursive: bool) -> Result<(), Status> {
     let path = absolute(path)?;
     if path.parent().is_none() {
@@ -72,13 +73,16 @@ pub fn remove(path: &str, recursive: bool) -> Result<(), Status> {
     }
     let removed = match fs::symlink_metadata(&path) {
         Ok(meta) if !meta.is_dir() => fs::remove_file(&path),
-        Ok(_) if recursive => fs::remove_dir_all(&path),
+        Ok(_) if recursive => heyvm_trees::remove(&path).map_err(io::Error::from),
         Ok(_) => fs::remove_dir(&path),
         Err(error) => Err(error),
     };
     removed.map_err(|error| match error.kind() {
         io::ErrorKind::DirectoryNotEmpty => {
             Status::failed_precondition(format!("{} is a directory and not empty", path.display()))
+        }
+        io::ErrorKind::ResourceBusy => {
+            Status::failed_precondition(format!("cannot remove {}: {error}", path.display()))
         }
         _ => failed("cannot remove", &path, &error),
     })

@@ -5,12 +5,7 @@
 //! mount the disk ──▶ give up, when the disk is nearly full ──▶ root, identity ──▶ take
 //! ```
 
-use std::{
-    fs::{self, File},
-    io,
-    os::fd::AsFd,
-    path::Path,
-};
+use std::{fs::File, io, os::fd::AsFd, path::Path};
 
 use nix::{
     fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, openat},
@@ -39,8 +34,8 @@ pub fn give_up_when_full(top: &Path) -> io::Result<()> {
         return Ok(());
     }
     console::say(format_args!("the disk is full"));
-    match fs::remove_dir_all(top.join(DIR)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+    match heyvm_trees::remove(&top.join(DIR)) {
+        Err(error) if error.io_kind() != Some(io::ErrorKind::NotFound) => Err(error.into()),
         _ => Ok(()),
     }
 }
@@ -74,7 +69,7 @@ pub fn take(disk: impl AsFd) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::{fs, os::unix::fs::MetadataExt};
 
     use super::*;
 

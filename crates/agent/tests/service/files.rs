@@ -210,8 +210,8 @@ async fn nothing_gets_out_of_the_directory() {
         &[(Regular, "../outside/x", "", b"x")],
         &[(Regular, "/tmp/heyvm-x", "", b"x")],
         &[(Regular, "a/../../outside/x", "", b"x")],
-        &[(Symlink, "s", "/etc/passwd", b"")],
-        &[(Symlink, "d/s", "../../outside", b"")],
+        &[(Symlink, "s", "../outside", b""), (Regular, "s/x", "", b"x")],
+        &[(Symlink, "d/s", "../../outside", b""), (Link, "h", "d/s/secret", b"")],
         &[(Link, "h", "../outside/secret", b"")],
         &[(Link, "h", "trap/secret", b"")],
         &[(Regular, "trap/x", "", b"x")],
@@ -225,6 +225,30 @@ async fn nothing_gets_out_of_the_directory() {
     let there: Vec<_> = fs::read_dir(&outside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(there, ["secret"]);
     assert!(!target.join("h").exists() && !Path::new("/tmp/heyvm-x").exists());
+}
+
+#[tokio::test]
+async fn links_are_the_sandboxs_own_and_kept_as_they_are() {
+    let (dir, mut client) = client().await;
+    let target = dir.path().join("work");
+    let links = [("python", "/usr/bin/python3"), ("dangling", "none"), (".#file", "me@host.1:2"), ("d/up", "../../x")];
+    let entries: Vec<Entry<'_>> = links.iter().map(|(name, to)| (Symlink, *name, *to, &b""[..])).collect();
+    unpack(&mut client, into(&target), &archive(&entries)).await.unwrap();
+    for (name, to) in links {
+        assert_eq!(fs::read_link(target.join(name)).unwrap(), Path::new(to));
+    }
+}
+
+#[tokio::test]
+async fn nothing_behind_a_mount_is_removed() {
+    let (_dir, mut client) = client().await;
+    // Every Linux has one, and removing it would not succeed even where nothing else was in the way.
+    for path in ["/proc"] {
+        let clean = UnpackInput { path: path.into(), clean: true, ..UnpackInput::default() };
+        unpack(&mut client, clean, &archive(&[(Regular, "x", "", b"")])).await.unwrap_err();
+    }
+    let refused = client.remove(RemoveRequest { path: "/proc".into(), recursive: true }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
 }
 
 #[tokio::test]

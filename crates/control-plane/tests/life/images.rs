@@ -45,7 +45,7 @@ fn without_its_image_a_sandbox_does_not_start_on_another() {
     let daemon = Daemon::new();
     daemon.create(daemon.request("web")).unwrap();
     daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
-    std::fs::remove_dir_all(daemon.home().join("images/sha256-00")).unwrap();
+    heyvm_trees::remove(&daemon.home().join("images/sha256-00")).unwrap();
     have_image(daemon.home(), "test:1", "11");
     let error = daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap_err();
     assert_eq!((error.code, error.step.as_deref()), (ErrorCode::ImageNotFound, Some("image")));

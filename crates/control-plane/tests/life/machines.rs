@@ -100,7 +100,7 @@ impl Machines {
     }
 
     fn copy_disk(&self, from: &Path, to: &Path) {
-        let _ = fs::remove_dir_all(to);
+        let _ = heyvm_trees::remove(to);
         fs::create_dir_all(to).unwrap();
         for entry in fs::read_dir(from).unwrap().flatten() {
             if entry.file_type().unwrap().is_file() {
@@ -198,7 +198,7 @@ impl Driver for Machines {
         if let Some(machine) = self.running.lock().unwrap().remove(id) {
             machine.end(Exit { cause: ExitCause::Lost, console_tail: Vec::new() });
         }
-        let _ = fs::remove_dir_all(self.dir.join(id));
+        let _ = heyvm_trees::remove(&self.dir.join(id));
         Ok(())
     }
 

@@ -172,7 +172,7 @@ fn mounts_come_again_with_a_start_and_are_added_to_what_runs() {
 
     // Without its directory it does not start, and says so; with it, it does.
     vm.does("stop");
-    fs::remove_dir_all(&third).expect("directory");
+    heyvm_trees::remove(&third).expect("directory");
     let refused = host.refused(&["start", &vm.id]);
     assert_eq!((refused.code.as_str(), refused.step.as_str()), ("invalid_directory", "mount"));
     // Another directory of the same name is mounted when that is asked for.
@@ -244,7 +244,7 @@ fn a_directory_that_is_removed_gives_errors_and_no_more() {
     fs::write(shared.join("file"), "x").expect("file");
     let vm = mounted(&host, &shared, "");
     vm.sh("cat /data/file");
-    fs::remove_dir_all(&shared).expect("directory");
+    heyvm_trees::remove(&shared).expect("directory");
     std::thread::sleep(Duration::from_millis(1100));
     vm.exec(&["cat", "/data/file"]).exited(1);
     assert_ne!(vm.exec(&["sh", "-c", "echo x > /data/new"]).code, 0);
@@ -281,4 +281,45 @@ fn what_cannot_be_mounted_is_told_before_anything_is_done() {
     let (status, answer) = http::json("POST", &format!("{}/sandboxes", api.url), &body);
     assert_eq!((status, &answer["error"]["code"]), (400, &"invalid_argument".into()));
     assert!(host.names(&[]).is_empty());
+}
+
+#[test]
+fn an_update_touches_nothing_of_the_host() {
+    let host = Host::new();
+    let shared = directory(&host, "shared");
+    fs::create_dir_all(shared.join(".git")).expect("directory");
+    fs::create_dir(shared.join("sub")).expect("directory");
+    for file in [".git/HEAD", "main.c", "sub/file"] {
+        fs::write(shared.join(file), file).expect("file");
+    }
+    let of_host =
+        || Ran::of(Command::new("find").arg(&shared).arg("-printf").arg("%P %s %T@\n"), b"").succeeded().out();
+    let before = of_host();
+    let at = format!("{}:/workspace/data", shared.display());
+    let vm = host.create(&["--name", "box", "--size-class", "mini", "--mount", &at]);
+    vm.sh("echo old > /workspace/old.py; ln -s /workspace/data /srv/link; mkdir -p /srv/app/a/b /srv/fine/x");
+    vm.sh("mount --bind /workspace/data /srv/app/a/b; echo kept > /srv/app/own");
+    let app = host.app("app", &[("version", "2")]);
+    let archive = host.json(&["archive-dir", app.to_str().expect("a path")])["id"].as_str().expect("an id").to_owned();
+    // The last three only the guest knows of.
+    for path in [
+        "/workspace",
+        "/workspace/data",
+        "/workspace/data/sub",
+        "/srv/app",
+        "/srv/app/a/b",
+        "/srv/link",
+        "/srv/link/sub",
+    ] {
+        let refusal = host.refused(&["update", "box", "--archive", &archive, "--path", path]);
+        assert_eq!(refusal.code, "invalid_state", "{path}: {refusal:?}");
+        assert_eq!(of_host(), before, "{path}");
+    }
+    assert_eq!(
+        vm.sh("cat /workspace/old.py /srv/app/own; ls -A /srv/app /workspace").out(),
+        "old\nkept\n/srv/app:\na\nown\n\n/workspace:\ndata\nold.py"
+    );
+    host.json(&["update", "box", "--archive", &archive, "--path", "/srv/fine", "--no-restart"]);
+    assert_eq!(vm.sh("ls -A /srv/fine").out(), "version");
+    assert_eq!(of_host(), before);
 }

@@ -100,7 +100,7 @@ impl QemuDriver {
     /// Ends a VM that is nobody's and removes its files.
     pub(super) async fn discard(&self, vm: &Watched) {
         let _ = vm.kill().await;
-        let _ = fs::remove_dir_all(vm.place.dir().path());
+        let _ = heyvm_trees::remove(vm.place.dir().path());
     }
 
     /// A running VM on the disk in its directory, when it is its turn to start.

@@ -367,13 +367,14 @@ async fn put_down(dir: VmDir, exit: Exit) -> Result<(), Error> {
 fn remove_directory(path: &Path) -> Result<(), Error> {
     let mut tries = 0;
     loop {
-        match fs::remove_dir_all(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES => {
+        let Err(error) = heyvm_trees::remove(path) else { return Ok(()) };
+        match error.io_kind() {
+            Some(io::ErrorKind::NotFound) => return Ok(()),
+            Some(io::ErrorKind::DirectoryNotEmpty) if tries < REMOVE_TRIES => {
                 tries += 1;
                 std::thread::sleep(REMOVE_PAUSE);
             }
-            other => return other.map_err(Error::io("removing", path)),
+            _ => return Err(Error::io("removing", path)(error.into())),
         }
     }
 }

@@ -162,7 +162,7 @@ impl Templates {
                 continue;
             }
             let _ = VmDir::new(&self.dir, &name).put_down();
-            let _ = fs::remove_dir_all(entry.path());
+            let _ = heyvm_trees::remove(&entry.path());
         }
     }
 
@@ -256,7 +256,7 @@ impl Build<'_> {
     async fn run(self) -> Result<(), Error> {
         let me = ProcessId::of(std::process::id() as i32).map_err(Error::io("looking at", "this process"))?;
         let half = PathBuf::from(format!("{}{MAKING}{}-{}", self.home.display(), me.pid, me.started));
-        let _ = fs::remove_dir_all(&half);
+        let _ = heyvm_trees::remove(&half);
         let name = half.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let dir = VmDir::new(half.parent().unwrap_or(Path::new("/")), &name);
         dir.make(false)?;
@@ -264,7 +264,7 @@ impl Build<'_> {
         let ended = dir.clone();
         let _ = blocking(move || ended.put_down()).await;
         if built.is_err() {
-            let _ = fs::remove_dir_all(&half);
+            let _ = heyvm_trees::remove(&half);
             return built;
         }
         for leftover in [dir.disk(), dir.qmp_socket(), dir.agent_socket(), dir.id_file(), half.join("state.sock")] {

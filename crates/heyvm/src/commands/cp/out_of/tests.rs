@@ -80,8 +80,7 @@ fn nothing_is_written_outside_of_the_target() {
     .into_iter()
     .enumerate()
     {
-        let _ = fs::remove_dir_all(&outside);
-        fs::create_dir(&outside).unwrap();
+        fs::create_dir_all(&outside).unwrap();
         let error = directory(&tar(&entries)[..], &dir.path().join(format!("copy{number}"))).unwrap_err();
         assert_eq!(error.code, ErrorCode::ArchiveInvalid, "{entries:?}: {error:?}");
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{entries:?}");
