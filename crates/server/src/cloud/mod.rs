@@ -159,7 +159,7 @@ pub fn router(served: Served) -> Router {
 }
 
 /// Calls of the daemon's API that concern its machine, or that only a server makes.
-const NOT_IN_A_CLOUD: [&str; 10] = [
+const NOT_IN_A_CLOUD: [&str; 11] = [
     "/doctor",
     "/images/import",
     "/images/prepare",
@@ -170,6 +170,7 @@ const NOT_IN_A_CLOUD: [&str; 10] = [
     "/sandboxes/{id}/mounts",
     "/sandboxes/{id}/ports/{port}",
     "/sandboxes/{id}/recover",
+    "/sandboxes/{id}/restart-policy",
 ];
 
 /// The OpenAPI document: this API's own calls, and those of the daemon's that it offers, too.
