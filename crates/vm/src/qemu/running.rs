@@ -191,11 +191,14 @@ async fn watch_to_the_end(place: &Place, qmp: &Qmp, process: ProcessId) -> Exit 
     tokio::pin!(process_ended);
     let (mut renewed, mut pause) = (None, FIRST_PAUSE);
     let exit = loop {
+        let connection = renewed.as_ref().unwrap_or(qmp);
         let guest = tokio::select! {
             () = &mut process_ended => return Exit::lost(),
-            guest = guest_ended(renewed.as_ref().unwrap_or(qmp)) => guest,
+            guest = guest_ended(connection) => guest,
         };
         if let Some(exit) = guest {
+            // Behind the select: there the end of the process would overtake what is known of the guest's.
+            let _ = connection.quit().await;
             break exit;
         }
         // QEMU closes the connection as it ends.
@@ -218,9 +221,7 @@ async fn guest_ended(qmp: &Qmp) -> Option<Exit> {
     if !qmp.has_ended().await.ok()? && qmp.guest_ended().await == GuestState::Disconnected {
         return None;
     }
-    let exit = console::judge(qmp).await;
-    let _ = qmp.quit().await;
-    Some(exit)
+    Some(console::judge(qmp).await)
 }
 
 /// Resolves when the process is known to have ended.
