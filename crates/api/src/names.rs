@@ -22,6 +22,34 @@ pub fn check_name(name: &str) -> Result<(), ApiError> {
         .hint("use 1 to 63 letters, digits, '-', '_' and '.', beginning with a letter or digit"))
 }
 
+/// Fewest characters of an id that may stand for all of it.
+pub const SHORT_ID: usize = 8;
+
+/// Whether `text` may be the beginning of a sandbox's id: at least eight characters of a UUID.
+pub fn is_short_id(text: &str) -> bool {
+    let allowed = |(at, byte): (usize, u8)| match at {
+        8 | 13 | 18 | 23 => byte == b'-',
+        _ => byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte),
+    };
+    (SHORT_ID..36).contains(&text.len()) && text.bytes().enumerate().all(allowed)
+}
+
+/// The one of `ids` that begins with `short`; an error where several do.
+pub fn only_one_with(short: &str, mut ids: impl Iterator<Item = String>) -> Result<Option<String>, ApiError> {
+    if !is_short_id(short) {
+        return Ok(None);
+    }
+    let first = ids.find(|id| id.starts_with(short));
+    if first.is_some() && ids.any(|id| id.starts_with(short)) {
+        return Err(ApiError::new(
+            ErrorCode::InvalidArgument,
+            format!("several sandboxes have an id that begins with {short}"),
+        )
+        .hint("Give more of the id; heyvm list --all --format json shows whole ids."));
+    }
+    Ok(first)
+}
+
 /// A DNS label in lower case.
 pub fn check_slug(slug: &str) -> Result<(), ApiError> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -129,6 +157,22 @@ mod tests {
         assert_eq!(parse_duration("--timeout", "2m").unwrap(), Duration::from_secs(120));
         for bad in ["", "-1", "soon", "1e99", "1e19", "31days"] {
             assert!(parse_duration("--timeout", bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn short_ids_are_the_beginning_of_one_uuid() {
+        let ids = [
+            "cbbe1029-0000-4000-8000-000000000000",
+            "cbbe1029-0000-4000-8000-000000000001",
+            "0a0a0a0a-0000-4000-8000-000000000000",
+        ];
+        let find = |short: &str| only_one_with(short, ids.iter().map(|id| (*id).to_owned()));
+        assert_eq!(find("0a0a0a0a").unwrap().as_deref(), Some(ids[2]));
+        assert_eq!(find("0a0a0a0a-00").unwrap().as_deref(), Some(ids[2]));
+        assert_eq!(find("cbbe1029").unwrap_err().code, ErrorCode::InvalidArgument);
+        for none in ["0a0a0a0", "0A0A0A0A", "0a0a0a0a0", "ffffffff", "", "web-server"] {
+            assert_eq!(find(none).unwrap(), None, "{none}");
         }
     }
 }

@@ -66,6 +66,38 @@ impl SizeClass {
     }
 }
 
+/// Whether a sandbox that ended by itself is started again. One that was stopped by a request never is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// It stays as it ended.
+    #[default]
+    Never,
+    /// After a failure: an exit status other than 0, out of memory, a guest's panic, a lost VM.
+    OnFailure,
+    /// After any end, and after a restart of the host.
+    Always,
+}
+
+impl RestartPolicy {
+    /// As the API and the command line call it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::OnFailure => "on-failure",
+            Self::Always => "always",
+        }
+    }
+}
+
+/// Body of `POST /sandboxes/{id}/restart-policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RestartPolicyRequest {
+    /// `never`, `on-failure` or `always`.
+    pub restart: RestartPolicy,
+}
+
 /// Where a sandbox is in its life. The state machine is drawn in `heyvm-control-plane`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -194,11 +226,12 @@ pub struct BindRequest {
 }
 
 /// Body of `POST /sandboxes/{id}/ttl`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TtlRequest {
-    /// Seconds from now until it is destroyed; null or absent: never.
-    #[serde(default)]
+    /// Seconds from now until it is destroyed; null: never. Required, so that an empty body removes no time-to-live.
+    #[serde(deserialize_with = "Option::deserialize")]
+    #[schema(required)]
     pub ttl_seconds: Option<i64>,
 }
 
@@ -323,6 +356,9 @@ pub struct CreateRequest {
     /// Keep the half-made sandbox when a step fails.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub keep_on_failure: bool,
+    /// Whether it is started again when it ended by itself: `never` (the default), `on-failure` or `always`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart: Option<RestartPolicy>,
     /// Take over name and URLs of the living sandbox of this name, once this one is healthy.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub replace: bool,
@@ -392,6 +428,29 @@ pub struct SandboxInfo {
     /// What was done otherwise than asked for, in sentences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// `unresponsive` while its VM runs and its agent does not answer; absent otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<AgentState>,
+    /// What is being done while it is `provisioning`, for example `setup_hook: npm ci`; absent otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
+    /// Whether it is started again when it ended by itself.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    /// How often it was started again by itself.
+    #[serde(default)]
+    pub restart_count: u32,
+    /// When it is started again, while it waits for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_start_at: Option<DateTime<Utc>>,
+}
+
+/// What is wrong with the agent of a running sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AgentState {
+    /// It does not answer: exec, files and ports wait. It is asked again until it does.
+    Unresponsive,
 }
 
 /// Query of `GET /sandboxes`.

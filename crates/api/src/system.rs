@@ -11,7 +11,15 @@ pub struct Health {
     /// heyvm's version.
     #[serde(default)]
     pub version: String,
+    /// [`COMPATIBILITY`] of the daemon; 0 of one that is too old to say.
+    #[serde(default)]
+    pub compatibility: u32,
 }
+
+/// Programs with the same number understand each other's API, and leave each other's daemon running. Raise it by one in the
+/// change that removes or renames what an older client sends or reads, or gives it another meaning; a new call, a new
+/// optional field or a new event raises nothing. A program with another number ends the daemon and starts its own.
+pub const COMPATIBILITY: u32 = 1;
 
 /// What a long call is doing: an event of a `text/event-stream` answer.
 /// `event: progress` carries this; `event: result` the call's normal answer; `event: error` an `ErrorBody`.
@@ -27,6 +35,16 @@ pub struct ProgressEvent {
     /// Bytes in all, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total: Option<u64>,
+    /// `stdout` or `stderr` where `message` is a line that the step's command printed on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<String>,
+}
+
+impl ProgressEvent {
+    /// Begins a step, or says what it is doing.
+    pub fn new(step: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { step: step.into(), message: message.into(), done: None, total: None, stream: None }
+    }
 }
 
 /// Answer of `PUT /archives` (body: tar.gz).

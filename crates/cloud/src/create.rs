@@ -342,6 +342,11 @@ pub(crate) fn provisional(row: &PlacementRow, request: &CreateRequest) -> Sandbo
         mounts: Vec::new(),
         checkpoint_at: None,
         warnings: Vec::new(),
+        agent: None,
+        step: None,
+        restart: request.restart.unwrap_or_default(),
+        restart_count: 0,
+        next_start_at: None,
         account_id: None,
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::Utc;
 use heyvm_api::{
-    ApiError, ErrorCode,
+    ApiError, ErrorCode, names,
     sandbox::{ListFilter, SandboxInfo, Status},
 };
 use heyvm_store::placements::PlacementRow;
@@ -23,7 +23,8 @@ pub struct Place<'a> {
 }
 
 impl Cloud {
-    /// By id, else the account's living one of that name or slug, else its newest. Another account's id is `forbidden`.
+    /// By id, else the account's living one of that name or slug, else its newest, else by the beginning of its id.
+    /// Another account's id is `forbidden`.
     pub async fn find(&self, account: &str, who: &str) -> Result<Place<'_>, ApiError> {
         let by_id = self.store.placement(who).await?;
         if by_id.as_ref().is_some_and(|row| row.account_id != account) {
@@ -32,13 +33,26 @@ impl Cloud {
         }
         let row = match by_id {
             Some(row) => Some(row),
-            None => self.store.placement_named(account, who).await?,
+            None => match self.store.placement_named(account, who).await? {
+                Some(named) => Some(named),
+                None => self.with_short_id(account, who).await?,
+            },
         };
         let row = row.ok_or_else(|| {
             ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {who:?}"))
                 .hint("heyvm list --all shows them all, also those removed within a day")
         })?;
         self.place(row)
+    }
+
+    async fn with_short_id(&self, account: &str, who: &str) -> Result<Option<PlacementRow>, ApiError> {
+        if !names::is_short_id(who) {
+            return Ok(None);
+        }
+        let mut rows = self.store.placements_of(account).await?;
+        let found = names::only_one_with(who, rows.iter().map(|row| row.id.clone()))?;
+        rows.retain(|row| found.as_ref() == Some(&row.id));
+        Ok(rows.pop())
     }
 
     pub(crate) fn place(&self, row: PlacementRow) -> Result<Place<'_>, ApiError> {

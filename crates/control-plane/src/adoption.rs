@@ -1,4 +1,4 @@
-//! What a new daemon finds: VMs that still run are adopted, half-made ones removed, ended ones judged, strays destroyed.
+//! What a new daemon finds: VMs that still run are adopted, partial ones removed, ended ones judged, orphans left alone.
 //! What cannot be found out now is not guessed: it is looked at again. What cannot be read is left as it is.
 
 use std::{
@@ -16,7 +16,7 @@ use heyvm_store::{SandboxRow, Store};
 use heyvm_vm::{Driver, Vm};
 
 use crate::{
-    Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs,
+    Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, orphans,
     record::{self, Record},
 };
 
@@ -37,14 +37,23 @@ impl ControlPlane {
         driver: Arc<dyn Driver>,
         images: Arc<ImageStore>,
     ) -> Result<Arc<Self>, ApiError> {
+        let store_id = store.id().await.map_err(errors::store)?;
         let rows = store.sandboxes().await.map_err(errors::store)?;
-        let sandboxes: HashMap<_, _> = rows
-            .iter()
-            .filter_map(|row| read(row, &images))
-            .map(|record| (record.id.clone(), Sandbox::new(record)))
-            .collect();
+        let vms = driver.list().await.map_err(errors::vm)?;
+        let (mut sandboxes, mut unread) = (HashMap::new(), HashSet::new());
+        for row in &rows {
+            let Some(mut record) = read(row, &images) else {
+                unread.insert(row.id.clone());
+                continue;
+            };
+            if vms.contains(&row.id) {
+                record = orphans::newest(driver.as_ref(), &store, record).await;
+            }
+            sandboxes.insert(record.id.clone(), Sandbox::new(record));
+        }
         let plane = Arc::new(Self {
-            unread: sandboxes.len() < rows.len(),
+            unread,
+            store_id,
             config,
             store,
             driver,
@@ -57,9 +66,9 @@ impl ControlPlane {
         });
         plane.reload_endpoints().await?;
         archives::prepare(&plane.config.home)
-            .and_then(|()| logs::prepare(&plane.config.home, &rows))
+            .and_then(|()| logs::prepare(&plane.config.home, &rows, &vms))
             .map_err(|error| errors::io("preparing archives and logs", &error))?;
-        plane.remove_strays(&rows).await?;
+        plane.look_at_unnamed(&rows, &vms).await;
         plane.settle_all().await;
         plane.sweep().await;
         plane.prune_images().await;
@@ -124,15 +133,21 @@ impl ControlPlane {
     pub(crate) async fn adopt(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<(), ApiError> {
         let id = sandbox.record().id.clone();
         if let Some(vm) = self.find_vm(&id).await? {
-            sandbox.set_vm(Some(Arc::clone(&vm)));
-            self.resume_log(sandbox);
-            self.resume_mounts(sandbox, &vm);
-            let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
-            self.watch(sandbox, vm, main);
+            self.take_up(sandbox, vm);
             return Ok(());
         }
         let (status, reason) = lifecycle::judge(self.driver.post_mortem(&id).await, self.log_tail(&id));
         self.save(sandbox, |record| record.enter(status, Some(reason))).await.map(drop)
+    }
+
+    /// Goes on with a VM that runs: its log, its mounts, its end.
+    pub(crate) fn take_up(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>) {
+        sandbox.set_vm(Some(Arc::clone(&vm)));
+        self.watch_agent(sandbox, &vm);
+        self.resume_log(sandbox);
+        self.resume_mounts(sandbox, &vm);
+        let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
+        self.watch(sandbox, vm, main);
     }
 
     /// One that failed and was kept running to be looked into.
@@ -140,6 +155,7 @@ impl ControlPlane {
         let id = sandbox.record().id.clone();
         if let Some(vm) = self.find_vm(&id).await? {
             sandbox.set_vm(Some(Arc::clone(&vm)));
+            self.watch_agent(sandbox, &vm);
             self.resume_mounts(sandbox, &vm);
             self.watch(sandbox, vm, None);
         }
@@ -155,7 +171,7 @@ impl ControlPlane {
     }
 
     /// Its disk is kept.
-    async fn end_found(&self, sandbox: &Sandbox, status: Status, reason: Option<Reason>) -> Result<(), ApiError> {
+    async fn end_found(&self, sandbox: &Arc<Sandbox>, status: Status, reason: Option<Reason>) -> Result<(), ApiError> {
         let id = sandbox.record().id.clone();
         if let Some(vm) = self.find_vm(&id).await? {
             vm.stop(lifecycle::GRACE).await.map_err(errors::vm)?;
@@ -163,17 +179,22 @@ impl ControlPlane {
         self.save(sandbox, |record| record.enter(status, reason)).await.map(drop)
     }
 
-    /// What the driver has and no row claims, also none that cannot be read.
-    async fn remove_strays(&self, rows: &[SandboxRow]) -> Result<(), ApiError> {
-        let known: HashSet<&str> = rows.iter().filter(|row| !row.removed).map(|row| row.id.as_str()).collect();
-        for id in self.driver.list().await.map_err(errors::vm)? {
-            if !known.contains(id.as_str())
-                && let Err(error) = self.driver.destroy(&id).await
-            {
-                tracing::error!(%error, id, "a stray could not be removed: the next daemon tries again");
+    /// Removes what is certainly no one's: the last daemon's warm pool, and the rest of a sandbox whose removal the store
+    /// knows. Anything else that no row names is an orphan, and is left alone.
+    async fn look_at_unnamed(&self, rows: &[SandboxRow], vms: &[String]) {
+        let removed: HashSet<&str> = rows.iter().filter(|row| row.removed).map(|row| row.id.as_str()).collect();
+        let named: HashSet<&str> = rows.iter().map(|row| row.id.as_str()).collect();
+        for id in vms {
+            if !self.driver.is_of_the_pool(id) && !removed.contains(id.as_str()) {
+                if !named.contains(id.as_str()) {
+                    tracing::warn!(id, "no record names this VM: it is left alone; `heyvm recover` takes it up again");
+                }
+                continue;
+            }
+            if let Err(error) = self.driver.destroy(id).await {
+                tracing::error!(%error, id, "what is left of a VM could not be removed: the next daemon tries again");
             }
         }
-        Ok(())
     }
 }
 

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use chrono::Utc;
 use heyvm_api::{ApiError, ErrorCode, sandbox::SandboxInfo};
 
-use crate::{ControlPlane, ProgressSink, Who, apart, errors, tell};
+use crate::{ControlPlane, ProgressSink, Who, errors, spawn_detached, tell};
 
 impl ControlPlane {
     /// Keeps a copy of the disk as it is now. What runs goes on; its writes wait meanwhile.
     pub async fn checkpoint(self: &Arc<Self>, who: &Who) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
+        spawn_detached(async move {
             let _one_transition = sandbox.transition.lock().await;
             plane.must_be_settled(&sandbox).await?;
             let id = sandbox.record().id.clone();
@@ -26,7 +26,7 @@ impl ControlPlane {
     /// Goes back to the copy: stops, puts the disk back, starts. The copy stays.
     pub async fn restore(self: &Arc<Self>, who: &Who, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
+        spawn_detached(async move {
             let _one_transition = sandbox.transition.lock().await;
             plane.must_be_settled(&sandbox).await?;
             let record = sandbox.snapshot();

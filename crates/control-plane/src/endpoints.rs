@@ -1,6 +1,6 @@
 //! Ports with URLs. A map in memory, in step with the store, answers the proxy without a query.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use heyvm_api::{
     ApiError, ErrorCode, names,
@@ -10,7 +10,7 @@ use heyvm_store::EndpointRow;
 use heyvm_vm::agent::{DialError, PortStream};
 use rand::Rng;
 
-use crate::{ControlPlane, Who, errors, not_running, validate};
+use crate::{ControlPlane, Who, errors, not_running, spawn_detached, validate};
 
 /// Letters and digits that nobody confuses; ten of them are 50 bits that nobody guesses.
 const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
@@ -35,20 +35,30 @@ pub enum ConnectError {
 
 impl ControlPlane {
     /// Gives a port a URL. Binding a bound port gives the same URL, and makes it public or private where that is said.
-    pub async fn bind(&self, who: &Who, request: BindRequest) -> Result<BoundPort, ApiError> {
+    pub async fn bind(self: &Arc<Self>, who: &Who, request: BindRequest) -> Result<BoundPort, ApiError> {
         let port = names::check_port(request.port)?;
         validate::check_privacy(request.is_public, &who.account)?;
         let record = self.find(who)?.snapshot();
-        if record.status == Status::Removed {
+        if record.status == Status::Removed || record.removing {
             return Err(not_running(&record));
         }
-        self.bind_port(&record.id, port, request.is_public).await?;
+        self.bind_port(record.id.clone(), port, request.is_public).await?;
         let bound = self.bound(&record.id).into_iter().find(|bound| bound.endpoint.port == port);
         bound.ok_or_else(|| ApiError::new(ErrorCode::PortNotBound, format!("port {port} was unbound at the same time")))
     }
 
-    /// A new one is public unless it is said that it is not.
-    pub(crate) async fn bind_port(&self, id: &str, port: u16, is_public: Option<bool>) -> Result<(), ApiError> {
+    /// A new one is public unless it is said that it is not. Detached: store and memory change together or not at all.
+    pub(crate) async fn bind_port(
+        self: &Arc<Self>,
+        id: String,
+        port: u16,
+        is_public: Option<bool>,
+    ) -> Result<(), ApiError> {
+        let plane = Arc::clone(self);
+        spawn_detached(async move { plane.bind_port_now(&id, port, is_public).await }).await
+    }
+
+    async fn bind_port_now(&self, id: &str, port: u16, is_public: Option<bool>) -> Result<(), ApiError> {
         let bound = self.rows_of(id).into_iter().find(|row| row.port == port);
         if bound.as_ref().is_some_and(|row| is_public.is_none_or(|asked| asked == row.is_public)) {
             return Ok(());
@@ -70,14 +80,17 @@ impl ControlPlane {
     }
 
     /// Takes a port's URL away.
-    pub async fn unbind(&self, who: &Who, port: i64) -> Result<(), ApiError> {
+    pub async fn unbind(self: &Arc<Self>, who: &Who, port: i64) -> Result<(), ApiError> {
         let port = names::check_port(port)?;
-        let record = self.find(who)?.snapshot();
-        if !self.store.remove_endpoint(&record.id, port).await.map_err(errors::store)? {
-            return Err(ApiError::new(ErrorCode::PortNotBound, format!("port {port} of {} is not bound", record.name))
-                .hint(format!("heyvm get {} shows the bound ports", record.name)));
-        }
-        self.reload_endpoints().await
+        let (plane, record) = (Arc::clone(self), self.find(who)?.snapshot());
+        spawn_detached(async move {
+            if plane.store.remove_endpoint(&record.id, port).await.map_err(errors::store)? {
+                return plane.reload_endpoints().await;
+            }
+            Err(ApiError::new(ErrorCode::PortNotBound, format!("port {port} of {} is not bound", record.name))
+                .hint(format!("heyvm get {} shows the bound ports", record.name)))
+        })
+        .await
     }
 
     pub(crate) async fn unbind_all(&self, id: &str) {

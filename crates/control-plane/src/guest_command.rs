@@ -1,4 +1,4 @@
-//! Commands that the control plane runs in a guest: setup hooks and small questions. Only the end of their output counts.
+//! Commands that the control plane runs in a guest: setup hooks and small questions.
 
 use std::sync::Arc;
 
@@ -14,21 +14,17 @@ const TAIL_WIDTH: usize = 500;
 /// Bytes of a command's output that are kept for its last lines.
 const TAIL_BYTES: usize = 64 << 10;
 
-/// Runs a setup hook; its failure carries its last lines.
-pub(crate) async fn run_hook(vm: &Arc<dyn Vm>, hook: &str) -> Result<(), ApiError> {
-    let (exit, output) = run(vm, hook).await?;
-    if exit.code == 0 {
-        return Ok(());
-    }
-    let shown: String = hook.chars().take(80).collect();
-    Err(ApiError::new(ErrorCode::SetupHookFailed, format!("setup hook `{shown}` exited with {}", exit.code))
-        .hint("the last lines of its output say why; --keep-on-failure keeps the sandbox to look into")
-        .exit_code(exit.code)
-        .log_tail(output.lines()))
-}
-
 /// Runs a script and keeps the end of its output.
 pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Tail), ApiError> {
+    run_with(vm, script, |_, _| {}).await
+}
+
+/// Runs a script, passes on what it prints (and whether on standard error), and keeps the end of that.
+pub(crate) async fn run_with(
+    vm: &Arc<dyn Vm>,
+    script: &str,
+    mut pass_on: impl FnMut(bool, &[u8]),
+) -> Result<(Exit, Tail), ApiError> {
     let start = ExecStart { argv: vec![script.to_owned()], shell: true, ..ExecStart::default() };
     // The stream of input stays open until the end: its end would be the host's leave.
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
@@ -39,7 +35,14 @@ pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Tail), 
     let mut output = Tail::default();
     while let Some(message) = messages.message().await.map_err(|status| errors::agent(&status))? {
         match message.kind {
-            Some(exec_output::Kind::Stdout(data) | exec_output::Kind::Stderr(data)) => output.add(&data),
+            Some(exec_output::Kind::Stdout(data)) => {
+                pass_on(false, &data);
+                output.add(&data);
+            }
+            Some(exec_output::Kind::Stderr(data)) => {
+                pass_on(true, &data);
+                output.add(&data);
+            }
             Some(exec_output::Kind::Exit(exit)) => return Ok((exit, output)),
             _ => {}
         }

@@ -60,13 +60,18 @@ impl ControlPlane {
             return Err(ApiError::new(ErrorCode::InvalidState, format!("sandbox {} runs image {name}", user.name))
                 .hint(format!("heyvm rm {} first", user.name)));
         }
+        let orphans = self.images_of_orphans().await?;
+        if digest.is_some_and(|digest| orphans.is_none_or(|orphans| orphans.contains(&digest))) {
+            return Err(ApiError::new(ErrorCode::InvalidState, format!("an orphan may run image {name}"))
+                .hint("Run `heyvm list --all`, then `heyvm recover ID` or `heyvm rm ID`."));
+        }
         self.images.remove(name).await.map_err(errors::image)
     }
 
     /// The image a new sandbox runs. From here on it is not removed.
     pub(crate) async fn claim_image(
         &self,
-        sandbox: &Sandbox,
+        sandbox: &Arc<Sandbox>,
         asked: &str,
         progress: &ProgressSink,
     ) -> Result<Resolved, ApiError> {
@@ -87,10 +92,12 @@ impl ControlPlane {
     /// Removes images that neither a name nor a sandbox means any more.
     pub(crate) async fn prune_images(&self) {
         let _no_other = self.image_use.lock().await;
-        if self.unread {
-            return;
-        }
-        let used = self.living().filter_map(|record| record.image_digest).collect();
+        // What cannot be read, and what no record names, may need any of them.
+        let orphans = match self.images_of_orphans().await {
+            Ok(Some(digests)) if self.unread.is_empty() => digests,
+            _ => return,
+        };
+        let used = self.living().filter_map(|record| record.image_digest).chain(orphans).collect();
         if let Err(error) = self.images.prune(used).await {
             tracing::error!(%error, "an image that nobody runs could not be removed");
         }
@@ -135,6 +142,7 @@ impl ControlPlane {
             all => ok("image", all.iter().map(|image| image.name.as_str()).collect::<Vec<_>>().join(", ")),
         });
         checks.push(self.disk_space());
+        checks.push(self.orphan_check().await);
         let kvm = checks.iter().any(|check| check.name == "kvm" && check.status == CheckStatus::Ok);
         Ok(DoctorReport {
             ok: checks.iter().all(|check| check.status != CheckStatus::Fail),

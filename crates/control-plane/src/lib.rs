@@ -4,44 +4,52 @@
 //! - [`record`]: one sandbox and its state machine, drawn.  [`validate`]: what may be asked for.  [`who`]: by whom.
 //! - [`create`]: the steps of a deploy.  [`replace`]: a new version takes an old one's place.  [`replace_mount`]: a new
 //!   archive within one.
-//! - [`lifecycle`]: stop, start, remove, and what happens by itself.  [`adoption`]: what a new daemon finds.
+//! - [`lifecycle`]: stop, start, remove, and what happens by itself.  [`restarts`]: what is started again.
+//!   [`adoption`]: what a new daemon finds.
+//! - [`orphans`]: VMs that no row names.  [`agent_watch`]: whether an adopted VM's agent answers.
 //! - [`mounts`]: directories of this host in a sandbox.
 //! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
-//! - [`guest_command`]: hooks.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
+//! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
+//!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
 #![forbid(unsafe_code)]
 
 mod adoption;
+mod agent_watch;
 mod archives;
 mod checkpoint;
 mod create;
+mod cut;
 mod endpoints;
 mod errors;
 mod guest_command;
+mod hooks;
 mod images;
 mod lifecycle;
 mod logs;
 mod main_command;
 mod mounts;
+mod orphans;
 mod ready;
 mod record;
 mod replace;
 mod replace_mount;
 mod resize;
+mod restarts;
 mod validate;
 mod who;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, RwLock,
-        atomic::{AtomicBool, AtomicU64},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use heyvm_api::{ApiError, ErrorCode, sandbox::*, system::*};
+use heyvm_api::{ApiError, ErrorCode, names, sandbox::*, system::*};
 use heyvm_mounts::HandleBudget;
 use heyvm_store::{EndpointRow, Store};
 use heyvm_vm::{AgentConnection, Driver, Vm};
@@ -92,8 +100,10 @@ pub struct ControlPlane {
     reloading: tokio::sync::Mutex<()>,
     /// Held while an image begins to be used, or goes because it is not.
     image_use: tokio::sync::Mutex<()>,
-    /// Whether there are rows that cannot be read: what they need is not known.
-    unread: bool,
+    /// Ids of rows that cannot be read: what they need is not known.
+    unread: HashSet<String>,
+    /// The store's id, which the note beside each disk names.
+    store_id: String,
 }
 
 /// One sandbox: its record, its VM while it has one, and the lock that makes its transitions one at a time.
@@ -101,10 +111,14 @@ struct Sandbox {
     record: Mutex<Record>,
     vm: Mutex<Option<Arc<dyn Vm>>>,
     transition: tokio::sync::Mutex<()>,
+    /// Held while the record changes in the store and in memory.
+    saving: Arc<tokio::sync::Mutex<()>>,
     /// Rings at every change, for those who wait for an end.
     changed: watch::Sender<()>,
-    /// Why it is to be removed: whoever asked waits for the lock.
-    removal: watch::Sender<Option<Reason>>,
+    /// What it is to be instead of what it is becoming: the caller waits for the lock.
+    cut: watch::Sender<Option<cut::Cut>>,
+    /// What its create or start is doing.
+    step: Mutex<Option<String>>,
     /// Whether its removal at the end of its time is under way.
     expiring: AtomicBool,
     /// What became of its making, for those who ask again.
@@ -113,6 +127,10 @@ struct Sandbox {
     mount_handles: Arc<HandleBudget>,
     /// How much of what this run of the start command has printed is in the log.
     log_offset: AtomicU64,
+    /// Whether its VM runs and the agent in it does not answer.
+    agent_is_silent: AtomicBool,
+    /// Whether its next start by itself is under way.
+    is_starting_again: AtomicBool,
 }
 
 impl Sandbox {
@@ -121,12 +139,16 @@ impl Sandbox {
             record: Mutex::new(record),
             vm: Mutex::default(),
             transition: tokio::sync::Mutex::default(),
+            saving: Arc::default(),
             changed: watch::channel(()).0,
-            removal: watch::channel(None).0,
+            cut: watch::channel(None).0,
+            step: Mutex::default(),
             expiring: AtomicBool::new(false),
             failure: OnceLock::new(),
             mount_handles: HandleBudget::of_this_process(),
             log_offset: AtomicU64::new(0),
+            agent_is_silent: AtomicBool::new(false),
+            is_starting_again: AtomicBool::new(false),
         })
     }
 
@@ -140,29 +162,6 @@ impl Sandbox {
 
     fn vm(&self) -> Option<Arc<dyn Vm>> {
         self.vm.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
-    }
-
-    /// Cuts its making or starting short. The first reason counts.
-    fn ask_removal(&self, reason: Reason) {
-        self.removal.send_if_modified(|asked| {
-            let first = asked.is_none();
-            asked.get_or_insert(reason);
-            first
-        });
-    }
-
-    /// It stays after all.
-    fn take_removal_back(&self) {
-        self.removal.send_replace(None);
-    }
-
-    async fn removal_asked(&self) -> Reason {
-        let mut removal = self.removal.subscribe();
-        match removal.wait_for(Option::is_some).await.map(|reason| reason.clone()) {
-            Ok(Some(reason)) => reason,
-            // The sender is a field of this sandbox.
-            _ => std::future::pending().await,
-        }
     }
 
     fn set_vm(&self, vm: Option<Arc<dyn Vm>>) {
@@ -253,7 +252,8 @@ impl ControlPlane {
         self.sandboxes.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(id).cloned()
     }
 
-    /// By id, else the living one of that name or slug, else the newest. An id of another account is told of as that.
+    /// By id, else the living one of that name or slug, else the newest, else by the beginning of its id. Another account's
+    /// id yields `forbidden`.
     fn find(&self, who: &Who) -> Result<Arc<Sandbox>, ApiError> {
         if let Some(found) = self.with_id(&who.sandbox) {
             let is_theirs = found.record().account == who.account;
@@ -272,29 +272,52 @@ impl ControlPlane {
             let record = sandbox.record();
             (record.is_living(), record.status != Status::Removed, record.created_at)
         });
-        named.pop().ok_or_else(|| {
+        if let Some(newest) = named.pop() {
+            return Ok(newest);
+        }
+        let theirs = self.all().into_iter().map(|sandbox| sandbox.snapshot()).filter(|one| one.account == who.account);
+        let short = names::only_one_with(&who.sandbox, theirs.map(|record| record.id))?;
+        short.and_then(|id| self.with_id(&id)).ok_or_else(|| {
             ApiError::new(ErrorCode::SandboxNotFound, format!("there is no sandbox {:?}", who.sandbox))
                 .hint("heyvm list --all shows them all, also those removed within a day")
         })
     }
 
     fn info(&self, record: &Record) -> SandboxInfo {
-        record.info(self.urls_of(&record.id))
+        let info = record.info(self.urls_of(&record.id));
+        let provisioning = Some(record).filter(|record| record.status == Status::Provisioning);
+        let step = provisioning.and_then(|record| self.with_id(&record.id)).and_then(|sandbox| sandbox.step());
+        // One whose VM could not be found yet is as unresponsive as one whose agent is silent.
+        let silent = self
+            .with_id(&record.id)
+            .is_some_and(|sandbox| sandbox.agent_is_silent.load(Ordering::Relaxed) || sandbox.vm().is_none());
+        let agent = (silent && record.status == Status::Running).then_some(AgentState::Unresponsive);
+        SandboxInfo { agent, step, ..info }
     }
 
-    /// Into the store first, into memory then.
-    async fn save(&self, sandbox: &Sandbox, change: impl FnOnce(&mut Record)) -> Result<Record, ApiError> {
+    /// Changes a record in the store and in memory as one act: dropping the caller's future between the two, or a second
+    /// change at the same time, never makes them differ.
+    async fn save(&self, sandbox: &Arc<Sandbox>, change: impl FnOnce(&mut Record)) -> Result<Record, ApiError> {
+        let saving = Arc::clone(&sandbox.saving).lock_owned().await;
         let mut next = sandbox.snapshot();
         change(&mut next);
-        self.store.update(&next.row()).await.map_err(errors::store)?;
-        *sandbox.record() = next.clone();
-        sandbox.changed.send_replace(());
-        Ok(next)
+        next.revision += 1;
+        let (store, sandbox) = (self.store.clone(), Arc::clone(sandbox));
+        let (driver, store_id) = (Arc::clone(&self.driver), self.store_id.clone());
+        spawn_detached(async move {
+            let _saving = saving;
+            store.update(&next.row()).await.map_err(errors::store)?;
+            *sandbox.record() = next.clone();
+            sandbox.changed.send_replace(());
+            orphans::keep_note(driver.as_ref(), &store_id, &next).await;
+            Ok(next)
+        })
+        .await
     }
 }
 
-/// In a task of its own: it ends in order whatever becomes of the caller.
-async fn apart<T: Send + 'static>(
+/// Runs work in a task of its own, to its end: dropping the caller's future does not stop it half-way.
+async fn spawn_detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> Result<T, ApiError> {
     tokio::spawn(work).await.map_err(|error| errors::internal(&error))?
@@ -321,5 +344,12 @@ fn not_running(record: &Record) -> ApiError {
 
 /// Tells what a step is doing.
 fn tell(progress: &ProgressSink, step: &str, message: &str) {
-    let _ = progress.send(ProgressEvent { step: step.into(), message: message.into(), done: None, total: None });
+    let _ = progress.send(ProgressEvent::new(step, message));
+}
+
+/// Begins a step of a sandbox's create or start: told to the caller, and named in `get` and `list` meanwhile.
+fn begin_step(sandbox: &Sandbox, progress: &ProgressSink, step: &str, message: &str) {
+    let named: String = message.chars().filter(|c| !c.is_control()).take(80).collect();
+    sandbox.enter_step(format!("{step}: {named}"));
+    tell(progress, step, message);
 }

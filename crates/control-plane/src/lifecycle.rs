@@ -8,20 +8,20 @@ use std::{
 use chrono::Utc;
 use heyvm_agent_protocol::v1::Exit as MainExit;
 use heyvm_api::{
-    ApiError,
+    ApiError, ErrorCode,
     sandbox::{Reason, ReasonCode, SandboxInfo, Status},
 };
 use heyvm_vm::{Exit, ExitCause, Vm};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, Who, apart,
-    create::cut_short,
+    ControlPlane, ProgressSink, Sandbox, Who, begin_step,
+    cut::Cut,
     errors,
     guest_command::shown,
     main_command::Main,
     not_running, ready,
     record::{self, Record},
-    tell, validate,
+    spawn_detached, validate,
 };
 
 /// What processes get to end in order.
@@ -35,8 +35,20 @@ impl ControlPlane {
     /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
     pub async fn stop(self: &Arc<Self>, who: &Who) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
-            let _one_transition = sandbox.transition.lock().await;
+        spawn_detached(async move {
+            sandbox.cut_by_stop(record::reason(ReasonCode::Stopped, "stopped by a request"));
+            let _one_transition = sandbox.lock_once_made().await;
+            // A removal that is asked for as well waits for the lock, and goes on.
+            if let Some(Cut::Stop(_)) = sandbox.cut_now() {
+                sandbox.take_cut_back();
+            }
+            // One that was stopped before it had a VM is gone: there was nothing to keep.
+            let record = sandbox.snapshot();
+            if record.status == Status::Removed
+                && record.reason.as_ref().is_some_and(|why| why.code == ReasonCode::Stopped)
+            {
+                return Ok(plane.info(&record));
+            }
             plane.stop_now(&sandbox).await
         })
         .await
@@ -45,12 +57,21 @@ impl ControlPlane {
     /// The transition lock is held.
     pub(crate) async fn stop_now(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<SandboxInfo, ApiError> {
         // One that was running before this daemon may not have been found yet.
-        if sandbox.record().status == Status::Running && sandbox.vm().is_none() {
-            self.adopt(sandbox).await?;
+        if sandbox.record().status == Status::Running
+            && sandbox.vm().is_none()
+            && let Err(error) = self.adopt(sandbox).await
+        {
+            let id = sandbox.record().id.clone();
+            tracing::warn!(%error, id, "a VM that cannot be reached is killed, as its stop was requested");
+            self.driver.kill(&id).await.map_err(errors::vm)?;
         }
         let record = sandbox.snapshot();
         match (record.status, record.reason.clone()) {
             _ if record.removing => return Err(not_running(&record)),
+            // One that waits to be started again waits no longer.
+            (Status::Stopped | Status::Failed, _) if sandbox.vm().is_none() && record.next_start_at.is_some() => {
+                self.save(sandbox, |record| record.next_start_at = None).await.map(drop)?;
+            }
             (Status::Stopped, _) => {}
             // Why it failed stays to be read, also when it was kept running to be looked into.
             (Status::Failed, Some(why)) if sandbox.vm().is_some() => self.end(sandbox, Status::Failed, why).await?,
@@ -63,10 +84,12 @@ impl ControlPlane {
     }
 
     /// Ends the VM in order. The transition lock is held.
-    async fn end(&self, sandbox: &Sandbox, status: Status, reason: Reason) -> Result<(), ApiError> {
+    pub(crate) async fn end(&self, sandbox: &Arc<Sandbox>, status: Status, reason: Reason) -> Result<(), ApiError> {
         self.save(sandbox, |record| record.enter(Status::Stopping, Some(reason.clone()))).await?;
-        if let Some(vm) = sandbox.vm() {
-            vm.stop(GRACE).await.map_err(errors::vm)?;
+        match sandbox.vm() {
+            Some(vm) => vm.stop(GRACE).await.map_err(errors::vm)?,
+            // A start that was cut short may have come as far as a VM that is not known here.
+            None => self.driver.kill(&sandbox.snapshot().id).await.map_err(errors::vm)?,
         }
         sandbox.set_vm(None);
         self.save(sandbox, |record| record.enter(status, Some(reason))).await.map(drop)
@@ -75,7 +98,7 @@ impl ControlPlane {
     /// Goes on from the disk and runs the start command again. Starting a running one succeeds.
     pub async fn start(self: &Arc<Self>, who: &Who, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
+        spawn_detached(async move {
             let _one_transition = sandbox.transition.lock().await;
             plane.start_now(&sandbox, &progress).await
         })
@@ -94,15 +117,18 @@ impl ControlPlane {
             Status::Stopped | Status::Failed => {}
             _ => return Err(not_running(&record)),
         }
-        if let Some(reason) = sandbox.removal.borrow().clone() {
-            return Err(cut_short(&reason).sandbox(record.id));
+        if let Some(cut) = sandbox.cut_now() {
+            return Err(cut.error().sandbox(record.id));
         }
         self.save(sandbox, |record| record.enter(Status::Provisioning, None)).await?;
         let started = tokio::select! {
             started = self.start_again(sandbox, progress) => started,
-            reason = sandbox.removal_asked() => {
-                self.destroy(sandbox, reason.clone()).await?;
-                return Err(cut_short(&reason).sandbox(record.id));
+            cut = sandbox.cut_asked() => {
+                match &cut {
+                    Cut::Remove(reason) => self.destroy(sandbox, reason.clone()).await?,
+                    Cut::Stop(reason) => self.end(sandbox, Status::Stopped, reason.clone()).await?,
+                }
+                return Err(cut.error().sandbox(record.id));
             }
         };
         if let Err(error) = started {
@@ -122,12 +148,12 @@ impl ControlPlane {
     async fn start_again(self: &Arc<Self>, sandbox: &Arc<Sandbox>, progress: &ProgressSink) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
         let spec = self.spec_of(&record).await.map_err(|error| error.step("image"))?;
-        tell(progress, "template", "preparing the template");
+        begin_step(sandbox, progress, "template", "preparing the template");
         self.driver
             .prepare(&spec, self.forward(progress, "template"))
             .await
             .map_err(|error| errors::vm(error).step("vm"))?;
-        tell(progress, "vm", "starting the VM");
+        begin_step(sandbox, progress, "vm", "starting the VM");
         // One that failed but was kept running is ended first: a start begins anew.
         if let Some(vm) = sandbox.vm() {
             vm.stop(GRACE).await.map_err(errors::vm)?;
@@ -145,7 +171,7 @@ impl ControlPlane {
     /// Stop, then start, with nothing in between.
     pub async fn restart(self: &Arc<Self>, who: &Who, progress: ProgressSink) -> Result<SandboxInfo, ApiError> {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
+        spawn_detached(async move {
             let _one_transition = sandbox.transition.lock().await;
             plane.stop_now(&sandbox).await?;
             plane.start_now(&sandbox, &progress).await
@@ -153,11 +179,18 @@ impl ControlPlane {
         .await
     }
 
-    /// Destroys it with disk and URLs; told of for a day. Removing a removed one succeeds.
+    /// Destroys it with disk and URLs; told of for a day. Removing a removed one succeeds. Removes an orphan by its id.
     pub async fn remove(self: &Arc<Self>, who: &Who) -> Result<SandboxInfo, ApiError> {
-        let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        let reason = record::reason(ReasonCode::Removed, "removed by a request");
-        apart(async move {
+        let sandbox = match self.find(who) {
+            Ok(sandbox) => sandbox,
+            Err(error) if error.code == ErrorCode::SandboxNotFound && who.account.is_owner() => {
+                return self.remove_orphan(who).await?.ok_or(error);
+            }
+            Err(error) => return Err(error),
+        };
+        let plane = Arc::clone(self);
+        let reason = sandbox.at_its_step(record::reason(ReasonCode::Removed, "removed by a request"));
+        spawn_detached(async move {
             plane.remove_for(&sandbox, reason).await?;
             Ok(plane.info(&sandbox.snapshot()))
         })
@@ -166,14 +199,14 @@ impl ControlPlane {
 
     /// Cuts short what goes on with it, then destroys it.
     pub(crate) async fn remove_for(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
-        sandbox.ask_removal(reason.clone());
+        sandbox.cut(Cut::Remove(reason.clone()));
         let _one_transition = sandbox.transition.lock().await;
         if sandbox.record().status == Status::Removed {
             return Ok(());
         }
         let removed = self.destroy(sandbox, reason).await;
         if !sandbox.record().removing {
-            sandbox.take_removal_back();
+            sandbox.take_cut_back();
         }
         removed
     }
@@ -182,7 +215,6 @@ impl ControlPlane {
     pub async fn set_ttl(&self, who: &Who, ttl_seconds: Option<i64>) -> Result<SandboxInfo, ApiError> {
         let ttl = validate::check_ttl(ttl_seconds)?;
         let sandbox = self.find(who)?;
-        let _one_transition = sandbox.transition.lock().await;
         if sandbox.record().removing {
             return Err(not_running(&sandbox.snapshot()));
         }
@@ -197,7 +229,7 @@ impl ControlPlane {
 
     /// That it goes is written down first, then VM, disk and URLs go; only then it is told to be gone. What cannot be
     /// removed now stays on its way out: the next `rm` or the next daemon goes on with it. The transition lock is held.
-    pub(crate) async fn destroy(&self, sandbox: &Sandbox, reason: Reason) -> Result<(), ApiError> {
+    pub(crate) async fn destroy(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
         let record = self
             .save(sandbox, |record| {
                 // One that was on its way out already keeps its first reason.
@@ -236,7 +268,7 @@ impl ControlPlane {
         });
     }
 
-    async fn put_away_after(&self, sandbox: &Sandbox, ended: Ended) -> Result<(), ApiError> {
+    async fn put_away_after(&self, sandbox: &Arc<Sandbox>, ended: Ended) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
         match record.status {
             Status::Running => {
@@ -278,6 +310,7 @@ impl ControlPlane {
         for record in past {
             self.forget(&record).await;
         }
+        self.start_due();
         // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
         for sandbox in expired {
             if !sandbox.expiring.swap(true, Ordering::Relaxed) {

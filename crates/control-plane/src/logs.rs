@@ -36,11 +36,11 @@ const PIECE: u64 = 256 << 10;
 /// Length of a record's head: kind, length, offset in what one run of the start command has printed.
 const HEAD: usize = 13;
 
-/// Makes the directory, and removes from it logs that belong to no row.
-pub(crate) fn prepare(home: &Path, rows: &[SandboxRow]) -> io::Result<()> {
+/// Makes the directory, and removes from it logs that belong to no row and to no VM that is there.
+pub(crate) fn prepare(home: &Path, rows: &[SandboxRow], vms: &[String]) -> io::Result<()> {
     let dir = home.join("logs");
     fs::create_dir_all(&dir)?;
-    let known: HashSet<&OsStr> = rows.iter().map(|row| OsStr::new(&row.id)).collect();
+    let known: HashSet<&OsStr> = rows.iter().map(|row| &row.id).chain(vms).map(OsStr::new).collect();
     for entry in fs::read_dir(&dir)?.flatten() {
         if entry.path().file_stem().is_some_and(|id| !known.contains(id)) {
             fs::remove_file(entry.path())?;

@@ -11,7 +11,7 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::{ControlPlane, ProgressSink, Sandbox, errors, guest_command::Tail, tell};
+use crate::{ControlPlane, ProgressSink, Sandbox, begin_step, errors, guest_command::Tail};
 
 /// Pause before an agent that did not answer is asked again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -46,7 +46,7 @@ impl ControlPlane {
     ) -> Result<Option<Main>, ApiError> {
         let record = sandbox.snapshot();
         let Some(command) = record.start_command.clone() else { return Ok(None) };
-        tell(progress, "start_command", &command);
+        begin_step(sandbox, progress, "start_command", &command);
         let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
         let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
         let start = ExecStart { argv: vec![command], shell: true, env, ..ExecStart::default() };

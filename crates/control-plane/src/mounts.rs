@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use crate::{ControlPlane, Sandbox, Who, apart, errors, not_running, record::Record};
+use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached};
 
 /// Mounts of one sandbox, at most.
 const MAX_MOUNTS: usize = 16;
@@ -154,7 +154,7 @@ impl ControlPlane {
     pub async fn add_mount(self: &Arc<Self>, who: &Who, mount: Mount) -> Result<SandboxInfo, ApiError> {
         who.account.must_be_owner("mounting a directory of the host")?;
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
+        spawn_detached(async move {
             let _one_transition = sandbox.transition.lock().await;
             let before = sandbox.snapshot();
             if before.removing || !matches!(before.status, Status::Running | Status::Stopped | Status::Failed) {
@@ -247,7 +247,7 @@ impl ControlPlane {
     }
 
     /// Identifies the directory of a mount that an earlier version recorded by its path alone.
-    async fn identify(&self, sandbox: &Sandbox, mount: &Mount) -> Result<(), ApiError> {
+    async fn identify(&self, sandbox: &Arc<Sandbox>, mount: &Mount) -> Result<(), ApiError> {
         let path = PathBuf::from(&mount.host_path);
         let opened = on_disk(move || Directory::open(&path).map_err(not_opened)).await?;
         let sandbox_path = mount.sandbox_path.clone();

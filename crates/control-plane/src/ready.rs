@@ -11,10 +11,9 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, Who, lifecycle,
+    ControlPlane, ProgressSink, Sandbox, Who, begin_step, lifecycle,
     main_command::{Main, tail_of_this_run},
     record::Record,
-    tell,
 };
 
 /// A start command without a port must have lived this long.
@@ -43,7 +42,7 @@ impl ControlPlane {
             return Ok(());
         }
         if record.health_path.is_some() {
-            tell(progress, "health", "waiting until it is healthy");
+            begin_step(sandbox, progress, "health", "waiting until it is healthy");
         }
         let agent = vm.agent();
         let deadline = Instant::now() + Duration::from_millis(record.health_timeout_ms);

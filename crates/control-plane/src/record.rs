@@ -18,12 +18,14 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use heyvm_api::sandbox::{CreateRequest, Endpoint, Mount, Reason, ReasonCode, SandboxInfo, SizeClass, Status};
+use heyvm_api::sandbox::{
+    CreateRequest, Endpoint, Mount, Reason, ReasonCode, RestartPolicy, SandboxInfo, SizeClass, Status,
+};
 use heyvm_mounts::DirectoryIdentity;
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 
-use crate::Account;
+use crate::{Account, restarts};
 
 /// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -108,6 +110,21 @@ pub struct Record {
     /// Whether it has been running before: then its disk is kept when a start fails.
     #[serde(default)]
     pub has_run: bool,
+    /// How often it was saved: of two copies, the one that was saved more often is the newer one.
+    #[serde(default)]
+    pub revision: u64,
+    /// Whether it is started again when it ended by itself.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    /// How often it was started again by itself, in all.
+    #[serde(default)]
+    pub restart_count: u32,
+    /// How often since it last ran for a while: each makes the next pause longer.
+    #[serde(default)]
+    pub restarts_in_a_row: u32,
+    /// When it is started again.
+    #[serde(default)]
+    pub next_start_at: Option<DateTime<Utc>>,
 }
 
 impl Record {
@@ -116,9 +133,9 @@ impl Record {
         matches!(self.status, Status::Provisioning | Status::Running | Status::Stopping) && !self.removing
     }
 
-    /// Whether it holds its name and slug against others.
+    /// Whether it holds its name and slug against others; one that is started again soon does.
     pub fn holds_its_name(&self) -> bool {
-        self.is_living() && !self.waiting_to_replace
+        (self.is_living() || self.next_start_at.is_some()) && !self.waiting_to_replace
     }
 
     /// Whether its making is behind it.
@@ -134,9 +151,18 @@ impl Record {
 
     /// Moves on, with the reason where it no longer runs.
     pub fn enter(&mut self, status: Status, reason: Option<Reason>) {
+        let now = Utc::now();
+        if status == Status::Provisioning && self.next_start_at.is_some_and(|at| at <= now) {
+            self.restart_count = self.restart_count.saturating_add(1);
+            self.restarts_in_a_row = self.restarts_in_a_row.saturating_add(1);
+        }
+        if self.started_at.is_some_and(|at| now - at >= restarts::STEADY) {
+            self.restarts_in_a_row = 0;
+        }
         self.status = status;
         self.reason = reason;
-        self.status_changed_at = Utc::now();
+        self.status_changed_at = now;
+        self.next_start_at = restarts::pause(self).map(|pause| now + pause);
         self.has_run |= status == Status::Running;
         if status != Status::Running {
             self.started_at = None;
@@ -202,6 +228,11 @@ impl Record {
             reason: self.reason.clone(),
             urls,
             warnings: self.warnings.clone(),
+            agent: None,
+            step: None,
+            restart: self.restart,
+            restart_count: self.restart_count,
+            next_start_at: self.next_start_at,
         }
     }
 }

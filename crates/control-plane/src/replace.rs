@@ -7,7 +7,7 @@ use heyvm_api::{
     sandbox::{ReasonCode, Status},
 };
 
-use crate::{Account, ControlPlane, Sandbox, errors, record};
+use crate::{Account, ControlPlane, Sandbox, errors, orphans, record};
 
 /// Answers of the old one that are on their way get this long.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
@@ -39,6 +39,8 @@ impl ControlPlane {
 
     /// In one step of the store the new one has the name and the old one's URLs; then the old one goes.
     async fn take_the_place_of(self: &Arc<Self>, old: &Arc<Sandbox>, new: &Arc<Sandbox>) -> Result<(), ApiError> {
+        // Both are held until store and memory say the same again, whatever else changes their records.
+        let saving = (Arc::clone(&old.saving).lock_owned().await, Arc::clone(&new.saving).lock_owned().await);
         let (mut old_record, mut new_record) = (old.snapshot(), new.snapshot());
         let reason = record::reason(ReasonCode::Replaced, format!("replaced by {}", new_record.id));
         old_record.removing = true;
@@ -49,10 +51,18 @@ impl ControlPlane {
         moved.retain(|row| new_record.open_ports.contains(&row.port));
         // A private one is not opened by leaving it out.
         moved.iter_mut().for_each(|row| row.is_public = new_record.ports_are_public.unwrap_or(row.is_public));
+        (old_record.revision, new_record.revision) = (old_record.revision + 1, new_record.revision + 1);
         self.store.replace(&old_record.row(), &new_record.row(), &moved).await.map_err(errors::store)?;
-        *old.record() = old_record;
-        *new.record() = new_record;
-        self.reload_endpoints().await?;
+        *old.record() = old_record.clone();
+        *new.record() = new_record.clone();
+        // The store has the change already: it is not taken back by a failing read, which the next change makes up for.
+        if let Err(error) = self.reload_endpoints().await {
+            tracing::error!(%error, "the URLs in memory could not be brought up to date");
+        }
+        for record in [&old_record, &new_record] {
+            orphans::keep_note(self.driver.as_ref(), &self.store_id, record).await;
+        }
+        drop(saving);
         old.changed.send_replace(());
         new.changed.send_replace(());
         let (plane, old) = (Arc::clone(self), Arc::clone(old));

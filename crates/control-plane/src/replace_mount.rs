@@ -3,12 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
+
 use heyvm_api::{
     ApiError, ErrorCode,
     sandbox::{Mount, ReplaceMountRequest, SandboxInfo, Status},
 };
 
-use crate::{ControlPlane, Who, archives, not_running};
+use crate::{ControlPlane, Sandbox, Who, archives, not_running, spawn_detached};
 
 /// What no archive takes the place of.
 const SYSTEM: [&str; 8] = ["/", "/proc", "/sys", "/dev", "/bin", "/lib", "/usr", "/etc"];
@@ -16,8 +18,20 @@ const SYSTEM: [&str; 8] = ["/", "/proc", "/sys", "/dev", "/bin", "/lib", "/usr",
 impl ControlPlane {
     /// Puts an archive's content in place of everything in a directory: all of it, or nothing is changed. Programs that
     /// run go on with what they have read; a restart has them read it anew.
-    pub async fn replace_mount(&self, who: &Who, request: ReplaceMountRequest) -> Result<SandboxInfo, ApiError> {
-        let sandbox = self.find(who)?;
+    pub async fn replace_mount(
+        self: &Arc<Self>,
+        who: &Who,
+        request: ReplaceMountRequest,
+    ) -> Result<SandboxInfo, ApiError> {
+        let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
+        spawn_detached(async move { plane.replace_mount_now(&sandbox, request).await }).await
+    }
+
+    async fn replace_mount_now(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        request: ReplaceMountRequest,
+    ) -> Result<SandboxInfo, ApiError> {
         let _one_transition = sandbox.transition.lock().await;
         let record = sandbox.snapshot();
         let path = checked(&request.sandbox_path.unwrap_or_else(|| record.working_directory.clone()))?;
@@ -28,7 +42,7 @@ impl ControlPlane {
         self.unpack(&vm, &request.archive_id, root.as_deref(), &path, true).await?;
         let is_the_apps = path == record.working_directory;
         let record = self
-            .save(&sandbox, |record| {
+            .save(sandbox, |record| {
                 if is_the_apps {
                     (record.archive_id, record.archive_root) = (Some(request.archive_id), root);
                 }

@@ -8,7 +8,7 @@ use heyvm_api::{
 };
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, Who, apart, errors, not_running,
+    ControlPlane, ProgressSink, Sandbox, Who, errors, not_running, spawn_detached,
     validate::{self, Resize},
 };
 
@@ -23,7 +23,7 @@ impl ControlPlane {
     ) -> Result<SandboxInfo, ApiError> {
         let wanted = validate::resize(request)?;
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
-        apart(async move {
+        spawn_detached(async move {
             let _one_transition = sandbox.transition.lock().await;
             plane.must_be_settled(&sandbox).await?;
             match wanted {
@@ -64,7 +64,7 @@ impl ControlPlane {
         self.start_now(sandbox, progress).await.map(drop)
     }
 
-    async fn grow_disk(&self, sandbox: &Sandbox, gib: u32) -> Result<(), ApiError> {
+    async fn grow_disk(&self, sandbox: &Arc<Sandbox>, gib: u32) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
         if gib < record.disk_gib {
             let message = format!("the disk of {} has {} GB and cannot become smaller", record.name, record.disk_gib);

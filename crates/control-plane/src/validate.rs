@@ -3,7 +3,7 @@
 use chrono::Utc;
 use heyvm_api::{
     ApiError, ErrorCode, names,
-    sandbox::{CreateRequest, ResizeRequest, SizeClass, Status},
+    sandbox::{CreateRequest, ResizeRequest, RestartPolicy, SizeClass, Status},
 };
 use rand::seq::IndexedRandom;
 
@@ -91,6 +91,11 @@ pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Re
         reason: None,
         warnings: Vec::new(),
         has_run: false,
+        revision: 0,
+        restart: request.restart.unwrap_or_default(),
+        restart_count: 0,
+        restarts_in_a_row: 0,
+        next_start_at: None,
     })
 }
 
@@ -117,6 +122,7 @@ fn supported(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
         account.must_be_owner("mounting a directory of the host")?;
     }
     check_privacy(request.is_public, account)?;
+    check_restart(request.restart.unwrap_or_default(), account)?;
     if let Some(kind) = request.sandbox_type.as_deref().filter(|kind| !TYPES.contains(kind)) {
         return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python or node"));
     }
@@ -130,6 +136,15 @@ pub fn check_privacy(is_public: Option<bool>, account: &Account) -> Result<(), A
     }
     Err(ApiError::new(ErrorCode::Unsupported, "private endpoints need a server, which knows who may use them")
         .hint("log in to one with heyvm login, or leave --private out"))
+}
+
+/// What is started again by itself would pass by an account's quota of running sandboxes.
+pub fn check_restart(restart: RestartPolicy, account: &Account) -> Result<(), ApiError> {
+    if restart == RestartPolicy::Never || account.is_owner() {
+        return Ok(());
+    }
+    Err(ApiError::new(ErrorCode::Unsupported, format!("restart {:?} is not supported by a server", restart.as_str()))
+        .hint("Leave --restart out, or use --local."))
 }
 
 fn invalid(message: String, hint: &str) -> ApiError {

@@ -139,6 +139,11 @@ impl Host {
         self.root.path()
     }
 
+    /// Its `HEYO_HOME`.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
     /// The program with this home, ready for arguments; nothing of the caller's own settings reaches it.
     pub fn command(&self) -> Command {
         let mut command = match (&self.programs, &self.namespace) {

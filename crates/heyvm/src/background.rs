@@ -16,12 +16,12 @@ use std::{
 use heyvm_api::{
     ApiError, ErrorCode,
     client::{Client, Server},
+    system::{COMPATIBILITY, Health},
 };
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
-use serde::Deserialize;
 
 /// A daemon that is not there after this will not come.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -53,17 +53,11 @@ pub fn socket(home: &Path) -> PathBuf {
     home.join("run/daemon.sock")
 }
 
-#[derive(Deserialize)]
-struct Health {
-    #[serde(default)]
-    version: Option<String>,
-}
-
-/// A client of the running daemon.
-pub async fn running(home: &Path) -> Option<(Client, Option<String>)> {
+/// A client of the running daemon, and what that says of itself.
+pub async fn running(home: &Path) -> Option<(Client, Health)> {
     let client = Client::new(Server::Socket(socket(home)));
     let health: Health = client.get("/health").await.ok()?;
-    Some((client, health.version))
+    Some((client, health))
 }
 
 /// A client of the daemon, which is started when there is none.
@@ -77,11 +71,11 @@ pub async fn ensure(home: &Path, debug: bool) -> Result<Client, ApiError> {
     }
 }
 
-/// A client of the running daemon of our own version; else the version of the one that runs, if one does.
-async fn fitting(home: &Path) -> Result<Client, Option<String>> {
+/// A client of the running daemon if it speaks our API, whatever its version; else what the running one says of itself.
+async fn fitting(home: &Path) -> Result<Client, Option<Health>> {
     match running(home).await {
-        Some((client, version)) if version.as_deref().is_none_or(|v| v == env!("CARGO_PKG_VERSION")) => Ok(client),
-        Some((_, version)) => Err(version),
+        Some((client, health)) if health.compatibility == COMPATIBILITY => Ok(client),
+        Some((_, health)) => Err(Some(health)),
         None => Err(None),
     }
 }
@@ -104,8 +98,9 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
         .map_err(|(_, errno)| unusable(&run, &errno.into()))?;
     match fitting(home).await {
         Ok(client) => return Ok(client),
-        Err(Some(version)) => {
-            say(debug, || format!("ending the daemon of version {version} for that of {}", env!("CARGO_PKG_VERSION")));
+        Err(Some(health)) => {
+            let own = env!("CARGO_PKG_VERSION");
+            say(debug, || format!("ending the daemon of version {}, whose API is not that of {own}", health.version));
             stop(home)?;
         }
         Err(None) => {}
@@ -203,7 +198,41 @@ pub fn pid(home: &Path) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
+
+    /// A daemon of another version that answers `/health` as often as it is asked.
+    fn answering(home: &Path, health: &'static str) {
+        fs::create_dir_all(home.join("run")).unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(socket(home)).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut asked = [0; 4096];
+                let _ = stream.read(&mut asked);
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close";
+                let _ = write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{health}", health.len());
+            }
+        });
+    }
+
+    #[tokio::test]
+    async fn daemons_of_other_versions_are_left_alone_where_they_speak_our_api() {
+        for (health, fits) in [
+            (r#"{"status":"ok","version":"9.9.9","compatibility":1}"#, true),
+            (r#"{"status":"ok","version":"9.9.9","compatibility":2}"#, false),
+            (r#"{"status":"ok","version":"0.0.1"}"#, false),
+        ] {
+            let home = tempfile::tempdir().unwrap();
+            answering(home.path(), health);
+            match fitting(home.path()).await {
+                Ok(_) => assert!(fits, "{health}"),
+                Err(found) => assert!(!fits && found.is_some(), "{health}"),
+            }
+        }
+        assert!(fitting(tempfile::tempdir().unwrap().path()).await.is_err_and(|found| found.is_none()));
+    }
 
     #[test]
     fn whoever_asks_for_the_daemon_is_not_taken_for_it() {

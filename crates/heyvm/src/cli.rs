@@ -14,12 +14,13 @@ use crate::{
         deploy::{CreateArgs, DeployArgs},
         exec::ExecArgs,
         images::{ImagesArgs, PullArgs},
-        lifecycle::{ResizeArgs, RmArgs},
+        lifecycle::{RecoverArgs, ResizeArgs, RmArgs},
         list::ListArgs,
         login::LoginArgs,
         logs::LogsArgs,
         mount::MountAddArgs,
         server::ServerArgs,
+        set::{EditTtlArgs, SetArgs},
         wait_for::WaitForArgs,
     },
     output::Format,
@@ -121,12 +122,21 @@ pub enum Command {
     /// Give a sandbox another size class, or a larger disk
     #[command(after_help = RESIZE_EXAMPLES)]
     Resize(ResizeArgs),
+    /// Change what a create took: the time-to-live, whether it is started again
+    #[command(after_help = SET_EXAMPLES)]
+    Set(SetArgs),
+    /// Change a sandbox's time-to-live
+    #[command(after_help = EDIT_TTL_EXAMPLES)]
+    EditTtl(EditTtlArgs),
     /// Keep a copy of a sandbox's disk as it is now, to go back to
     #[command(after_help = CHECKPOINT_EXAMPLES)]
     Checkpoint(Who),
     /// Go back to the checkpoint: stop, put the disk back, start
     #[command(after_help = RESTORE_EXAMPLES)]
     Restore(Who),
+    /// Make a disk that no record names a sandbox again
+    #[command(after_help = RECOVER_EXAMPLES)]
+    Recover(RecoverArgs),
     /// Remove a sandbox with its disk and URLs
     #[command(after_help = RM_EXAMPLES)]
     Rm(RmArgs),
@@ -263,12 +273,25 @@ const RESIZE_EXAMPLES: &str = "\
 Examples:
   heyvm resize my-app --size-class medium
   heyvm resize my-app --disk-size-gb 50";
+const SET_EXAMPLES: &str = "\
+Examples:
+  heyvm set web --ttl-seconds 3600
+  heyvm set web --ttl-seconds none --restart always";
+const EDIT_TTL_EXAMPLES: &str = "\
+Example:
+  heyvm edit-ttl web --ttl-seconds 3600";
 const CHECKPOINT_EXAMPLES: &str = "\
 Example:
   heyvm checkpoint my-app      # and later, to go back: heyvm restore my-app";
 const RESTORE_EXAMPLES: &str = "\
 Example:
   heyvm restore my-app";
+const RECOVER_EXAMPLES: &str = "\
+A disk is orphaned when the daemon's database was lost, or restored from a backup. `heyvm list --all` lists orphans;
+one whose VM runs is taken up running, any other stopped. `heyvm rm ID` removes one.
+
+Example:
+  heyvm recover cbbe1029 --name web";
 const RM_EXAMPLES: &str = "\
 Examples:
   heyvm rm web
@@ -331,7 +354,8 @@ Example:
 const DAEMON_EXAMPLES: &str = "\
 Examples:
   heyvm daemon status
-  heyvm daemon stop --all";
+  heyvm daemon stop --all
+  heyvm daemon install      # sandboxes with --restart always come back after a reboot";
 const SERVER_EXAMPLES: &str = "\
 Example:
   heyvm server admin user add ada@example.com --store ~/.heyo/server.db";

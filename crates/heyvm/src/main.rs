@@ -1,7 +1,8 @@
 //! heyvm: the command line, the daemon, the jail launcher and the egress holder, chosen by the first argument.
 //!
 //! - [`cli`]: what can be asked for.  [`arguments`]: from words to that.  [`commands`]: one module per command.
-//! - [`background`]: finding or starting the daemon.  [`credentials`], [`password`]: of a heyvm server.  [`archive`]: a directory as an archive.
+//! - [`background`]: finding or starting the daemon.  [`service`]: starting it at boot.
+//! - [`credentials`], [`password`]: of a heyvm server.  [`archive`]: a directory as an archive.
 //! - [`output`]: text and JSON.  [`spool`]: output too large for memory.  [`progress`]: on a terminal.
 #![forbid(unsafe_code)]
 
@@ -14,6 +15,7 @@ mod credentials;
 mod output;
 mod password;
 mod progress;
+mod service;
 mod spool;
 
 fn main() {

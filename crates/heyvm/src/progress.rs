@@ -2,8 +2,11 @@
 
 use std::{
     convert::Infallible,
-    io::IsTerminal,
-    sync::mpsc::{self, RecvTimeoutError, Sender},
+    io::{IsTerminal, Write},
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, RecvTimeoutError, Sender},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -24,23 +27,35 @@ pub struct Progress {
 
 /// What stands on the line; may be written by whoever does the work.
 #[derive(Clone)]
-pub struct Line(ProgressBar);
+pub struct Line {
+    bar: ProgressBar,
+    /// Where what commands print goes, above the line; nowhere for programs, whose standard error is for errors.
+    output: Option<Arc<Mutex<dyn Write + Send>>>,
+}
 
 impl Progress {
     /// Something begins. Nothing is shown yet.
     pub fn new(message: impl Into<String>) -> Self {
-        if std::io::stderr().is_terminal() {
-            Self::after(PATIENCE, ProgressDrawTarget::stderr(), message.into())
-        } else {
-            Self { line: Line(ProgressBar::hidden()), waiting: None }
+        Self::with_output(message.into(), None)
+    }
+
+    /// As [`Self::new`]; what commands in the sandbox print meanwhile goes to standard error as well.
+    pub fn streaming(message: impl Into<String>) -> Self {
+        Self::with_output(message.into(), Some(Arc::new(Mutex::new(std::io::stderr()))))
+    }
+
+    fn with_output(message: String, output: Option<Arc<Mutex<dyn Write + Send>>>) -> Self {
+        let line = Line { bar: ProgressBar::hidden(), output };
+        match std::io::stderr().is_terminal() {
+            true => Self::after(PATIENCE, ProgressDrawTarget::stderr(), message, line),
+            false => Self { line, waiting: None },
         }
     }
 
-    fn after(patience: Duration, target: ProgressDrawTarget, message: String) -> Self {
-        let line = Line(ProgressBar::hidden());
-        line.tell(&ProgressEvent { step: String::new(), message, done: None, total: None });
+    fn after(patience: Duration, target: ProgressDrawTarget, message: String, line: Line) -> Self {
+        line.tell(&ProgressEvent::new("", message));
         let (sender, receiver) = mpsc::channel::<Infallible>();
-        let shown = line.0.clone();
+        let shown = line.bar.clone();
         let waiting = thread::spawn(move || {
             if receiver.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
                 shown.set_draw_target(target);
@@ -62,28 +77,40 @@ impl Progress {
 }
 
 impl Line {
-    /// Says what is being done.
+    /// Says what is being done, or passes on what a command printed.
     pub fn tell(&self, event: &ProgressEvent) {
+        if event.stream.is_some() {
+            return self.print(&event.message);
+        }
         let template = match (event.done, event.total) {
-            (Some(_), Some(_)) => "{spinner} {msg} {bytes}/{total_bytes}",
-            (Some(_), None) => "{spinner} {msg} {bytes}",
-            (None, _) => "{spinner} {msg}",
+            (Some(_), Some(_)) => "{spinner} {elapsed} {msg} {bytes}/{total_bytes}",
+            (Some(_), None) => "{spinner} {elapsed} {msg} {bytes}",
+            (None, _) => "{spinner} {elapsed} {msg}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
-            self.0.set_style(style);
+            self.bar.set_style(style);
         }
         if let Some(total) = event.total {
-            self.0.set_length(total);
+            self.bar.set_length(total);
         }
         if let Some(done) = event.done {
-            self.0.set_position(done);
+            self.bar.set_position(done);
         }
-        self.0.set_message(event.message.clone());
+        self.bar.set_message(event.message.clone());
+    }
+
+    fn print(&self, text: &str) {
+        let Some(output) = &self.output else { return };
+        self.bar.suspend(|| {
+            let mut output = output.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            // A standard error that is closed takes nothing from the command.
+            let _ = writeln!(output, "{text}");
+        });
     }
 
     /// Says how many bytes have been moved, where nobody knows how many there are.
     pub fn moved(&self, message: &str, done: u64) {
-        self.tell(&ProgressEvent { step: String::new(), message: message.into(), done: Some(done), total: None });
+        self.tell(&ProgressEvent { done: Some(done), ..ProgressEvent::new("", message) });
     }
 }
 
@@ -94,17 +121,13 @@ impl Drop for Progress {
             drop(sender);
             let _ = waiting.join();
         }
-        self.line.0.finish_and_clear();
+        self.line.bar.finish_and_clear();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io,
-        sync::{Arc, Mutex},
-        time::Instant,
-    };
+    use std::{io, time::Instant};
 
     use indicatif::TermLike;
 
@@ -154,11 +177,12 @@ mod tests {
     fn progress(patience: Duration) -> (Progress, Screen) {
         let screen = Screen::default();
         let target = ProgressDrawTarget::term_like(Box::new(screen.clone()));
-        (Progress::after(patience, target, "packing".into()), screen)
+        let line = Line { bar: ProgressBar::hidden(), output: None };
+        (Progress::after(patience, target, "packing".into(), line), screen)
     }
 
     fn event(message: &str) -> ProgressEvent {
-        ProgressEvent { step: String::new(), message: message.into(), done: None, total: None }
+        ProgressEvent::new("", message)
     }
 
     fn comes(screen: &Screen, text: &str) {
@@ -183,6 +207,23 @@ mod tests {
     fn what_begins_shows_though_nothing_is_told_at_all() {
         let (_progress, screen) = progress(Duration::ZERO);
         comes(&screen, "packing");
+    }
+
+    #[test]
+    fn output_is_passed_on_at_once_with_a_terminal_and_without() {
+        let printed = Arc::new(Mutex::new(Vec::<u8>::new()));
+        let line =
+            Line { bar: ProgressBar::hidden(), output: Some(Arc::clone(&printed) as Arc<Mutex<dyn Write + Send>>) };
+        let output = ProgressEvent { stream: Some("stdout".into()), ..event("added 3 packages") };
+        let quiet = Progress { line: line.clone(), waiting: None };
+        quiet.tell(&event("npm ci"));
+        quiet.tell(&output);
+        let screen = Screen::default();
+        let target = ProgressDrawTarget::term_like(Box::new(screen.clone()));
+        let drawn = Progress::after(Duration::ZERO, target, "npm ci".into(), line);
+        comes(&screen, "npm ci");
+        drawn.tell(&output);
+        assert_eq!(String::from_utf8(printed.lock().unwrap().clone()).unwrap(), "added 3 packages\n".repeat(2));
     }
 
     #[test]

@@ -31,10 +31,21 @@ impl ProcessId {
         Ok(Self { pid, started })
     }
 
-    /// Whether this very process still runs (a zombie does not).
+    /// Whether this very process still runs (a zombie does not); an error when that cannot be found out now, as when no
+    /// file descriptor is left.
+    pub fn look(self) -> io::Result<bool> {
+        match fs::read_to_string(format!("/proc/{}/stat", self.pid)) {
+            Ok(stat) => Ok(start_time(&stat) == Some(self.started) && !is_zombie(&stat)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// As [`Self::look`]; a process counts as alive until it is known to have ended.
     pub fn is_alive(self) -> bool {
-        fs::read_to_string(format!("/proc/{}/stat", self.pid))
-            .is_ok_and(|stat| start_time(&stat) == Some(self.started) && !is_zombie(&stat))
+        self.look().unwrap_or(true)
     }
 
     /// A descriptor that becomes readable when the process ends; `None` when it has ended already.
@@ -48,7 +59,7 @@ impl ProcessId {
         // SAFETY: the descriptor is new and ours alone; the kernel's int fits.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         // The id may have been given to another process before the open: the start time decides.
-        Ok(self.is_alive().then_some(ProcessHandle { fd }))
+        Ok(self.look()?.then_some(ProcessHandle { fd }))
     }
 
     /// Ends the process at once, if it still runs, and blocks until it is gone, with all it held.
@@ -127,8 +138,8 @@ pub fn close_inherited() {
 }
 
 /// An id that is new at every boot of this host.
-pub fn host_boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+pub fn host_boot_id() -> io::Result<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -346,7 +346,7 @@ mod tests {
             for step in ["image", "vm"] {
                 let message = format!("{step} …");
                 // Nobody listens where the answer is plain JSON.
-                let _ = sink.send(ProgressEvent { step: step.into(), message, done: None, total: None });
+                let _ = sink.send(ProgressEvent::new(step, message));
                 tokio::task::yield_now().await;
             }
             Ok::<_, ApiError>(42)

@@ -25,7 +25,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     Error,
     config::Config,
-    home::Home,
+    home::{Home, Presence},
     proxy,
     region::Region,
     routes::{Api, router},
@@ -37,6 +37,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How often the home is looked after.
 const HOUSEKEEPING: Duration = Duration::from_secs(2);
+/// The home counts as removed, or no longer ours, when so many looks in a row say so.
+const LOOKS: u32 = 3;
 /// Standard error gets this much unless `HEYVM_LOG` says otherwise.
 const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn,oci_client=warn";
 
@@ -172,21 +174,32 @@ async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Con
     Edge::new(Arc::new(proxy::Sandboxes(plane)), None, settings).serve(listener, ending).await;
 }
 
-/// Returns when the end is asked for, or when the home is gone: then nobody can ask for the sandboxes any more, and they
-/// end, too.
+/// Returns when the end is asked for, or when this is no longer the home's daemon. Sandboxes end only when the home itself
+/// was removed: no one could find them again. Whatever else is in doubt is logged, and ends none.
 async fn until_end(home: &Home, plane: &Arc<ControlPlane>, ending: &CancellationToken) {
     let mut look = tokio::time::interval(HOUSEKEEPING);
+    let (mut removed, mut lost) = (0, 0);
     loop {
         tokio::select! {
             () = ending.cancelled() => return,
             _ = look.tick() => {}
         }
-        if !home.is_ours() {
-            tracing::warn!("the home was removed, or another one put in its place: sandboxes and daemon end");
-            plane.abandon().await;
-            ending.cancel();
-            return;
+        let presence = home.look();
+        removed = if matches!(presence, Presence::Removed) { removed + 1 } else { 0 };
+        lost = if matches!(presence, Presence::Lost(_)) { lost + 1 } else { 0 };
+        match presence {
+            Presence::Ours => home.turn_log_over(),
+            Presence::Unknown(error) => tracing::warn!(%error, "the home cannot be looked at now"),
+            Presence::Removed if removed >= LOOKS => {
+                tracing::error!("the home was removed: sandboxes and daemon end");
+                plane.abandon().await;
+                return ending.cancel();
+            }
+            Presence::Lost(why) if lost >= LOOKS => {
+                tracing::error!(why, "the daemon ends; sandboxes keep running for the next one");
+                return ending.cancel();
+            }
+            Presence::Removed | Presence::Lost(_) => tracing::warn!(?presence, "the home is looked at again"),
         }
-        home.turn_log_over();
     }
 }

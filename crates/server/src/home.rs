@@ -26,7 +26,21 @@ const POLL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Home {
     path: PathBuf,
+    directory: File,
     lock: File,
+}
+
+/// What a look at a home shows. Nothing but [`Presence::Removed`] may end a VM.
+#[derive(Debug)]
+pub enum Presence {
+    /// It is there, and this process is its daemon.
+    Ours,
+    /// The directory itself was removed, with every VM's files: no one can find the VMs again.
+    Removed,
+    /// The directory was moved, or its lock was removed or replaced: another daemon may start there.
+    Lost(&'static str),
+    /// It cannot be looked at now.
+    Unknown(io::Error),
 }
 
 impl Home {
@@ -40,6 +54,7 @@ impl Home {
         for dir in [path.clone(), path.join("run")] {
             private_directory(&dir).map_err(Error::io(format!("making {}", dir.display())))?;
         }
+        let directory = File::open(&path).map_err(Error::io(format!("opening {}", path.display())))?;
         let file = path.join("run/daemon.lock");
         let doing = || format!("locking {}", file.display());
         let mut lock = File::options()
@@ -71,7 +86,7 @@ impl Home {
             writeln!(lock, "{}", std::process::id())
         };
         write_id(&mut lock).map_err(Error::io(doing()))?;
-        Ok(Self { path, lock })
+        Ok(Self { path, directory, lock })
     }
 
     /// The directory.
@@ -92,16 +107,31 @@ impl Home {
         Ok(listener)
     }
 
-    /// Removes the socket.
+    /// Removes the socket, unless it may be another daemon's.
     pub fn stop_listening(&self) {
+        if !matches!(self.look(), Presence::Ours) {
+            return;
+        }
         let _ = fs::remove_file(self.path.join("run").join(SOCKET));
     }
 
-    /// Whether the home is still there, and ours: somebody may have removed it, or put another in its place.
-    pub fn is_ours(&self) -> bool {
-        let there = fs::metadata(self.path.join("run/daemon.lock"));
-        let held = self.lock.metadata();
-        matches!((there, held), (Ok(there), Ok(held)) if there.ino() == held.ino() && there.dev() == held.dev())
+    /// Whether the home is still there, and ours: it may have been removed, or another one put in its place.
+    pub fn look(&self) -> Presence {
+        self.try_to_look().unwrap_or_else(Presence::Unknown)
+    }
+
+    fn try_to_look(&self) -> io::Result<Presence> {
+        let directory = self.directory.metadata()?;
+        match is_at(&self.path, &directory)? {
+            true => {}
+            // A directory that was removed has no links any more; one that was moved has.
+            false if directory.nlink() == 0 => return Ok(Presence::Removed),
+            false => return Ok(Presence::Lost("the home was moved, or another one put in its place")),
+        }
+        match is_at(&self.path.join("run/daemon.lock"), &self.lock.metadata()?)? {
+            true => Ok(Presence::Ours),
+            false => Ok(Presence::Lost("run/daemon.lock was removed or replaced")),
+        }
     }
 
     /// Keeps the last part of a log that has grown too large beside it, and begins anew.
@@ -126,6 +156,15 @@ fn address(run: &Path) -> io::Result<(File, String)> {
     let dir = File::open(run)?;
     let address = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
     Ok((dir, address))
+}
+
+/// Whether `path` leads to what `opened` is of; an error when that cannot be found out.
+fn is_at(path: &Path, opened: &fs::Metadata) -> io::Result<bool> {
+    match fs::metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (opened.dev(), opened.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn somebody_listens(home: &Path) -> bool {
@@ -154,12 +193,34 @@ mod tests {
         let home = Home::open(path.clone()).unwrap();
         let refused = Home::open_within(path.clone(), Duration::ZERO).unwrap_err().to_string();
         assert!(refused.contains(&std::process::id().to_string()), "{refused}");
-        assert!(home.is_ours());
+        assert!(matches!(home.look(), Presence::Ours));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         heyvm_trees::remove(&path).unwrap();
-        assert!(!home.is_ours());
+        assert!(matches!(home.look(), Presence::Removed), "{:?}", home.look());
         let successor = Home::open(path).unwrap();
-        assert!(!home.is_ours() && successor.is_ours());
+        assert!(matches!((home.look(), successor.look()), (Presence::Removed, Presence::Ours)));
+    }
+
+    #[test]
+    fn nothing_but_the_removal_of_the_home_itself_counts_as_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, moved) = (dir.path().join("h"), dir.path().join("moved"));
+        let home = Home::open(path.clone()).unwrap();
+        fs::rename(&path, &moved).unwrap();
+        assert!(matches!(home.look(), Presence::Lost(_)), "{:?}", home.look());
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(home.look(), Presence::Lost(_)), "{:?}", home.look());
+        fs::remove_dir(&path).unwrap();
+        fs::rename(&moved, &path).unwrap();
+        assert!(matches!(home.look(), Presence::Ours));
+        // A stat that fails as on a failing disk: the path's parent is no directory.
+        fs::rename(path.join("run"), path.join("kept")).unwrap();
+        fs::write(path.join("run"), "").unwrap();
+        assert!(matches!(home.look(), Presence::Unknown(_)), "{:?}", home.look());
+        fs::remove_file(path.join("run")).unwrap();
+        fs::rename(path.join("kept"), path.join("run")).unwrap();
+        fs::remove_file(path.join("run/daemon.lock")).unwrap();
+        assert!(matches!(home.look(), Presence::Lost(_)), "{:?}", home.look());
     }
 
     #[tokio::test]

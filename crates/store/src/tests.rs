@@ -37,6 +37,7 @@ heyvm_test_services::on_both!(
     ports_come_in_the_order_of_binding,
     a_key_stands_for_one_sandbox,
     several_may_open_it_at_once,
+    a_store_has_an_id_of_its_own,
     a_placement_is_written_and_read,
     names_are_an_accounts_own,
     an_account_gets_no_more_than_it_may_have,
@@ -443,4 +444,12 @@ async fn a_content_that_comes_as_it_is_given_up_is_not_lost(place: Place) {
         assert_ne!(gone[0], kept, "round {round}");
         store.remove_archive(&new).await.unwrap();
     }
+}
+
+async fn a_store_has_an_id_of_its_own(place: Place) {
+    let (one, other) = (place.open().await, place.open().await);
+    let (id, same) = tokio::join!(one.id(), other.id());
+    assert_eq!(id.as_ref().unwrap(), &same.unwrap());
+    assert_eq!(place.open().await.id().await.unwrap(), id.unwrap());
+    assert_ne!(Place::sqlite().open().await.id().await.unwrap(), one.id().await.unwrap());
 }

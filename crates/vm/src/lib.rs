@@ -9,7 +9,7 @@ mod clock;
 pub mod qemu;
 mod rehearsal;
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc, time::SystemTime};
 
 use async_trait::async_trait;
 use heyvm_images::{Image, Kernel};
@@ -59,8 +59,12 @@ pub trait Driver: Send + Sync {
     /// Starts a stopped VM again on its kept disk.
     async fn start(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error>;
 
-    /// Finds a VM that an earlier daemon started; `None` when it no longer runs.
+    /// Finds a VM that an earlier daemon started; `None` when it is known to run no longer, an error when that cannot be
+    /// found out now. Ends none, also where its agent does not answer.
     async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error>;
+
+    /// Ends a VM at once, if it runs, also one that `adopt` cannot reach; its disk is kept.
+    async fn kill(&self, id: &VmId) -> Result<(), Error>;
 
     /// Why a VM that no longer runs ended, as far as its remains tell.
     async fn post_mortem(&self, id: &VmId) -> Exit;
@@ -75,8 +79,17 @@ pub trait Driver: Send + Sync {
     /// Ends the VM, if it runs, and removes its disk and everything else of it. Succeeds when nothing is there.
     async fn destroy(&self, id: &VmId) -> Result<(), Error>;
 
-    /// Everything this driver has anything of: running or not, whole or half-made.
+    /// Everything this driver has anything of: running or not, whole or partial.
     async fn list(&self) -> Result<Vec<VmId>, Error>;
+
+    /// Whether an id is one of the warm pool's, whose VMs hold nothing of a sandbox.
+    fn is_of_the_pool(&self, id: &str) -> bool;
+
+    /// Keeps a note of the caller's beside the VM's disk, in place of the one before. A VM without a directory keeps none.
+    async fn keep_note(&self, id: &VmId, note: Vec<u8>) -> Result<(), Error>;
+
+    /// What is there of a VM, whether or not it runs; `None` where there is nothing.
+    async fn remains(&self, id: &VmId) -> Result<Option<Remains>, Error>;
 
     /// Ends VMs that are kept in reserve and are nobody's; a daemon calls it as it ends.
     async fn let_go_of_reserve(&self) {}
@@ -105,6 +118,21 @@ pub trait Vm: Send + Sync {
 
     /// The host's view of its cost.
     async fn usage(&self) -> Result<Usage, Error>;
+}
+
+/// What is there of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remains {
+    /// Whether its process runs.
+    pub running: bool,
+    /// What its files take on this host, in bytes.
+    pub size_bytes: u64,
+    /// Size of its disk in GiB; 0 where it has none.
+    pub disk_gib: u32,
+    /// When its disk was last written to.
+    pub changed_at: SystemTime,
+    /// The note that was kept beside it.
+    pub note: Option<Vec<u8>>,
 }
 
 /// Why a VM's process ended.

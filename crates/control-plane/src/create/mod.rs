@@ -12,9 +12,11 @@ use heyvm_store::KeyRow;
 use tokio::sync::oneshot;
 
 use crate::{
-    Account, ControlPlane, ProgressSink, Sandbox, apart, archives, errors,
+    Account, ControlPlane, ProgressSink, Sandbox, archives,
+    cut::Cut,
+    errors,
     record::{self, Record},
-    validate,
+    spawn_detached, validate,
 };
 use steps::Prepared;
 
@@ -54,10 +56,10 @@ impl ControlPlane {
         progress: ProgressSink,
     ) -> Result<SandboxInfo, ApiError> {
         let plane = Arc::clone(self);
-        // All of it apart: what is begun is never nobody's, wherever the caller leaves.
+        // Run in a detached task, so that dropping the request never leaks a half-created sandbox.
         if !asked.may_be_repeated() {
             let (has_its_answer, caller) = oneshot::channel();
-            let made = apart(async move {
+            let made = spawn_detached(async move {
                 let sandbox = plane.begin(&request, &asked).await?;
                 plane.undo_without(caller, &sandbox);
                 plane.make(sandbox, request, progress).await
@@ -66,7 +68,7 @@ impl ControlPlane {
             let _ = has_its_answer.send(());
             return made;
         }
-        apart(async move {
+        spawn_detached(async move {
             let one_at_a_time = plane.keys.lock().await;
             if let Some(known) = plane.made_before(&asked, &request).await? {
                 drop(one_at_a_time);
@@ -150,6 +152,7 @@ impl ControlPlane {
         if let Some(id) = asked.sandbox_id {
             record.id = id.to_string();
         }
+        self.must_not_be_an_id(&record)?;
         self.resolve_mounts(&mut record).await?;
         if let Some(archive) = &record.archive_id {
             archives::check(&self.config.home, archive)?;
@@ -166,8 +169,20 @@ impl ControlPlane {
         Ok(sandbox)
     }
 
+    /// Another sandbox's id as a name would hide which of the two is meant.
+    pub(crate) fn must_not_be_an_id(&self, record: &Record) -> Result<(), ApiError> {
+        for taken in [&record.name, &record.slug] {
+            if let Some(other) = self.with_id(taken).filter(|other| other.record().account == record.account) {
+                return Err(ApiError::new(ErrorCode::NameTaken, format!("{taken} is the id of a sandbox"))
+                    .hint("Use another name.")
+                    .sandbox(other.record().id.clone()));
+            }
+        }
+        Ok(())
+    }
+
     /// Into the store, which knows whose name and slug are taken. A slug that nobody asked for gives way.
-    async fn insert(&self, record: &mut Record, slug_may_change: bool) -> Result<(), ApiError> {
+    pub(crate) async fn insert(&self, record: &mut Record, slug_may_change: bool) -> Result<(), ApiError> {
         let made_up = record.slug.clone();
         for _ in 0..SLUG_TRIES {
             match self.store.insert(&record.row()).await {
@@ -222,7 +237,7 @@ impl ControlPlane {
         let _one_transition = sandbox.transition.lock().await;
         let prepared = tokio::select! {
             prepared = self.prepare(&sandbox, &request, &progress) => prepared,
-            reason = sandbox.removal_asked() => Err(cut_short(&reason)),
+            cut = sandbox.cut_asked() => Err(cut.error()),
         };
         let outcome = match prepared {
             Ok(prepared) => self.go_live(&sandbox, prepared).await,
@@ -247,20 +262,38 @@ impl ControlPlane {
         Ok(())
     }
 
+    /// Ends a sandbox whose making was cut short by a stop. Its disk is kept, as that of any other stopped one.
+    async fn stop_partial(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
+        self.save(sandbox, |record| {
+            (record.waiting_to_replace, record.has_run) = (false, true);
+            record.warnings.push("its setup was stopped before its end: hooks may not have run".into());
+        })
+        .await?;
+        self.end(sandbox, Status::Stopped, reason).await
+    }
+
     /// Undoes a sandbox whose making failed; what is left is the word of it, and its log.
     async fn fail(self: &Arc<Self>, sandbox: &Arc<Sandbox>, request: &CreateRequest, error: ApiError) -> ApiError {
         let step = error.step.clone().unwrap_or_else(|| "vm".into());
         let id = sandbox.record().id.clone();
-        let asked = sandbox.removal.borrow().clone();
-        let kept = sandbox.vm().filter(|_| request.keep_on_failure && asked.is_none());
-        let error = if kept.is_some() { error.sandbox(&id) } else { error };
-        let reason = asked.unwrap_or_else(|| Reason {
+        let cut = sandbox.cut_now();
+        let kept = sandbox.vm().filter(|_| request.keep_on_failure && cut.is_none());
+        // One that is stopped before it has a VM has no disk to keep.
+        let stopped = matches!(cut, Some(Cut::Stop(_))) && sandbox.vm().is_some();
+        let error = if kept.is_some() || stopped { error.sandbox(&id) } else { error };
+        let reason = cut.map(|cut| cut.reason().clone()).unwrap_or_else(|| Reason {
             code: ReasonCode::FailedStep,
             message: format!("failed at step {step}: {}", error.message),
             exit_code: error.exit_code,
             log_tail: error.log_tail.clone(),
         });
         let _ = sandbox.failure.set(error.clone());
+        if stopped {
+            if let Err(undoing) = self.stop_partial(sandbox, reason).await {
+                tracing::error!(error = %undoing, id, "a sandbox whose making was stopped could not be put away");
+            }
+            return error;
+        }
         let Some(vm) = kept else {
             if let Err(undoing) = self.destroy(sandbox, reason).await {
                 tracing::error!(error = %undoing, id, "a half-made sandbox could not be removed");
@@ -279,11 +312,4 @@ impl ControlPlane {
         self.watch(sandbox, vm, None);
         error
     }
-}
-
-/// What the one who made it is told when another one removed it meanwhile.
-pub(crate) fn cut_short(reason: &Reason) -> ApiError {
-    ApiError::new(ErrorCode::InvalidState, format!("{} while it was being made", reason.message))
-        .hint("deploy it again, with a longer --ttl-seconds if that is what ran out")
-        .step("vm")
 }

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use heyvm_agent_protocol::v1::UnpackInput;
-use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest};
+use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest, system::ProgressEvent};
 use heyvm_vm::{Rehearsal, Vm, VmSpec};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, archives, errors,
-    guest_command::{run, run_hook},
+    ControlPlane, ProgressSink, Sandbox, archives, begin_step, errors,
+    guest_command::run,
+    hooks::{self, HookOutput},
     main_command::Main,
+    orphans,
     record::Record,
-    tell,
 };
 
 /// A sandbox that is ready but not yet told of.
@@ -28,38 +29,43 @@ impl ControlPlane {
         request: &CreateRequest,
         progress: &ProgressSink,
     ) -> Result<Prepared, ApiError> {
+        begin_step(sandbox, progress, "image", "looking for the image");
         let spec = self.prepare_image(sandbox, progress).await.map_err(|error| error.step("image"))?;
-        tell(progress, "template", "preparing the template");
+        begin_step(sandbox, progress, "template", "preparing the template");
         let record = sandbox.snapshot();
         self.driver
             .prepare(&spec, self.forward(progress, "template"))
             .await
             .map_err(|error| errors::vm(error).step("vm"))?;
-        tell(progress, "vm", "starting the VM");
+        begin_step(sandbox, progress, "vm", "starting the VM");
         let vm = self.driver.create(&record.id, &spec).await.map_err(|error| errors::vm(error).step("vm"))?;
         sandbox.set_vm(Some(Arc::clone(&vm)));
+        orphans::keep_note(self.driver.as_ref(), &self.store_id, &sandbox.snapshot()).await;
         check_type(&vm, request.sandbox_type.as_deref()).await.map_err(|error| error.step("image"))?;
         if let Some(archive) = &record.archive_id {
-            tell(progress, "unpack", "unpacking the archive");
+            begin_step(sandbox, progress, "unpack", "unpacking the archive");
             let unpacked = self.unpack(&vm, archive, record.archive_root.as_deref(), &record.working_directory, false);
             unpacked.await.map_err(|error| error.step("unpack"))?;
         }
         // Behind the archive: what lies below a mount stays in the sandbox, and nothing is unpacked to this host.
         self.mount_all(sandbox, &vm).await.map_err(|error| error.step("mount"))?;
+        let mut output = HookOutput::new(self, sandbox, progress);
         for hook in &record.setup_hooks {
-            tell(progress, "setup_hook", hook);
-            run_hook(&vm, hook).await.map_err(|error| error.step("setup_hook"))?;
+            begin_step(sandbox, progress, hooks::STEP, hook);
+            output.run(&vm, hook).await.map_err(|error| error.step(hooks::STEP))?;
         }
         let mut main = self.run_start_command(sandbox, &vm, progress).await?;
         for port in &record.open_ports {
-            self.bind_port(&record.id, *port, record.ports_are_public).await.map_err(|error| error.step("bind"))?;
+            self.bind_port(record.id.clone(), *port, record.ports_are_public)
+                .await
+                .map_err(|error| error.step("bind"))?;
         }
         self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
         Ok(Prepared { vm, main })
     }
 
     /// Image and kernel, and from them what the VM is made from.
-    async fn prepare_image(&self, sandbox: &Sandbox, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
+    async fn prepare_image(&self, sandbox: &Arc<Sandbox>, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
         // Fetching or building an image takes a minute; that there is no kernel for it is known at once.
         let kernel = self.images.kernel().await.map_err(errors::image)?;
         let asked = sandbox.record().image.clone();
@@ -101,7 +107,7 @@ impl ControlPlane {
     pub(crate) fn forward(&self, progress: &ProgressSink, step: &'static str) -> heyvm_vm::Progress {
         let progress = progress.clone();
         Arc::new(move |message, done, total| {
-            let event = heyvm_api::system::ProgressEvent { step: step.into(), message: message.into(), done, total };
+            let event = ProgressEvent { done, total, ..ProgressEvent::new(step, message) };
             let _ = progress.send(event);
         })
     }

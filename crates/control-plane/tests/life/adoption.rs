@@ -101,7 +101,7 @@ fn one_that_ended_meanwhile_is_judged() {
 }
 
 #[test]
-fn half_made_ones_and_strays_are_removed() {
+fn partial_ones_and_the_last_daemons_pool_are_removed() {
     let mut daemon = Daemon::new();
     let stopped = daemon.create(daemon.request("stopped")).unwrap();
     daemon.run(daemon.plane().stop(&Who::owners("stopped"))).unwrap();
@@ -111,7 +111,7 @@ fn half_made_ones_and_strays_are_removed() {
     eventually("it has begun", || if daemon.machines.running().len() == 1 { Ok(()) } else { Err(String::new()) });
     daemon.die();
     drop(call);
-    daemon.machines.stray("nobodys");
+    daemon.machines.stray("reserve-0123456789abcdef");
     daemon.revive();
     let info = daemon.get("half-made");
     assert_eq!((info.status, info.reason.unwrap().code), (Status::Removed, ReasonCode::DaemonRestarted));
@@ -144,7 +144,7 @@ fn one_that_was_being_started_keeps_its_disk() {
 }
 
 /// While no daemon runs, the data of a row is changed.
-fn rewrite(daemon: &Daemon, id: &str, change: impl Fn(&str) -> String) {
+pub fn rewrite(daemon: &Daemon, id: &str, change: impl Fn(&str) -> String) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let store = Store::open(&daemon.home().join("heyvm.db")).await.unwrap();
@@ -187,8 +187,9 @@ fn one_that_cannot_be_found_now_is_not_dead() {
     daemon.die();
     *daemon.machines.finding.lock().unwrap() = Finding::Fails;
     daemon.revive();
-    assert_eq!(daemon.get("web").status, Status::Running);
-    assert!(daemon.run(daemon.plane().stop(&Who::owners("web"))).is_err(), "it would run on");
+    let info = daemon.get("web");
+    assert_eq!((info.status, info.agent), (Status::Running, Some(AgentState::Unresponsive)));
+    assert!(daemon.run(daemon.plane().checkpoint(&Who::owners("web"))).is_err(), "its VM is not known yet");
     assert_eq!((daemon.get("web").status, daemon.machines.running()), (Status::Running, vec![made.id]));
     *daemon.machines.finding.lock().unwrap() = Finding::Works;
     eventually("it is found", || {
@@ -196,6 +197,39 @@ fn one_that_cannot_be_found_now_is_not_dead() {
     });
     assert_eq!(daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap().status, Status::Stopped);
     assert!(daemon.machines.running().is_empty());
+}
+
+#[test]
+fn a_requested_stop_ends_also_one_that_cannot_be_found() {
+    let mut daemon = Daemon::new();
+    let made = daemon.create(daemon.request("web")).unwrap();
+    daemon.die();
+    *daemon.machines.finding.lock().unwrap() = Finding::Fails;
+    daemon.revive();
+    assert_eq!(daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap().status, Status::Stopped);
+    assert!(daemon.machines.running().is_empty());
+    assert_eq!(daemon.machines.disks(), [made.id], "its disk is kept");
+    daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap();
+}
+
+#[test]
+fn a_silent_agent_ends_no_vm() {
+    let mut daemon = Daemon::new();
+    let made = daemon.create(daemon.request("web")).unwrap();
+    daemon.die();
+    daemon.machines.fall_silent(&made.id);
+    daemon.revive();
+    let info = eventually("the silence is noticed", || match daemon.get("web") {
+        info if info.agent == Some(AgentState::Unresponsive) => Ok(info),
+        info => Err(format!("{:?}", info.agent)),
+    });
+    assert_eq!((info.status, daemon.machines.running()), (Status::Running, vec![made.id.clone()]));
+    daemon.machines.answer_again(&made.id);
+    eventually("it is connected to again", || match daemon.get("web").agent {
+        None => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
 }
 
 #[test]

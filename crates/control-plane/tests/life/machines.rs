@@ -14,7 +14,9 @@ use std::{
 
 use async_trait::async_trait;
 use heyvm_agent::{Reaper, Sandbox, connection, service::Service};
-use heyvm_vm::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Usage, Vm, VmId, VmSpec};
+use heyvm_vm::{
+    AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Usage, Vm, VmId, VmSpec,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -88,6 +90,17 @@ impl Machines {
         let exit = Exit { cause, console_tail: vec![console.to_owned()] };
         self.ended.lock().unwrap().insert(id.to_owned(), exit.clone());
         machine.end(exit);
+    }
+
+    /// The agent answers no one until [`Self::answer_again`].
+    pub fn fall_silent(&self, id: &str) {
+        let disk = self.dir.join(id);
+        fs::rename(disk.join("agent.sock"), disk.join("silent.sock")).unwrap();
+    }
+
+    pub fn answer_again(&self, id: &str) {
+        let disk = self.dir.join(id);
+        fs::rename(disk.join("silent.sock"), disk.join("agent.sock")).unwrap();
     }
 
     /// A disk that no record knows of.
@@ -204,6 +217,37 @@ impl Driver for Machines {
 
     async fn list(&self) -> Result<Vec<VmId>, Error> {
         Ok(self.disks())
+    }
+
+    async fn kill(&self, id: &VmId) -> Result<(), Error> {
+        if let Some(machine) = self.running.lock().unwrap().remove(id) {
+            machine.end(Exit { cause: ExitCause::Lost, console_tail: Vec::new() });
+        }
+        Ok(())
+    }
+
+    fn is_of_the_pool(&self, id: &str) -> bool {
+        id.starts_with("reserve-")
+    }
+
+    async fn keep_note(&self, id: &VmId, note: Vec<u8>) -> Result<(), Error> {
+        let disk = self.dir.join(id);
+        if disk.is_dir() {
+            fs::write(disk.join("note"), note).unwrap();
+        }
+        Ok(())
+    }
+
+    async fn remains(&self, id: &VmId) -> Result<Option<Remains>, Error> {
+        let disk = self.dir.join(id);
+        let Ok(meta) = fs::metadata(&disk) else { return Ok(None) };
+        Ok(Some(Remains {
+            running: self.running().contains(id),
+            size_bytes: 5 << 20,
+            disk_gib: 10,
+            changed_at: meta.modified().unwrap(),
+            note: fs::read(disk.join("note")).ok(),
+        }))
     }
 
     async fn doctor(&self, _: Option<&heyvm_images::Kernel>) -> Vec<HostCheck> {

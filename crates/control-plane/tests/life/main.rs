@@ -6,10 +6,15 @@ mod machines;
 
 mod adoption;
 mod creating;
+mod cutting;
+mod dropping;
 mod ending;
+mod hooks;
 mod images;
 mod names;
+mod orphans;
 mod ports;
 mod replacing;
+mod restarting;
 mod sizes;
 mod tenants;

@@ -63,3 +63,26 @@ fn made_up_names_differ() {
     let (one, other) = (daemon.create(unnamed()).unwrap(), daemon.create(unnamed()).unwrap());
     assert_ne!(one.name, other.name);
 }
+
+#[test]
+fn an_id_may_be_short_where_it_is_the_only_one() {
+    let daemon = Daemon::new();
+    let made = daemon.create(daemon.request("web")).unwrap();
+    assert_eq!(daemon.get(&made.id[..8]).id, made.id);
+    let short = made.id[..12].to_owned();
+    assert_eq!(daemon.run(daemon.plane().stop(&Who::owners(&short))).unwrap().id, made.id);
+    assert!(daemon.run(daemon.plane().get(&Who::owners(&made.id[..7]))).is_err());
+    let namesake = daemon.create(daemon.request(&made.id[..8])).unwrap();
+    assert_eq!(daemon.get(&made.id[..8]).id, namesake.id, "a name counts first");
+}
+
+#[test]
+fn another_sandboxs_id_is_no_name() {
+    let daemon = Daemon::new();
+    let made = daemon.create(daemon.request("web")).unwrap();
+    let refused = daemon.create(daemon.request(&made.id)).unwrap_err();
+    assert_eq!((refused.code, refused.sandbox_id.as_ref()), (ErrorCode::NameTaken, Some(&made.id)));
+    let slug = CreateRequest { slug: Some(made.id.clone()), ..daemon.request("other") };
+    assert_eq!(daemon.create(slug).unwrap_err().code, ErrorCode::NameTaken);
+    assert_eq!(daemon.list(ListFilter::All).len(), 1);
+}

@@ -51,6 +51,45 @@ fn a_machine_that_died_with_the_daemon_is_told_of() {
     assert_eq!(vm.becomes("failed")["code"], "vm_lost");
 }
 
+#[test]
+fn a_lost_database_removes_no_disk_and_ends_no_vm() {
+    let host = Host::new();
+    let (running, stopped) = (host.create(&["--name", "running"]), host.create(&["--name", "stopped"]));
+    for vm in [&running, &stopped] {
+        vm.sh(&format!("echo {} > /workspace/kept", vm.id));
+    }
+    let boot = running.sh("cat /proc/sys/kernel/random/boot_id").out();
+    host.run(&["stop", "stopped"]).succeeded();
+    host.end_daemon(Signal::SIGTERM);
+    for name in ["heyvm.db", "heyvm.db-wal", "heyvm.db-shm"] {
+        let _ = fs::remove_file(host.home().join(name));
+    }
+    let listed: Vec<_> = host.list(&["--all"]);
+    let ids: HashSet<_> = listed.iter().map(|orphan| orphan["id"].as_str().unwrap_or_default()).collect();
+    assert_eq!(ids, HashSet::from([running.id.as_str(), stopped.id.as_str()]));
+    assert!(listed.iter().all(|orphan| orphan["status"] == "orphaned" && orphan["size_bytes"].as_u64() > Some(0)));
+    assert!(host.run(&["doctor"]).out().contains(&running.id));
+    host.run(&["recover", &running.id[..8]]).succeeded();
+    assert_eq!(running.sh("cat /proc/sys/kernel/random/boot_id").out(), boot, "the same VM");
+    host.run(&["recover", &stopped.id, "--name", "again"]).succeeded();
+    host.run(&["start", "again"]).succeeded();
+    for vm in [&running, &stopped] {
+        assert_eq!(vm.sh("cat /workspace/kept").out(), vm.id);
+    }
+}
+
+#[test]
+fn all_stop_also_where_no_daemon_runs() {
+    let host = Host::new();
+    let vm = host.create(&["--name", "web"]);
+    host.end_daemon(Signal::SIGTERM);
+    assert_eq!(leaks::machines_of(host.scratch()).len(), 1);
+    let said = host.run(&["daemon", "stop", "--all"]).succeeded().out();
+    assert!(said.contains("stopped web"), "{said}");
+    assert!(leaks::machines_of(host.scratch()).is_empty());
+    assert_eq!(vm.status(), "stopped");
+}
+
 /// As from another login session: a daemon looks for nothing in its own place alone.
 #[test]
 fn a_daemon_in_another_control_group_finds_those_of_the_last_one() {

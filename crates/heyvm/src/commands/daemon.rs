@@ -10,7 +10,12 @@ use heyvm_api::{
 use serde_json::json;
 
 use super::{Context, Outcome, path};
-use crate::{background, cli::Serve, output};
+use crate::{
+    background,
+    cli::Serve,
+    output,
+    service::{Done, Service},
+};
 
 /// `daemon`.
 #[derive(Debug, clap::Args)]
@@ -40,8 +45,12 @@ pub enum DaemonCommand {
         #[arg(long)]
         all: bool,
     },
-    /// End it and start it anew; sandboxes keep running
+    /// End it and start it again; sandboxes keep running
     Restart,
+    /// Have systemd start it at boot, so that sandboxes with --restart always come back
+    Install,
+    /// Have systemd start it at boot no more
+    Uninstall,
 }
 
 /// Be it, tell of it, end it.
@@ -53,11 +62,16 @@ pub async fn daemon(context: &Context, command: DaemonCommand) -> Outcome {
         }
         DaemonCommand::Status => status(context).await,
         DaemonCommand::Stop { all } => {
-            if all {
-                stop_all(context).await?;
-            }
+            let stopped = if all { stop_all(context).await? } else { Vec::new() };
+            let ran = background::pid(&context.home).is_some();
             background::stop(&context.home)?;
-            output::answer(context.format, &json!({"running": false}), || "the daemon has ended".into());
+            let answer = json!({"running": false, "stopped": stopped});
+            output::answer(context.format, &answer, || match (all, ran) {
+                (true, _) if stopped.is_empty() => "no sandbox was running; the daemon has ended".into(),
+                (true, _) => format!("stopped {}; the daemon has ended", stopped.join(", ")),
+                (false, true) => "the daemon has ended; sandboxes keep running".into(),
+                (false, false) => "no daemon was running".into(),
+            });
             Ok(0)
         }
         DaemonCommand::Restart => {
@@ -65,14 +79,32 @@ pub async fn daemon(context: &Context, command: DaemonCommand) -> Outcome {
             context.daemon().await?;
             status(context).await
         }
+        DaemonCommand::Install => {
+            let program = std::env::current_exe().map_err(|error| {
+                ApiError::new(ErrorCode::HostNotReady, format!("could not find this program: {error}"))
+            })?;
+            let done = Service::of_caller()?.install(&program, &context.home)?;
+            Ok(service_answer(context, "installed", &done))
+        }
+        DaemonCommand::Uninstall => Ok(service_answer(context, "removed", &Service::of_caller()?.uninstall()?)),
     }
+}
+
+fn service_answer(context: &Context, verb: &str, done: &Done) -> i32 {
+    let answer = json!({"unit": done.unit, "left_to_run": done.left});
+    output::answer(context.format, &answer, || {
+        let mut lines = vec![format!("{verb} {}", done.unit.display())];
+        lines.extend(done.left.iter().map(|command| format!("  did not work, run it yourself: {command}")));
+        lines.join("\n")
+    });
+    i32::from(!done.left.is_empty())
 }
 
 async fn status(context: &Context) -> Outcome {
     let running = background::running(&context.home).await;
     let pid = background::pid(&context.home);
     let is_running = running.is_some();
-    let version = running.and_then(|(_, version)| version);
+    let version = running.map(|(_, health)| health.version);
     let answer = json!({"running": is_running, "pid": pid, "version": version, "home": context.home});
     output::answer(context.format, &answer, || match pid {
         Some(pid) if is_running => format!("running (process {pid})"),
@@ -81,18 +113,24 @@ async fn status(context: &Context) -> Outcome {
     Ok(i32::from(!is_running))
 }
 
-async fn stop_all(context: &Context) -> Result<(), ApiError> {
-    let Some((client, _)) = background::running(&context.home).await else { return Ok(()) };
+/// Stops every living sandbox; the names of those. VMs outlive a daemon: where none runs, one is started to find them.
+async fn stop_all(context: &Context) -> Result<Vec<String>, ApiError> {
+    if !context.home.join("sandboxes").is_dir() {
+        return Ok(Vec::new());
+    }
+    let client = context.daemon().await?;
     let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
     let all: Vec<SandboxInfo> = everyones.get("/sandboxes?filter=living").await?;
+    let mut stopped = Vec::new();
     for info in all {
         let client = match &info.account_id {
             Some(account) => client.clone().for_account(account)?,
             None => client.clone(),
         };
         let _: SandboxInfo = client.post(&path(&info.id, "/stop"), &()).await?;
+        stopped.push(info.name);
     }
-    Ok(())
+    Ok(stopped)
 }
 
 /// Whether this machine can run sandboxes; exit status 1 where it cannot.

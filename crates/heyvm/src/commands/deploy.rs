@@ -7,7 +7,7 @@ use heyvm_api::{
     ApiError, ErrorCode,
     client::Client,
     names,
-    sandbox::{CreateRequest, SandboxInfo},
+    sandbox::{CreateRequest, RestartPolicy, SandboxInfo},
     system::{ArchiveInfo, ProgressEvent},
 };
 use serde_json::json;
@@ -19,6 +19,14 @@ use crate::{
     output::{self, Format},
     progress::Progress,
 };
+
+/// What `--restart` takes.
+pub(super) const RESTART_POLICIES: [&str; 3] = ["never", "on-failure", "always"];
+
+/// The policy of this name.
+pub(super) fn restart_policy(name: &str) -> Option<RestartPolicy> {
+    [RestartPolicy::Never, RestartPolicy::OnFailure, RestartPolicy::Always].into_iter().find(|one| one.as_str() == name)
+}
 
 /// What deploy and create have alike.
 #[derive(Debug, clap::Args)]
@@ -71,6 +79,9 @@ pub struct MakeArgs {
     /// Keep it until it is removed (the default)
     #[arg(long)]
     pub no_ttl: bool,
+    /// Start it again when it ended by itself: never (the default), on-failure or always
+    #[arg(long, value_name = "POLICY", value_parser = RESTART_POLICIES)]
+    pub restart: Option<String>,
     /// Require authentication on bound ports: they answer members of your account alone (needs a server: heyvm login)
     #[arg(long)]
     pub private: bool,
@@ -145,15 +156,22 @@ pub(super) async fn send(client: &Client, archive: File, name: Option<&str>) -> 
     let (line, mut sent) = (progress.line(), 0);
     let bytes = ReaderStream::new(tokio::fs::File::from_std(archive)).inspect_ok(move |piece| {
         sent += piece.len() as u64;
-        let message = "passing the archive on".into();
-        line.tell(&ProgressEvent { step: "archive".into(), message, done: Some(sent), total });
+        line.tell(&ProgressEvent {
+            done: Some(sent),
+            total,
+            ..ProgressEvent::new("archive", "passing the archive on")
+        });
     });
     let path = name.map_or_else(|| "/archives".into(), |name| format!("/archives?name={}", encoded(name)));
     client.put(&path, "application/gzip", bytes).await
 }
 
 async fn make(context: &Context, client: &Client, request: CreateRequest, args: &MakeArgs) -> Outcome {
-    let progress = Progress::new("making the sandbox");
+    // Programs read standard error as errors in JSON: nothing else goes there.
+    let progress = match context.format {
+        Format::Text => Progress::streaming("making the sandbox"),
+        Format::Json => Progress::new("making the sandbox"),
+    };
     let key = args.idempotency_key.as_deref();
     let made = client.post_with_progress("/sandboxes", &request, key, |event| progress.tell(&event)).await;
     drop(progress);
@@ -228,6 +246,7 @@ fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<Creat
         health_path: args.health_path.clone(),
         health_timeout_seconds: Some(health_timeout.as_secs_f64()),
         keep_on_failure: args.keep_on_failure,
+        restart: args.restart.as_deref().and_then(restart_policy),
         replace: args.replace,
     })
 }

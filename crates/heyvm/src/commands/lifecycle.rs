@@ -4,6 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use heyvm_api::{
     ApiError, ErrorCode,
+    orphans::RecoverRequest,
     sandbox::{ResizeRequest, SandboxInfo},
 };
 use serde::Serialize;
@@ -20,6 +21,16 @@ pub struct RmArgs {
     /// Do not ask
     #[arg(short, long, visible_short_alias = 'f', visible_alias = "force")]
     pub yes: bool,
+}
+
+/// `recover`.
+#[derive(Debug, clap::Args)]
+pub struct RecoverArgs {
+    /// Id of an orphan, or the beginning of it
+    pub orphan: String,
+    /// Its name from now on; the one it had when left out
+    #[arg(long)]
+    pub name: Option<String>,
 }
 
 /// `resize`.
@@ -46,6 +57,13 @@ pub async fn stop(context: &Context, sandboxes: &[String]) -> Outcome {
     answer(context, &done)
 }
 
+/// What it is now, and which step of its making or starting that has cut short.
+fn ended(info: &SandboxInfo) -> String {
+    let cut = info.reason.as_ref().map(|reason| &reason.message).filter(|message| message.contains(" at the step "));
+    let cut = cut.map(|message| format!(" ({message})")).unwrap_or_default();
+    format!("{} is {}{cut}", info.name, word(&info.status))
+}
+
 /// Goes on from the disks; the first failure ends it.
 pub async fn start(context: &Context, sandboxes: &[String]) -> Outcome {
     let mut done = Vec::new();
@@ -68,10 +86,9 @@ pub async fn restart(context: &Context, sandboxes: &[String]) -> Outcome {
 
 /// Prints one sandbox as an object, several as an array.
 fn answer(context: &Context, done: &[SandboxInfo]) -> Outcome {
-    let line = |info: &SandboxInfo| format!("{} is {}", info.name, word(&info.status));
     match done {
-        [one] => output::answer(context.format, one, || line(one)),
-        all => output::answer(context.format, &all, || all.iter().map(line).collect::<Vec<_>>().join("\n")),
+        [one] => output::answer(context.format, one, || ended(one)),
+        all => output::answer(context.format, &all, || all.iter().map(ended).collect::<Vec<_>>().join("\n")),
     }
     Ok(0)
 }
@@ -90,6 +107,17 @@ pub async fn resize(context: &Context, args: ResizeArgs) -> Outcome {
     output::answer(context.format, &info, || {
         format!("{} is {} with {} GB of disk", info.name, info.size_class.as_str(), info.disk_size_gb)
     });
+    Ok(0)
+}
+
+/// Makes an orphan a sandbox again.
+pub async fn recover(context: &Context, args: RecoverArgs) -> Outcome {
+    let request = RecoverRequest { name: args.name };
+    let info: SandboxInfo = context.daemon().await?.post(&path(&args.orphan, "/recover"), &request).await?;
+    for warning in &info.warnings {
+        output::note(warning);
+    }
+    output::answer(context.format, &info, || format!("{} is {} ({})", info.name, word(&info.status), info.id));
     Ok(0)
 }
 

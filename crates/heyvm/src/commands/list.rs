@@ -1,6 +1,11 @@
 //! `list` and `get`.
 
-use heyvm_api::sandbox::{SandboxInfo, Status};
+use chrono::Utc;
+use heyvm_api::{
+    orphans::OrphanInfo,
+    sandbox::{RestartPolicy, SandboxInfo, Status},
+};
+use serde::{Serialize, Serializer, ser::SerializeSeq};
 
 use super::{Context, Outcome, path};
 use crate::output;
@@ -8,7 +13,7 @@ use crate::output;
 /// `list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// Also stopped ones, and those removed within a day
+    /// Also stopped ones, those removed within a day, and orphaned disks
     #[arg(short, long, conflicts_with = "stopped")]
     pub all: bool,
     /// Only stopped and failed ones
@@ -31,24 +36,56 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
         (_, true) => "stopped",
         _ => "living",
     };
-    let all: Vec<SandboxInfo> = context.client().await?.get(&format!("/sandboxes?filter={filter}")).await?;
+    let client = context.client().await?;
+    let all: Vec<SandboxInfo> = client.get(&format!("/sandboxes?filter={filter}")).await?;
+    // A server's accounts have none: a lost record is its operator's affair.
+    let orphans: Vec<OrphanInfo> = match args.all && context.cloud.is_none() {
+        true => client.get("/orphans").await?,
+        false => Vec::new(),
+    };
     if args.quiet {
-        let ids: Vec<_> = all.iter().map(|info| info.id.as_str()).collect();
+        let ids = all.iter().map(|info| info.id.as_str()).chain(orphans.iter().map(|orphan| orphan.id.as_str()));
+        let ids: Vec<_> = ids.collect();
         output::answer(context.format, &ids, || ids.join("\n"));
         return Ok(0);
     }
-    output::answer(context.format, &all, || {
-        if all.is_empty() {
+    let listed = Listed { all: &all, orphans: &orphans };
+    output::answer(context.format, &listed, || {
+        if all.is_empty() && orphans.is_empty() {
             return "no sandboxes; heyvm deploy DIR makes one".into();
         }
         let mut columns = vec!["NAME", "STATUS", "REGION", "IMAGE", "SIZE", "ENDS", "URL"];
-        // Only ended sandboxes have a reason.
-        let has_reasons = all.iter().any(|info| info.reason.is_some());
+        // Only ended sandboxes have a reason, and only orphans an age.
+        let has_reasons = !orphans.is_empty() || all.iter().any(|info| info.reason.is_some());
         columns.extend(has_reasons.then_some("REASON"));
-        let rows: Vec<Vec<String>> = all.iter().map(|info| row(info, has_reasons)).collect();
-        output::table(&columns, &rows)
+        let rows = all.iter().map(|info| row(info, has_reasons)).chain(orphans.iter().map(orphan_row));
+        output::table(&columns, &rows.collect::<Vec<_>>())
     });
     Ok(0)
+}
+
+/// Sandboxes, then orphans: one list, as each says by its status what it is.
+struct Listed<'a> {
+    all: &'a [SandboxInfo],
+    orphans: &'a [OrphanInfo],
+}
+
+impl Serialize for Listed<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(self.all.len() + self.orphans.len()))?;
+        self.all.iter().try_for_each(|info| list.serialize_element(info))?;
+        self.orphans.iter().try_for_each(|orphan| list.serialize_element(orphan))?;
+        list.end()
+    }
+}
+
+fn orphan_row(orphan: &OrphanInfo) -> Vec<String> {
+    let name = orphan.name.as_ref().map_or(orphan.id.clone(), |name| format!("{name} ({})", orphan.id));
+    let hours = (Utc::now() - orphan.changed_at).num_hours().max(0);
+    let size = format!("{} MiB", orphan.size_bytes >> 20);
+    let (image, running) = (orphan.image.clone().unwrap_or("-".into()), if orphan.running { ", running" } else { "" });
+    let reason = format!("no record names it; {hours} h old{running}");
+    vec![name, "orphaned".into(), "-".into(), image, size, "-".into(), "-".into(), reason]
 }
 
 fn row(info: &SandboxInfo, has_reasons: bool) -> Vec<String> {
@@ -56,7 +93,8 @@ fn row(info: &SandboxInfo, has_reasons: bool) -> Vec<String> {
     let ends = info.expires_at.filter(|_| info.status != Status::Removed);
     let ends = ends.map_or("-".into(), |at| at.format("%Y-%m-%d %H:%M:%SZ").to_string());
     let url = info.urls.first().map_or("-".into(), |url| url.url.clone());
-    let (status, size) = (word(&info.status), info.size_class.as_str().into());
+    let step = info.step.as_deref().and_then(|step| step.split(':').next()).map(|step| format!(" ({step})"));
+    let (status, size) = (word(&info.status) + &step.unwrap_or_default(), info.size_class.as_str().into());
     let mut row = vec![info.name.clone(), status, info.region.clone(), info.image.clone(), size, ends, url];
     if has_reasons {
         row.push(info.reason.as_ref().map_or("-".into(), |reason| reason.message.chars().take(60).collect()));
@@ -71,11 +109,16 @@ pub async fn get(context: &Context, who: &str) -> Outcome {
     Ok(0)
 }
 
+fn status(info: &SandboxInfo) -> String {
+    let step = info.step.as_ref().map(|step| format!(" ({step})"));
+    word(&info.status) + &step.unwrap_or_default()
+}
+
 fn text(info: &SandboxInfo) -> String {
     let mut lines = vec![
         format!("name     {}", info.name),
         format!("id       {}", info.id),
-        format!("status   {}", word(&info.status)),
+        format!("status   {}", status(info)),
         format!("region   {}", info.region),
         format!("image    {}", info.image),
         format!("size     {} ({} GB disk)", info.size_class.as_str(), info.disk_size_gb),
@@ -92,6 +135,14 @@ fn text(info: &SandboxInfo) -> String {
         let only = if mount.read_only { " (read-only)" } else { "" };
         format!("mount    {} -> {}{only}", mount.host_path, mount.sandbox_path)
     }));
+    if info.restart != RestartPolicy::Never || info.restart_count > 0 {
+        let next = info.next_start_at.map(|at| format!(", next start at {}", at.format("%Y-%m-%d %H:%M:%SZ")));
+        let (policy, count) = (info.restart.as_str(), info.restart_count);
+        lines.push(format!("restart  {policy} ({count} so far{})", next.unwrap_or_default()));
+    }
+    if info.agent.is_some() {
+        lines.push("agent    unresponsive".into());
+    }
     if let Some(reason) = &info.reason {
         lines.push(format!("reason   {}", reason.message));
         lines.extend(reason.log_tail.iter().map(|line| format!("  | {line}")));

@@ -15,6 +15,7 @@ pub mod login;
 pub mod logs;
 pub mod mount;
 pub mod server;
+pub mod set;
 pub mod wait_for;
 
 use std::path::PathBuf;
@@ -115,6 +116,9 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Resize(args) => lifecycle::resize(&context, args).await,
         Command::Checkpoint(who) => lifecycle::checkpoint(&context, &who.sandbox).await,
         Command::Restore(who) => lifecycle::restore(&context, &who.sandbox).await,
+        Command::Set(args) => set::set(&context, args).await,
+        Command::EditTtl(args) => set::edit_ttl(&context, args).await,
+        Command::Recover(args) => lifecycle::recover(&context, args).await,
         Command::Rm(args) => lifecycle::rm(&context, &args).await,
         Command::Images(args) => images::images(&context, args).await,
         Command::Pull(args) => images::pull(&context, &args.image).await,

@@ -66,6 +66,8 @@ fn own(id: &str) -> &'static [Codes] {
         "resize_sandbox" | "cloud_resize" => &[&[UnknownSizeClass], VM, START],
         "stop_sandbox" | "remove_sandbox" | "checkpoint_sandbox" => &[VM],
         "cloud_stop" | "cloud_remove" | "cloud_checkpoint" => &[VM],
+        "recover_sandbox" => &[&[InvalidName, NameTaken], VM],
+        "set_restart_policy" => &[&[InvalidState]],
         "set_sandbox_ttl" | "cloud_set_ttl" => &[&[InvalidState, QuotaExceeded]],
         "add_mount" => &[VM, &[InvalidDirectory, FileNotFound, FileConflict, Unsupported]],
         "replace_mount" | "cloud_replace_mount" => &[ARCHIVE, UPLOAD, AGENT, FILES],

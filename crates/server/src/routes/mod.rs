@@ -5,6 +5,7 @@ pub mod failures;
 mod files;
 mod images;
 mod logs;
+mod orphans;
 mod ports;
 mod sandboxes;
 pub mod system;
@@ -104,11 +105,14 @@ fn collected() -> OpenApiRouter<Api> {
         .routes(routes!(system::remove_archive))
         .routes(routes!(sandboxes::list, sandboxes::create))
         .routes(routes!(sandboxes::inactive))
+        .routes(routes!(orphans::list))
+        .routes(routes!(orphans::recover))
         .routes(routes!(sandboxes::get, sandboxes::remove))
         .routes(routes!(sandboxes::stop))
         .routes(routes!(sandboxes::start))
         .routes(routes!(sandboxes::restart))
         .routes(routes!(sandboxes::set_ttl))
+        .routes(routes!(sandboxes::set_restart_policy))
         .routes(routes!(sandboxes::resize))
         .routes(routes!(sandboxes::checkpoint))
         .routes(routes!(sandboxes::restore))

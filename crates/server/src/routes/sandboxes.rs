@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{Json, response::Response};
 use heyvm_api::sandbox::{
-    CreateRequest, ListFilter, Mount, ReplaceMountRequest, ResizeRequest, SandboxInfo, TtlRequest,
+    CreateRequest, ListFilter, Mount, ReplaceMountRequest, ResizeRequest, RestartPolicyRequest, SandboxInfo, TtlRequest,
 };
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
@@ -154,6 +154,18 @@ pub async fn set_ttl(
     Content(request): Content<TtlRequest>,
 ) -> Result<Json<SandboxInfo>, Problem> {
     Ok(Json(plane.set_ttl(&who, request.ttl_seconds).await?))
+}
+
+/// Sets whether it is started again when it ended by itself.
+#[utoipa::path(post, path = "/sandboxes/{id}/restart-policy", operation_id = "set_restart_policy", tag = "sandboxes",
+    params(("id" = String, Path, description = "Id, name or slug")), request_body = RestartPolicyRequest,
+    responses((status = 200, description = "Set", body = SandboxInfo)))]
+pub async fn set_restart_policy(
+    Plane(plane): Plane,
+    Who(who): Who,
+    Content(request): Content<RestartPolicyRequest>,
+) -> Result<Json<SandboxInfo>, Problem> {
+    Ok(Json(plane.set_restart_policy(&who, request.restart).await?))
 }
 
 /// Puts an archive's content in place of everything in a directory of a running sandbox: all of it, or nothing changes.

@@ -8,7 +8,7 @@ use axum::{
 use futures::{StreamExt, TryStreamExt};
 use heyvm_api::{
     archives::AccountArchive,
-    system::{ArchiveInfo, DoctorReport, Health},
+    system::{ArchiveInfo, COMPATIBILITY, DoctorReport, Health},
 };
 use http::StatusCode;
 use serde::Deserialize;
@@ -25,7 +25,8 @@ use crate::{
 #[utoipa::path(get, path = "/health", operation_id = "health", tag = "system",
     responses((status = 200, description = "It is", body = Health)))]
 pub async fn health() -> Json<Health> {
-    Json(Health { status: "ok".into(), version: env!("CARGO_PKG_VERSION").into() })
+    let version = env!("CARGO_PKG_VERSION").into();
+    Json(Health { status: "ok".into(), version, compatibility: COMPATIBILITY })
 }
 
 /// This document.

@@ -19,7 +19,7 @@ use heyvm_jail::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{memory, record};
+use super::{launch::TEST_GUEST_UID, memory, record};
 use crate::Error;
 
 /// How guest code is run.
@@ -65,7 +65,8 @@ const FIRST_DESCRIPTOR: i32 = 3;
 /// The verdict kept in `file`, or a new one. Whether we may open the device every daemon looks at anew: that changes
 /// when somebody follows `doctor`'s advice. Only what a trial has shown is kept.
 pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel) -> Result<Verdict, Error> {
-    let (boot_id, tried_with) = (host_boot_id(), format!("{} {}", kernel.digest, root.digest));
+    let boot_id = host_boot_id().map_err(Error::io("reading", "/proc/sys/kernel/random/boot_id"))?;
+    let tried_with = format!("{} {}", kernel.digest, root.digest);
     if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
         let why = format!("/dev/kvm cannot be opened: {error}");
         return Ok(Verdict { acceleration: Acceleration::Tcg, why, boot_id, tried_with });
@@ -123,7 +124,7 @@ pub fn boots(
     let spec = JailSpec {
         root: root.dir.clone(),
         argv,
-        uid: 0x7000_0000 + (1 << 20),
+        uid: TEST_GUEST_UID,
         descriptors: vec![console_fd, kernel_fd, 2],
         cgroups: Vec::new(),
         devices: if acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },

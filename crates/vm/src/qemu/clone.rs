@@ -121,7 +121,7 @@ impl QemuDriver {
         };
         let boots = template.is_none();
         let (slot, dir) = (self.slots.take(id), self.dir(id));
-        let record = Record::new(slot, id, &host.cgroups);
+        let record = Record::new(slot, id, &host.cgroups).inspect_err(|_| self.slots.give_back(slot, id))?;
         let start = {
             let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
             let record = record.clone();
@@ -166,7 +166,7 @@ impl QemuDriver {
 
     /// Has the agent make the clone its own; a clone that fails to is ended.
     async fn make_own(&self, vm: &Watched, spec: &VmSpec, becoming: Becoming) -> Result<(), Error> {
-        let slot = vm.place.dir().record().map(|record| record.slot).unwrap_or_default();
+        let slot = vm.place.dir().record()?.map(|record| record.slot).unwrap_or_default();
         let mut request = personalize_request(spec, slot, self.egress().await?.is_some(), becoming);
         let personalized = async {
             let mut client = vm.agent.client().await?;
@@ -226,7 +226,7 @@ impl QemuDriver {
     }
 
     async fn make_reserve(&self, spec: &VmSpec, rehearsal: Option<Rehearsal>) -> Result<Arc<Watched>, Error> {
-        let id = format!("{}{:016x}", reserve::PREFIX, rand::random::<u64>());
+        let id = reserve::new_id();
         let made = async {
             self.make_disk(&id, spec).await?;
             let vm = self.begin(&id, spec, Becoming::Reserve).await?;

@@ -5,7 +5,7 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-        unix::net::UnixListener,
+        unix::{ffi::OsStrExt, net::UnixListener},
     },
     path::{Path, PathBuf},
 };
@@ -27,10 +27,15 @@ use super::{
 };
 use crate::Error;
 
-/// First user id of confined processes where the daemon is root; far from where systems put people and services.
-const FIRST_UID: u32 = 0x7000_0000;
-/// How many user ids are used.
-const UIDS: u32 = 1 << 20;
+/// User ids of confined processes where the daemon is root; far from where systems put people and services. Versions
+/// before 0.2 used those from 0x7000_0000 to 0x700f_ffff: VMs that they have started may still run.
+const FIRST_UID: u32 = 0x7020_0000;
+/// User id of the guest by which KVM is tried.
+pub const TEST_GUEST_UID: u32 = FIRST_UID - 1;
+/// User ids of one home: one per slot.
+const UIDS: u32 = 1 << 16;
+/// Homes that share no user id, as far as their paths' hashes differ.
+const HOMES: u32 = 1 << 10;
 /// A page of a template that nobody has written to yet takes memory twice when a clone does: once in the template's
 /// memory, which is charged to the first who touches it, and once as the clone's own.
 const CHARGED_PER_GUEST_PAGE: u64 = 2;
@@ -46,6 +51,8 @@ pub struct Host {
     pub launcher: PathBuf,
     /// QEMU's root directory.
     pub root: QemuRoot,
+    /// The user ids of its VMs.
+    pub uids: Uids,
     /// Limits.
     pub cgroups: Cgroups,
 }
@@ -109,7 +116,7 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     let spec = JailSpec {
         root: host.root.dir.clone(),
         argv: machine.argv(&host.root),
-        uid: uid_for(&launch.record.cgroup),
+        uid: host.uids.of(launch.record.slot)?,
         descriptors: launch.descriptors.all.iter().map(|(number, _)| *number).collect(),
         cgroups: cgroups.clone(),
         devices: if machine.acceleration == Acceleration::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
@@ -127,10 +134,27 @@ pub fn tap(egress: Option<&Egress>, slot: u32) -> Result<Option<OwnedFd>, Error>
     Ok(egress.map(|egress| egress.tap(slot)).transpose()?)
 }
 
-/// A user id of the VM's own; two VMs share one about never, and then still nothing else.
-fn uid_for(name: &str) -> u32 {
-    let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    FIRST_UID + hash % UIDS
+/// The user ids of one home's VMs: no two that run have the same, as no two have the same slot.
+#[derive(Debug, Clone, Copy)]
+pub struct Uids {
+    first: u32,
+}
+
+impl Uids {
+    /// Those of the home at `path`.
+    pub fn new(path: &Path) -> Self {
+        let bytes = path.as_os_str().as_bytes();
+        let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+        Self { first: FIRST_UID + hash % HOMES * UIDS }
+    }
+
+    /// The one of the VM in a slot.
+    pub fn of(self, slot: u32) -> Result<u32, Error> {
+        match slot < UIDS {
+            true => Ok(self.first + slot),
+            false => Err(Error::OutOfResources { what: "user ids for VMs".into() }),
+        }
+    }
 }
 
 /// A listening socket whose path may be longer than an address holds.
@@ -142,4 +166,22 @@ pub fn listen(path: &Path) -> Result<UnixListener, Error> {
         UnixListener::bind(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name))
     };
     bound().map_err(Error::io("making the socket", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_slots_share_a_uid_nor_one_that_earlier_versions_gave() {
+        for home in ["/root/.heyo", "/home/ada/.heyo", "/"] {
+            let uids = Uids::new(Path::new(home));
+            let all: HashSet<u32> = (0..UIDS).map(|slot| uids.of(slot).unwrap()).collect();
+            assert_eq!(all.len(), UIDS as usize);
+            assert!(all.iter().all(|uid| *uid > 0x700f_ffff && *uid != TEST_GUEST_UID && *uid < 0x7fff_ffff));
+            assert!(uids.of(UIDS).is_err());
+        }
+    }
 }

@@ -38,7 +38,6 @@ pub use heyvm_jail::egress::EgressSettings;
 use heyvm_jail::{
     cgroup::{self, Cgroups},
     egress::Egress,
-    process::host_boot_id,
     root,
 };
 use tokio::sync::{OnceCell, Semaphore};
@@ -47,7 +46,7 @@ pub(crate) use self::record::Place;
 use self::{
     accel::Verdict,
     clone::Becoming,
-    launch::Host,
+    launch::{Host, Uids},
     qmp::Qmp,
     record::{Slots, VmDir},
     reserve::{Kind, Reserve},
@@ -55,7 +54,7 @@ use self::{
     template::{Template, Templates},
     turns::Turns,
 };
-use crate::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Vm, VmId, VmSpec};
+use crate::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Vm, VmId, VmSpec};
 
 /// What the user may decide.
 #[derive(Debug, Clone)]
@@ -123,10 +122,10 @@ impl QemuDriver {
         });
         for id in driver.list().await? {
             let dir = driver.dir(&id);
-            if let (Some(record), Some(process)) = (dir.record(), dir.process())
-                && process.is_alive()
-            {
-                driver.slots.mark(record.slot, &record.cgroup);
+            match (dir.record(), dir.living_process()) {
+                (Ok(Some(record)), Ok(Some(_))) => driver.slots.mark(record.slot, &record.cgroup),
+                (Err(error), _) | (_, Err(error)) => tracing::error!(%error, id, "a VM's files cannot be read now"),
+                _ => {}
             }
         }
         let cleaned = Arc::clone(&driver);
@@ -156,8 +155,11 @@ impl QemuDriver {
     async fn host(&self) -> Result<Arc<Host>, Error> {
         let make = || async {
             let (jails, launcher) = (self.home.join("jail"), self.settings.launcher.clone());
-            blocking(move || Ok(Arc::new(Host { launcher, root: root::prepare(&jails)?, cgroups: Cgroups::detect() })))
-                .await
+            let uids = Uids::new(&self.home);
+            blocking(move || {
+                Ok(Arc::new(Host { launcher, root: root::prepare(&jails)?, uids, cgroups: Cgroups::detect() }))
+            })
+            .await
         };
         self.host.get_or_try_init(make).await.cloned()
     }
@@ -243,10 +245,7 @@ impl QemuDriver {
     async fn destroy_now(&self, id: &VmId) -> Result<(), Error> {
         let (dir, slots) = (self.dir(id), Arc::clone(&self.slots));
         blocking(move || {
-            dir.put_down()?;
-            if let Some(record) = dir.record() {
-                slots.give_back(record.slot, &record.cgroup);
-            }
+            kill(&dir, &slots)?;
             remove_directory(dir.path())
         })
         .await
@@ -278,18 +277,21 @@ impl Driver for QemuDriver {
 
     async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error> {
         let dir = self.dir(id);
-        let (Some(record), Some(process)) = (dir.record(), dir.process()) else { return Ok(None) };
-        // A process is known by its number and when it began, counted from the host's start: of another start it is none.
-        if record.host_boot_id != host_boot_id() || !process.is_alive() {
+        let Some(process) = dir.living_process()? else { return Ok(None) };
+        let record =
+            dir.record()?.ok_or_else(|| Error::Unreachable(format!("{} has no vm.json", dir.path().display())))?;
+        if !record.is_of_this_boot()? {
             return Ok(None);
         }
         let qmp = match Qmp::connect(&dir.qmp_socket()).await {
-            Ok(qmp) if !qmp.has_ended().await? => qmp,
-            Ok(qmp) => return put_down(dir, console::judge(&qmp).await).await.map(|()| None),
-            Err(Error::Io { .. }) => return put_down(dir, Exit::lost()).await.map(|()| None),
-            // It may only be slow: whoever asks comes again.
+            Ok(qmp) => qmp,
+            Err(_) if dir.living_process()?.is_none() => return Ok(None),
+            // Its process lives: it may be slow, or this daemon out of descriptors. The caller looks again.
             Err(error) => return Err(error),
         };
+        if qmp.has_ended().await? {
+            return put_down(dir, console::judge(&qmp).await).await.map(|()| None);
+        }
         self.slots.mark(record.slot, &record.cgroup);
         // Existing taps keep their namespace alive; the daemon's own connection keeps its holder there.
         if let Err(error) = self.egress().await {
@@ -297,11 +299,15 @@ impl Driver for QemuDriver {
         }
         let belongings = Belongings { slots: Arc::clone(&self.slots), record };
         let watched = Watched::new(Place::new(dir), process, qmp, belongings);
-        if !watched.answers().await {
-            watched.kill().await?;
-            return Ok(None);
-        }
         Ok(Some(RunningVm::new(id.clone(), watched)))
+    }
+
+    async fn kill(&self, id: &VmId) -> Result<(), Error> {
+        self.in_turn(id, |driver, id| async move {
+            let (dir, slots) = (driver.dir(&id), Arc::clone(&driver.slots));
+            blocking(move || kill(&dir, &slots)).await
+        })
+        .await
     }
 
     async fn post_mortem(&self, id: &VmId) -> Exit {
@@ -309,8 +315,8 @@ impl Driver for QemuDriver {
         if let Some(exit) = dir.exit() {
             return exit;
         }
-        let Some(record) = dir.record() else { return Exit::lost() };
-        let cause = if record.host_boot_id != host_boot_id() {
+        let Ok(Some(record)) = dir.record() else { return Exit::lost() };
+        let cause = if record.is_of_this_boot().is_ok_and(|is_of_this_boot| !is_of_this_boot) {
             ExitCause::HostRestarted
         } else if cgroup::ran_out_of_memory(&record.cgroups) {
             ExitCause::OutOfMemory
@@ -340,7 +346,25 @@ impl Driver for QemuDriver {
     async fn list(&self) -> Result<Vec<VmId>, Error> {
         let sandboxes = self.home.join("sandboxes");
         let entries = fs::read_dir(&sandboxes).map_err(Error::io("listing", &sandboxes))?;
-        Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+        let ids = entries.filter_map(|entry| {
+            let entry = entry.ok().filter(|entry| entry.path().is_dir())?;
+            entry.file_name().into_string().ok().filter(|name| !name.starts_with('.'))
+        });
+        Ok(ids.collect())
+    }
+
+    fn is_of_the_pool(&self, id: &str) -> bool {
+        reserve::is_of_the_pool(id)
+    }
+
+    async fn keep_note(&self, id: &VmId, note: Vec<u8>) -> Result<(), Error> {
+        let dir = self.dir(id);
+        blocking(move || dir.write_note(&note)).await
+    }
+
+    async fn remains(&self, id: &VmId) -> Result<Option<Remains>, Error> {
+        let dir = self.dir(id);
+        blocking(move || dir.remains()).await
     }
 
     async fn let_go_of_reserve(&self) {
@@ -357,7 +381,16 @@ impl Driver for QemuDriver {
     }
 }
 
-/// Ends the QEMU of a guest that has ended, or that cannot be watched, and writes down why.
+/// Ends a VM's QEMU, if it runs; its files stay.
+fn kill(dir: &VmDir, slots: &Slots) -> Result<(), Error> {
+    dir.put_down()?;
+    if let Ok(Some(record)) = dir.record() {
+        slots.give_back(record.slot, &record.cgroup);
+    }
+    Ok(())
+}
+
+/// Ends the QEMU of a guest that has ended, and records why.
 async fn put_down(dir: VmDir, exit: Exit) -> Result<(), Error> {
     dir.write_exit(&exit)?;
     blocking(move || dir.put_down()).await

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, RwLock},
 };
@@ -15,7 +15,11 @@ use heyvm_jail::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Error, Exit, VmId};
+use super::disk;
+use crate::{Error, Exit, Remains, VmId};
+
+/// What the control plane keeps beside the disk.
+const NOTE: &str = "sandbox.json";
 
 /// Paths of one VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +34,7 @@ pub struct Record {
     pub slot: u32,
     /// The host's boot in which QEMU was started.
     pub host_boot_id: String,
-    /// Name of its cgroups, from which its user id is made, too; it keeps both when a VM from the reserve becomes a
-    /// sandbox's.
+    /// Name of its cgroups, which it keeps when it leaves the warm pool.
     pub cgroup: String,
     /// Their directories, for a later daemon may run elsewhere in the hierarchy and would look for them there.
     #[serde(default)]
@@ -40,8 +43,15 @@ pub struct Record {
 
 impl Record {
     /// Of a VM of this name that starts now.
-    pub fn new(slot: u32, name: &str, cgroups: &Cgroups) -> Self {
-        Self { slot, host_boot_id: host_boot_id(), cgroup: name.to_owned(), cgroups: cgroups.dirs(name) }
+    pub fn new(slot: u32, name: &str, cgroups: &Cgroups) -> Result<Self, Error> {
+        let (host_boot_id, cgroups) = (this_boot()?, cgroups.dirs(name));
+        Ok(Self { slot, host_boot_id, cgroup: name.to_owned(), cgroups })
+    }
+
+    /// Whether the host has not been restarted since QEMU was started. A process is known by its number and when it began,
+    /// counted from the host's start: of another start it is none.
+    pub fn is_of_this_boot(&self) -> Result<bool, Error> {
+        Ok(self.host_boot_id == this_boot()?)
     }
 }
 
@@ -119,14 +129,24 @@ impl VmDir {
         self.path.join("qemu.pid")
     }
 
-    /// The process, if it was ever started.
-    pub fn process(&self) -> Option<ProcessId> {
-        fs::read_to_string(self.id_file()).ok()?.parse().ok()
+    /// The process, if it was ever started; an error when that cannot be read now.
+    pub fn process(&self) -> Result<Option<ProcessId>, Error> {
+        // The launcher writes the file before it lets the process go: one without an id has started nothing.
+        Ok(read_if_there(&self.id_file())?.and_then(|text| std::str::from_utf8(&text).ok()?.parse().ok()))
     }
 
-    /// What was written at its last start.
-    pub fn record(&self) -> Option<Record> {
-        read(&self.path.join("vm.json"))
+    /// The process, if it still runs.
+    pub fn living_process(&self) -> Result<Option<ProcessId>, Error> {
+        let Some(process) = self.process()? else { return Ok(None) };
+        let alive = process.look().map_err(Error::io("looking at the process in", &self.path))?;
+        Ok(Some(process).filter(|_| alive))
+    }
+
+    /// What was written at its last start; an error when that cannot be read now.
+    pub fn record(&self) -> Result<Option<Record>, Error> {
+        let path = self.path.join("vm.json");
+        let record = read_if_there(&path)?.map(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::from));
+        record.transpose().map_err(Error::io("reading", path))
     }
 
     /// Writes what the next daemon must know.
@@ -138,13 +158,49 @@ impl VmDir {
 
     /// Ends its QEMU, if one runs, and removes its cgroups. Blocks until they are gone.
     pub fn put_down(&self) -> Result<(), Error> {
-        if let Some(process) = self.process() {
+        if let Some(process) = self.process()? {
             process.kill().map_err(Error::io("ending QEMU in", &self.path))?;
         }
-        if let Some(record) = self.record() {
+        // A damaged record keeps nothing from being ended: at most an empty cgroup stays.
+        if let Ok(Some(record)) = self.record() {
             cgroup::remove(&record.cgroups)?;
         }
         Ok(())
+    }
+
+    /// Keeps the control plane's note, whole or not at all; nothing where the directory is gone.
+    pub fn write_note(&self, note: &[u8]) -> Result<(), Error> {
+        if !self.path.is_dir() {
+            return Ok(());
+        }
+        write_bytes(&self.path.join(NOTE), note)
+    }
+
+    /// What is there; `None` where the directory is gone.
+    pub fn remains(&self) -> Result<Option<Remains>, Error> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            entries => entries.map_err(Error::io("reading", &self.path))?,
+        };
+        let sizes = entries.filter_map(|entry| match entry.and_then(|entry| entry.metadata()) {
+            // What is renamed meanwhile counts under its new name, or not.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            meta => Some(meta.map(|meta| meta.blocks() * 512)),
+        });
+        let size_bytes = sizes.sum::<io::Result<u64>>().map_err(Error::io("reading", &self.path))?;
+        let about = |path: &Path| fs::metadata(path).map_err(Error::io("looking at", path));
+        let disk = self.disk();
+        let (disk_bytes, meta) = match disk.exists() {
+            true => about(&disk).map(|meta| (meta.len(), meta))?,
+            false => (0, about(&self.path)?),
+        };
+        Ok(Some(Remains {
+            running: self.living_process()?.is_some(),
+            size_bytes,
+            disk_gib: u32::try_from(disk_bytes.div_ceil(disk::GIB)).unwrap_or(u32::MAX),
+            changed_at: meta.modified().map_err(Error::io("looking at", &disk))?,
+            note: read_if_there(&self.path.join(NOTE))?,
+        }))
     }
 
     /// How it ended, if that was seen.
@@ -158,16 +214,32 @@ impl VmDir {
     }
 }
 
+fn this_boot() -> Result<String, Error> {
+    host_boot_id().map_err(Error::io("reading", "/proc/sys/kernel/random/boot_id"))
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some).map_err(Error::io("reading", path)),
+    }
+}
+
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
 /// Whole or not at all.
 pub(super) fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    let bytes = serde_json::to_vec(value).map_err(io::Error::from).map_err(Error::io("writing", path))?;
+    write_bytes(path, &bytes)
+}
+
+fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let half = path.with_extension("half");
     let written = || -> io::Result<()> {
         let mut file = fs::File::options().create(true).write(true).truncate(true).mode(0o600).open(&half)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
+        file.write_all(bytes)?;
         fs::rename(&half, path)
     };
     written().map_err(Error::io("writing", path))
@@ -243,6 +315,19 @@ mod tests {
         assert_eq!(dir.exit(), Some(exit));
         let record = Record { slot: 7, host_boot_id: "b".into(), cgroup: "c".into(), cgroups: vec!["/cg/c".into()] };
         dir.write_record(&record).unwrap();
-        assert_eq!((dir.record(), dir.exit()), (Some(record), None));
+        assert_eq!((dir.record().unwrap(), dir.exit()), (Some(record), None));
+    }
+
+    #[test]
+    fn what_cannot_be_read_now_is_not_taken_for_gone() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = VmDir::new(parent.path(), &"a".to_owned());
+        assert_eq!((dir.record().unwrap(), dir.process().unwrap()), (None, None));
+        dir.make(false).unwrap();
+        assert_eq!((dir.record().unwrap(), dir.living_process().unwrap()), (None, None));
+        // A directory where a file should be fails as a failing disk does, for root, too.
+        fs::create_dir(dir.id_file()).unwrap();
+        fs::create_dir(dir.path().join("vm.json")).unwrap();
+        assert!(dir.process().is_err() && dir.living_process().is_err() && dir.record().is_err());
     }
 }

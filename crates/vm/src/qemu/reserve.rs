@@ -14,10 +14,24 @@ use std::{
 };
 
 use super::running::Watched;
-use crate::Rehearsal;
+use crate::{Rehearsal, VmId};
 
 /// How the ids of VMs in reserve begin.
-pub const PREFIX: &str = "reserve-";
+const PREFIX: &str = "reserve-";
+/// Digits behind it.
+const DIGITS: usize = 16;
+
+/// A new id of the pool's.
+pub fn new_id() -> VmId {
+    format!("{PREFIX}{:0DIGITS$x}", rand::random::<u64>())
+}
+
+/// Whether an id is of the pool's own making.
+pub fn is_of_the_pool(id: &str) -> bool {
+    let digits = id.strip_prefix(PREFIX).unwrap_or_default();
+    digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// VMs in reserve, of whatever kind.
 const MAX_RESERVE: usize = 6;
 /// A VM that nobody took for this long is let go.
@@ -92,5 +106,20 @@ impl Reserve {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Shelves> {
         self.shelves.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pools_ids_are_known_from_all_others() {
+        assert!(is_of_the_pool(&new_id()));
+        for other in
+            ["", "reserve-", "reserve-mine", "reserve-00000000000000000", "cbbe1029-0000-4000-8000-000000000000"]
+        {
+            assert!(!is_of_the_pool(other), "{other}");
+        }
     }
 }

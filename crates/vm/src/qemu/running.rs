@@ -12,7 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use heyvm_agent_protocol::v1::{GrowDiskRequest, MetricsRequest, ShutdownRequest};
+use heyvm_agent_protocol::v1::{GrowDiskRequest, ShutdownRequest};
 use heyvm_jail::{cgroup, process::ProcessId};
 use tokio::{io::unix::AsyncFd, sync::watch};
 use tonic::Code;
@@ -30,9 +30,9 @@ use crate::{
 
 /// What the agent needs beyond the grace it was given, to unmount and power off.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(10);
-/// An agent answers within milliseconds; one that a guest's root has taken over may never.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-const ANSWER_TRIES: u32 = 2;
+/// First and longest pause before what could not be found out about a process is looked at again.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A file system grows by writing a few blocks for each 128 MiB.
 const GROWING: Duration = Duration::from_secs(60);
 /// QEMU ends at once when told to; one that does not is killed.
@@ -70,9 +70,10 @@ impl Watched {
         let agent = AgentConnection::new(place.clone());
         let (say, exit) = watch::channel(None);
         let qmp = Arc::new(qmp);
-        let watched = Self { place: place.clone(), agent, process, qmp: Arc::clone(&qmp), exit };
+        let (watched, watched_place) =
+            (Self { place: place.clone(), agent, process, qmp: Arc::clone(&qmp), exit }, place.clone());
         tokio::spawn(async move {
-            let mut exit = watch_to_the_end(&qmp, process).await;
+            let mut exit = watch_to_the_end(&watched_place, &qmp, process).await;
             let Belongings { slots, record } = belongings;
             if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
                 exit.cause = ExitCause::OutOfMemory;
@@ -106,17 +107,6 @@ impl Watched {
     /// Whether its process has not ended.
     pub fn is_alive(&self) -> bool {
         self.exit.borrow().is_none()
-    }
-
-    /// Whether the agent answers at all; on a busy host it may take a second question.
-    pub async fn answers(&self) -> bool {
-        for _ in 0..ANSWER_TRIES {
-            let Ok(mut client) = self.agent.client().await else { return false };
-            if tokio::time::timeout(ANSWER_DEADLINE, client.metrics(MetricsRequest {})).await.is_ok_and(|a| a.is_ok()) {
-                return true;
-            }
-        }
-        false
     }
 }
 
@@ -194,31 +184,63 @@ impl Vm for RunningVm {
     }
 }
 
-async fn watch_to_the_end(qmp: &Qmp, process: ProcessId) -> Exit {
-    let Ok(Some(handle)) = process.open() else { return Exit::lost() };
-    // SAFETY: the AsyncFd owns the descriptor, which is open until both are dropped together.
-    let Ok(ended) = (unsafe { AsyncFd::register(handle.into_fd()) }) else { return Exit::lost() };
-    let process_ended = async {
-        let _ = ended.readable().await;
-    };
+/// Watches a process until it is known to have ended. A lost control connection or a failing system call ends no VM: it is
+/// made again, or looked at again.
+async fn watch_to_the_end(place: &Place, qmp: &Qmp, process: ProcessId) -> Exit {
+    let process_ended = ended(process);
     tokio::pin!(process_ended);
-    let guest_ended = async {
-        // The end may have come before the connection did.
-        if !qmp.has_ended().await.ok()? && qmp.guest_ended().await == GuestState::Disconnected {
-            return None;
+    let (mut renewed, mut pause) = (None, FIRST_PAUSE);
+    let exit = loop {
+        let guest = tokio::select! {
+            () = &mut process_ended => return Exit::lost(),
+            guest = guest_ended(renewed.as_ref().unwrap_or(qmp)) => guest,
+        };
+        if let Some(exit) = guest {
+            break exit;
         }
-        let exit = console::judge(qmp).await;
-        let _ = qmp.quit().await;
-        Some(exit)
+        // QEMU closes the connection as it ends.
+        if tokio::time::timeout(pause, &mut process_ended).await.is_ok() {
+            return Exit::lost();
+        }
+        tracing::warn!(pid = process.pid, "the control connection to a VM is lost, and made again");
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        renewed = Qmp::connect(&place.dir().qmp_socket()).await.ok();
     };
-    let exit = tokio::select! {
-        () = &mut process_ended => return Exit::lost(),
-        exit = guest_ended => exit,
-    };
-    if exit.is_none() || tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
+    if tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
         let _ = tokio::task::spawn_blocking(move || process.kill()).await;
     }
-    exit.unwrap_or_else(Exit::lost)
+    exit
+}
+
+/// How the guest ended, when QEMU says that it has; `None` when QEMU says nothing any more.
+async fn guest_ended(qmp: &Qmp) -> Option<Exit> {
+    // The end may have come before the connection did.
+    if !qmp.has_ended().await.ok()? && qmp.guest_ended().await == GuestState::Disconnected {
+        return None;
+    }
+    let exit = console::judge(qmp).await;
+    let _ = qmp.quit().await;
+    Some(exit)
+}
+
+/// Resolves when the process is known to have ended.
+async fn ended(process: ProcessId) {
+    loop {
+        let failed = match process.open() {
+            Ok(None) => return,
+            // SAFETY: the AsyncFd owns the descriptor, which is open until both are dropped together.
+            Ok(Some(handle)) => match unsafe { AsyncFd::register(handle.into_fd()) } {
+                Ok(ended) => match ended.readable().await {
+                    Ok(_) => return,
+                    Err(error) => error,
+                },
+                Err(error) => error.into(),
+            },
+            Err(error) => error,
+        };
+        tracing::warn!(error = %failed, pid = process.pid, "a VM's process cannot be watched now");
+        tokio::time::sleep(FIRST_PAUSE).await;
+    }
 }
 
 /// Bytes, from `/proc/PID/smaps_rollup`. What counts is what no file stands behind: a template's memory and QEMU's

@@ -286,7 +286,7 @@ impl Build<'_> {
         }
         let start = Launch {
             dir,
-            record: Record::new(self.slot, name, &self.host.cgroups),
+            record: Record::new(self.slot, name, &self.host.cgroups)?,
             machine: self.recipe.boot_machine(),
             // A template boots as fast as it can, whatever its clones are allowed later.
             cpu_millis: 1000 * self.recipe.machine.processors,
@@ -440,13 +440,15 @@ mod tests {
     use heyvm_jail::{cgroup::Cgroups, root::QemuRoot};
 
     use super::*;
+    use crate::qemu::launch::Uids;
 
     #[test]
     fn a_template_belongs_to_the_root_files_bytes() {
         let (empty, program) = (PathBuf::new(), PathBuf::from("/usr/bin/qemu"));
         let root =
             QemuRoot { dir: empty.clone(), program, firmware: empty.clone(), version: "7".into(), digest: "q".into() };
-        let host = Host { launcher: empty.clone(), root, cgroups: Cgroups::default() };
+        let uids = Uids::new(Path::new("/"));
+        let host = Host { launcher: empty.clone(), root, uids, cgroups: Cgroups::default() };
         let key = |root_digest: Option<&str>| {
             let image = Image {
                 name: "box".into(),
