@@ -287,8 +287,8 @@ const RESTORE_EXAMPLES: &str = "\
 Example:
   heyvm restore my-app";
 const RECOVER_EXAMPLES: &str = "\
-A disk is orphaned when the daemon's database was lost, or restored from a backup. `heyvm list --all` lists orphans;
-one whose VM runs is taken up running, any other stopped. `heyvm rm ID` removes one.
+A disk is orphaned when the daemon's database was lost, or restored from a backup. `heyvm list --all`
+lists orphans. One whose VM runs is a running sandbox again, any other a stopped one; `heyvm rm ID` removes one.
 
 Example:
   heyvm recover cbbe1029 --name web";

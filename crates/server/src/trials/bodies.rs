@@ -184,9 +184,11 @@ impl<'d> Call<'d> {
         let required = variants.iter().flat_map(|variant| variant["required"].as_array().into_iter().flatten());
         let fields = required.filter_map(Value::as_str).map(|name| {
             let field = variants.iter().map(|variant| &variant["properties"][name]).find(|field| !field.is_null());
-            let value = match field.map(|field| field["type"].as_str().unwrap_or_default()) {
-                Some("integer" | "number") => json!(1),
-                Some("string") => json!("x"),
+            let kind = field.and_then(|field| self.variants(field).first().copied()).unwrap_or(&Value::Null);
+            let value = match (kind["enum"].get(0), kind["type"].get(0).unwrap_or(&kind["type"]).as_str()) {
+                (Some(first), _) => first.clone(),
+                (None, Some("integer" | "number")) => json!(1),
+                (None, Some("string")) => json!("x"),
                 other => panic!("{}: no example of {name}: {other:?}", self.path),
             };
             (name.to_owned(), value)
