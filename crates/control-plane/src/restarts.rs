@@ -68,11 +68,11 @@ impl ControlPlane {
     async fn start_again_by_itself(self: Arc<Self>, sandbox: Arc<Sandbox>) {
         let _one_transition = sandbox.transition.lock().await;
         // It may have been stopped or started while this waited for its turn.
-        if sandbox.record().next_start_at.is_some_and(|at| at <= Utc::now()) {
-            if let Err(error) = self.start_now(&sandbox, &tokio::sync::mpsc::unbounded_channel().0).await {
-                tracing::warn!(%error, id = sandbox.record().id, "a sandbox could not be started again");
-                self.put_off(&sandbox).await;
-            }
+        if sandbox.record().next_start_at.is_some_and(|at| at <= Utc::now())
+            && let Err(error) = self.start_now(&sandbox, &tokio::sync::mpsc::unbounded_channel().0).await
+        {
+            tracing::warn!(%error, id = sandbox.record().id, "a sandbox could not be started again");
+            self.put_off(&sandbox).await;
         }
         sandbox.is_starting_again.store(false, Ordering::Relaxed);
     }

@@ -41,7 +41,7 @@ fn a_stop_ends_the_hooks_at_once_and_keeps_the_disk() {
     assert_eq!((stopped.status, reason.code), (Status::Stopped, ReasonCode::Stopped));
     assert!(reason.message.contains("setup_hook") && reason.message.contains("sleep 3600"), "{}", reason.message);
     assert!(daemon.machines.running().is_empty());
-    assert_eq!(daemon.machines.disks(), [stopped.id.clone()]);
+    assert_eq!(daemon.machines.disks(), std::slice::from_ref(&stopped.id));
     let told = daemon.run(call).unwrap().unwrap_err();
     assert_eq!((told.code, told.sandbox_id), (ErrorCode::InvalidState, Some(stopped.id)));
     assert!(told.hint.unwrap().contains("heyvm start"));

@@ -39,10 +39,11 @@ fn they_come_while_the_hook_runs() {
     let (sink, mut events) = tokio::sync::mpsc::unbounded_channel();
     let plane = daemon.plane().clone();
     let call = daemon.spawn(async move { plane.create(request, Asked::default(), sink).await });
-    eventually("the line comes", || match events.try_recv() {
-        Ok(event) if event.stream.is_some() => Ok(assert_eq!(event.message, "began")),
+    let line = eventually("the line comes", || match events.try_recv() {
+        Ok(event) if event.stream.is_some() => Ok(event.message),
         other => Err(format!("{other:?}")),
     });
+    assert_eq!(line, "began");
     assert!(daemon.log("web").contains("began"));
     daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
     assert!(daemon.run(call).unwrap().is_err());

@@ -63,12 +63,11 @@ fn the_policy_decides_what_is_started_again() {
     ];
     for (restart, command, again) in cases {
         let made = daemon.create(with(&daemon, restart, command)).unwrap();
-        eventually("it has ended", || match daemon.get(&made.id) {
-            info if matches!(info.status, Status::Stopped | Status::Failed) => {
-                Ok(assert_eq!(info.next_start_at.is_some(), again, "{restart:?} {info:?}"))
-            }
+        let ended = eventually("it has ended", || match daemon.get(&made.id) {
+            info if matches!(info.status, Status::Stopped | Status::Failed) => Ok(info),
             info => Err(format!("{:?}", info.status)),
         });
+        assert_eq!(ended.next_start_at.is_some(), again, "{restart:?} {ended:?}");
         daemon.run(daemon.plane().remove(&Who::owners(&made.id))).unwrap();
     }
     let made = daemon.create(with(&daemon, RestartPolicy::OnFailure, "exec sleep 600")).unwrap();
