@@ -8,6 +8,7 @@
 //! - [`mounts`]: directories of this host in a sandbox.
 //! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
+//! - [`supervised`]: panics that end one sandbox alone.
 //! - [`guest_command`]: hooks.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
 #![forbid(unsafe_code)]
 
@@ -28,6 +29,7 @@ mod record;
 mod replace;
 mod replace_mount;
 mod resize;
+mod supervised;
 mod validate;
 mod who;
 
@@ -231,7 +233,7 @@ impl ControlPlane {
 
     /// Ends background work; VMs keep running.
     pub async fn shutdown(&self) {
-        self.driver.let_go_of_reserve().await;
+        self.driver.empty_pool().await;
         self.store.close().await;
     }
 

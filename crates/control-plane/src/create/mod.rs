@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use crate::{
     Account, ControlPlane, ProgressSink, Sandbox, apart, archives, errors,
     record::{self, Record},
-    validate,
+    supervised, validate,
 };
 use steps::Prepared;
 
@@ -221,7 +221,9 @@ impl ControlPlane {
     ) -> Result<SandboxInfo, ApiError> {
         let _one_transition = sandbox.transition.lock().await;
         let prepared = tokio::select! {
-            prepared = self.prepare(&sandbox, &request, &progress) => prepared,
+            prepared = supervised::run("making a sandbox", self.prepare(&sandbox, &request, &progress)) => {
+                prepared.map_err(|panicked| errors::internal(&panicked)).flatten()
+            }
             reason = sandbox.removal_asked() => Err(cut_short(&reason)),
         };
         let outcome = match prepared {

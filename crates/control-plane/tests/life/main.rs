@@ -7,6 +7,7 @@ mod machines;
 mod adoption;
 mod creating;
 mod ending;
+mod hostile;
 mod images;
 mod names;
 mod ports;

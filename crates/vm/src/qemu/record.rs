@@ -36,12 +36,16 @@ pub struct Record {
     /// Their directories, for a later daemon may run elsewhere in the hierarchy and would look for them there.
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
+    /// Thousandths of a processor that it may use once it is live; 0 where an earlier version has set that already.
+    #[serde(default)]
+    pub cpu_millis: u32,
 }
 
 impl Record {
     /// Of a VM of this name that starts now.
-    pub fn new(slot: u32, name: &str, cgroups: &Cgroups) -> Self {
-        Self { slot, host_boot_id: host_boot_id(), cgroup: name.to_owned(), cgroups: cgroups.dirs(name) }
+    pub fn new(slot: u32, name: &str, cgroups: &Cgroups, cpu_millis: u32) -> Self {
+        let (cgroup, cgroups) = (name.to_owned(), cgroups.dirs(name));
+        Self { slot, host_boot_id: host_boot_id(), cgroup, cgroups, cpu_millis }
     }
 }
 
@@ -241,7 +245,13 @@ mod tests {
         let exit = Exit { cause: ExitCause::GuestPanic, console_tail: vec!["Kernel panic".into()] };
         dir.write_exit(&exit).unwrap();
         assert_eq!(dir.exit(), Some(exit));
-        let record = Record { slot: 7, host_boot_id: "b".into(), cgroup: "c".into(), cgroups: vec!["/cg/c".into()] };
+        let record = Record {
+            slot: 7,
+            host_boot_id: "b".into(),
+            cgroup: "c".into(),
+            cgroups: vec!["/cg/c".into()],
+            cpu_millis: 250,
+        };
         dir.write_record(&record).unwrap();
         assert_eq!((dir.record(), dir.exit()), (Some(record), None));
     }
