@@ -15,7 +15,7 @@ use heyvm_agent_protocol::{
     v1::{agent_client::AgentClient, exec_input, exec_output, *},
 };
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::{io::BufReader, net::UnixStream};
 use tonic::transport::{Channel, Endpoint};
 
 type Client = AgentClient<Channel>;
@@ -68,7 +68,7 @@ async fn connect(socket: String) -> Result<Client, tonic::transport::Error> {
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
         async move {
-            let mut stream = UnixStream::connect(socket).await?;
+            let mut stream = BufReader::new(UnixStream::connect(socket).await?);
             let nonce = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_nanos());
             hello::greet(&mut stream, &format!("{nonce:032x}")).await?;
             Ok::<_, io::Error>(TokioIo::new(stream))

@@ -149,6 +149,14 @@ pub enum ReasonCode {
     GuestPanic,
     /// The guest powered itself off.
     GuestShutdown,
+    /// The guest halted its processors without powering off.
+    GuestHalted,
+    /// The guest's port sends something else than the agent's protocol: its agent was replaced.
+    AgentReplaced,
+    /// KVM could not run the guest's code any further.
+    KvmFailed,
+    /// The daemon failed while it looked after the sandbox; its log has the details.
+    Internal,
     /// The start command ended.
     StartCommandExited,
     /// The VM's process ended and nobody knows why.

@@ -18,6 +18,7 @@ use heyvm_vm::{Driver, Vm};
 use crate::{
     Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, orphans,
     record::{self, Record},
+    supervised,
 };
 
 /// Opening waits this long until every sandbox is settled. One that takes longer holds up nobody but those who want
@@ -89,7 +90,9 @@ impl ControlPlane {
     /// Brings one sandbox from whatever the last daemon left to a state that is true.
     async fn settle(self: Arc<Self>, sandbox: Arc<Sandbox>) {
         let mut pause = FIRST_PAUSE;
-        while let Err(error) = self.try_to_settle(&sandbox).await {
+        loop {
+            let settled = supervised::run("settling a sandbox", self.try_to_settle(&sandbox)).await;
+            let Err(error) = settled.map_err(|panicked| errors::internal(&panicked)).flatten() else { return };
             tracing::error!(%error, id = sandbox.record().id, "what another daemon has left is looked at again later");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);

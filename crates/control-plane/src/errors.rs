@@ -35,6 +35,9 @@ pub fn vm(error: heyvm_vm::Error) -> ApiError {
             .log_tail(console_tail),
         Error::GuestClock(_) => ApiError::new(ErrorCode::VmFailed, error.to_string())
             .hint("try again when the host is less busy; `heyvm doctor` says whether it is fit"),
+        Error::NotResumed { ref console_tail, .. } => ApiError::new(ErrorCode::VmFailed, error.to_string())
+            .hint("try again; `heyvm doctor` says whether this host is fit")
+            .log_tail(console_tail.clone()),
         Error::NoCheckpoint => {
             ApiError::new(ErrorCode::InvalidState, "the sandbox has no checkpoint").hint("heyvm checkpoint makes one")
         }

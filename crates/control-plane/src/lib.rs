@@ -12,6 +12,7 @@
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
 //!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
+//! - [`supervised`]: panics that end one sandbox alone.
 #![forbid(unsafe_code)]
 
 mod adoption;
@@ -36,6 +37,7 @@ mod replace;
 mod replace_mount;
 mod resize;
 mod restarts;
+mod supervised;
 mod validate;
 mod who;
 
@@ -230,7 +232,7 @@ impl ControlPlane {
 
     /// Ends background work; VMs keep running.
     pub async fn shutdown(&self) {
-        self.driver.let_go_of_reserve().await;
+        self.driver.empty_pool().await;
         self.store.close().await;
     }
 

@@ -1,6 +1,7 @@
 //! Stop, start, remove, and what happens by itself: a start command ends, a guest panics, a time-to-live runs out.
 
 use std::{
+    pin::pin,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -12,20 +13,27 @@ use heyvm_api::{
     sandbox::{Reason, ReasonCode, SandboxInfo, Status},
 };
 use heyvm_vm::{Exit, ExitCause, Vm};
+use tokio::sync::MutexGuard;
 
 use crate::{
     ControlPlane, ProgressSink, Sandbox, Who, begin_step,
     cut::Cut,
     errors,
     guest_command::shown,
-    main_command::Main,
+    main_command::{Followed, Main},
     not_running, ready,
     record::{self, Record},
-    spawn_detached, validate,
+    spawn_detached,
+    supervised::{self, Panicked},
+    validate,
 };
 
 /// What processes get to end in order.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// A transition that is under way gets this long before it is ended for a stop.
+const BEFORE_STOP: Duration = Duration::from_secs(30);
+/// The same for a removal, which leaves nothing of what it does.
+const BEFORE_REMOVAL: Duration = Duration::from_secs(2);
 /// How often expired and long removed sandboxes are looked for, at least.
 const SWEEP: Duration = Duration::from_secs(30);
 /// How long a removed sandbox is told of.
@@ -37,7 +45,7 @@ impl ControlPlane {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
         spawn_detached(async move {
             sandbox.cut_by_stop(record::reason(ReasonCode::Stopped, "stopped by a request"));
-            let _one_transition = sandbox.lock_once_made().await;
+            let _one_transition = plane.seize(&sandbox, BEFORE_STOP, sandbox.lock_once_made()).await?;
             // A removal that is asked for as well waits for the lock, and goes on.
             if let Some(Cut::Stop(_)) = sandbox.cut_now() {
                 sandbox.take_cut_back();
@@ -52,6 +60,28 @@ impl ControlPlane {
             plane.stop_now(&sandbox).await
         })
         .await
+    }
+
+    /// Takes the transition lock within a bounded time. A transition that holds it for long may be waiting for a guest that
+    /// never answers: the VM is ended then, and with it the wait. One that is being made or started was cut short already,
+    /// and its VM is ended here only where it is to be removed.
+    async fn seize<'s>(
+        &self,
+        sandbox: &'s Sandbox,
+        patience: Duration,
+        lock: impl Future<Output = MutexGuard<'s, ()>>,
+    ) -> Result<MutexGuard<'s, ()>, ApiError> {
+        let mut lock = pin!(lock);
+        if let Ok(free) = tokio::time::timeout(patience, &mut lock).await {
+            return Ok(free);
+        }
+        let record = sandbox.snapshot();
+        let is_cut_short = record.status == Status::Provisioning && !matches!(sandbox.cut_now(), Some(Cut::Remove(_)));
+        if let Some(vm) = sandbox.vm().filter(|_| !is_cut_short) {
+            tracing::warn!(id = record.id, "a transition takes long; the VM is ended, so that the next one can begin");
+            vm.stop(Duration::ZERO).await.map_err(errors::vm)?;
+        }
+        Ok(lock.await)
     }
 
     /// The transition lock is held.
@@ -122,7 +152,9 @@ impl ControlPlane {
         }
         self.save(sandbox, |record| record.enter(Status::Provisioning, None)).await?;
         let started = tokio::select! {
-            started = self.start_again(sandbox, progress) => started,
+            started = supervised::run("starting a sandbox", self.start_again(sandbox, progress)) => {
+                started.map_err(|panicked| errors::internal(&panicked)).flatten()
+            }
             cut = sandbox.cut_asked() => {
                 match &cut {
                     Cut::Remove(reason) => self.destroy(sandbox, reason.clone()).await?,
@@ -200,7 +232,7 @@ impl ControlPlane {
     /// Cuts short what goes on with it, then destroys it.
     pub(crate) async fn remove_for(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
         sandbox.cut(Cut::Remove(reason.clone()));
-        let _one_transition = sandbox.transition.lock().await;
+        let _one_transition = self.seize(sandbox, BEFORE_REMOVAL, sandbox.transition.lock()).await?;
         if sandbox.record().status == Status::Removed {
             return Ok(());
         }
@@ -250,13 +282,20 @@ impl ControlPlane {
 
     /// Follows a running VM to its end: its start command, its process.
     pub(crate) fn watch(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>, main: Option<Main>) {
+        vm.live();
         let (plane, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
         tokio::spawn(async move {
             let mut main = main;
-            let ended = tokio::select! {
-                exit = vm.exited() => Ended::Vm(exit),
-                exit = ready::ended(main.as_mut()) => Ended::Main(exit),
-            };
+            let watched = supervised::run("watching a sandbox", async {
+                tokio::select! {
+                    exit = vm.exited() => Ended::Vm(exit),
+                    followed = ready::ended(main.as_mut()) => match followed {
+                        Followed::Exited(exit) => Ended::Main(exit),
+                        Followed::Lost(panicked) => Ended::Unwatched(panicked),
+                    },
+                }
+            });
+            let ended = watched.await.unwrap_or_else(Ended::Unwatched);
             let _one_transition = sandbox.transition.lock().await;
             // Whoever ended it on purpose has said so already.
             if !sandbox.vm().is_some_and(|now| Arc::ptr_eq(&now, &vm)) {
@@ -276,6 +315,10 @@ impl ControlPlane {
                 let (status, reason) = match ended {
                     Ended::Vm(exit) => judge(exit, log_tail),
                     Ended::Main(exit) => judge_main(&exit, log_tail),
+                    Ended::Unwatched(panicked) => (
+                        Status::Failed,
+                        Reason { log_tail, ..record::reason(ReasonCode::Internal, panicked.to_string()) },
+                    ),
                 };
                 self.end(sandbox, status, reason).await
             }
@@ -291,7 +334,8 @@ impl ControlPlane {
     /// Removes what has expired and forgets what was removed a day ago, for as long as the daemon runs.
     pub(crate) async fn sweep_forever(self: Arc<Self>) {
         loop {
-            self.sweep().await;
+            // One sandbox that makes it panic is not to keep the others alive.
+            let _ = supervised::run("looking for what has expired", self.sweep()).await;
             tokio::time::sleep(self.until_next_expiry()).await;
         }
     }
@@ -321,7 +365,8 @@ impl ControlPlane {
 
     async fn expire(self: Arc<Self>, sandbox: Arc<Sandbox>) {
         let reason = record::reason(ReasonCode::TtlExpired, "its time-to-live ran out");
-        if let Err(error) = self.remove_for(&sandbox, reason).await {
+        let removed = supervised::run("removing an expired sandbox", self.remove_for(&sandbox, reason)).await;
+        if let Ok(Err(error)) = removed {
             tracing::error!(%error, "a sandbox whose time ran out could not be removed");
         }
         sandbox.expiring.store(false, Ordering::Relaxed);
@@ -348,6 +393,8 @@ impl ControlPlane {
 enum Ended {
     Vm(Exit),
     Main(MainExit),
+    /// A fault of ours: what cannot be watched is not left running.
+    Unwatched(Panicked),
 }
 
 /// Why a VM ended, and what the sandbox is now.
@@ -355,6 +402,11 @@ pub(crate) fn judge(exit: Exit, log_tail: Vec<String>) -> (Status, Reason) {
     let (status, code, message) = match exit.cause {
         ExitCause::GuestShutdown => (Status::Stopped, ReasonCode::GuestShutdown, "the guest powered itself off"),
         ExitCause::GuestPanic => (Status::Failed, ReasonCode::GuestPanic, "the guest's kernel panicked"),
+        ExitCause::GuestHalted => (Status::Failed, ReasonCode::GuestHalted, "the guest halted its processors"),
+        ExitCause::AgentReplaced => {
+            (Status::Failed, ReasonCode::AgentReplaced, "the guest sends garbage in place of its agent's protocol")
+        }
+        ExitCause::Unrunnable => (Status::Failed, ReasonCode::KvmFailed, "KVM could not run the guest any further"),
         ExitCause::OutOfMemory => {
             (Status::Failed, ReasonCode::OutOfMemory, "out of memory: the host ended the VM at its memory limit")
         }

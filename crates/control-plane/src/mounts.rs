@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached};
+use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached, supervised};
 
 /// Mounts of one sandbox, at most.
 const MAX_MOUNTS: usize = 16;
@@ -321,7 +321,8 @@ impl Serving {
         let (mut server, mut pause) = (None, FIRST_PAUSE);
         while self.is_wanted() || mounted.is_some() {
             let began = Instant::now();
-            match self.serve_once(&mut server, &mut mounted).await {
+            let served = supervised::run("serving a mount", self.serve_once(&mut server, &mut mounted)).await;
+            match served.map_err(|panicked| errors::internal(&panicked)).flatten() {
                 Ok(()) => return,
                 Err(error) => match mounted.take() {
                     Some(mounted) => return drop(mounted.send(Err(error))),

@@ -11,8 +11,8 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, Who, begin_step, lifecycle,
-    main_command::{Main, tail_of_this_run},
+    ControlPlane, ProgressSink, Sandbox, Who, begin_step, errors, lifecycle,
+    main_command::{Followed, Main, tail_of_this_run},
     record::Record,
 };
 
@@ -51,7 +51,10 @@ impl ControlPlane {
                 Ok(()) => Ok(()),
                 Err(why) => Err(self.not_ready(&agent, &record, &why).await),
             },
-            exit = ended(main) => Err(exited(&agent, &exit).await),
+            followed = ended(main) => Err(match followed {
+                Followed::Exited(exit) => exited(&agent, &exit).await,
+                Followed::Lost(panicked) => errors::internal(&panicked).step("start_command"),
+            }),
             exit = vm.exited() => Err(vm_ended(exit)),
         }
     }
@@ -142,7 +145,7 @@ async fn http_status(mut stream: Box<dyn heyvm_vm::agent::PortStream>, path: &st
 }
 
 /// Resolves when the start command has ended; never where there is none.
-pub(crate) async fn ended(main: Option<&mut Main>) -> Exit {
+pub(crate) async fn ended(main: Option<&mut Main>) -> Followed {
     match main {
         Some(main) => main.ended().await,
         None => std::future::pending().await,

@@ -23,8 +23,13 @@ pub struct Config {
     pub regions: Vec<String>,
     /// Whether sandboxes begin as clones of a template; without, each boots its kernel.
     pub templates: bool,
-    /// How many VMs of the kind last asked for are kept in reserve.
+    /// How many VMs of one kind the warm pool holds at most; 0: none.
     pub reserve: usize,
+    /// Memory for templates that are loaded, in MiB; those that VMs run on count and are never evicted. A quarter of the
+    /// host's when absent.
+    pub template_memory_mib: Option<u64>,
+    /// Disk for templates, in GiB; 20 when absent.
+    pub template_disk_gib: Option<u64>,
     /// The proxy in front of sandboxes.
     pub edge: EdgeConfig,
     /// What sandboxes may reach.
@@ -87,6 +92,8 @@ impl Default for Config {
             regions: vec!["US".into()],
             templates: true,
             reserve: heyvm_vm::qemu::Settings::default().reserve,
+            template_memory_mib: None,
+            template_disk_gib: None,
             edge: EdgeConfig::default(),
             network: NetworkConfig::default(),
             registries: RegistryConfig::default(),

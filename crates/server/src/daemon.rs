@@ -11,7 +11,7 @@ use heyvm_control_plane::ControlPlane;
 use heyvm_edge::Edge;
 use heyvm_images::ImageStore;
 use heyvm_store::Store;
-use heyvm_vm::qemu::{EgressSettings, QemuDriver, Settings};
+use heyvm_vm::qemu::{Budgets, EgressSettings, QemuDriver, Settings};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -140,6 +140,7 @@ pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<
         egress: EgressSettings { allow: config.network.allow.clone() },
         reserve: config.reserve,
         templates: config.templates,
+        template_budgets: template_budgets(config),
         ..Settings::default()
     };
     let driver = QemuDriver::open(home, settings).await.map_err(|error| failed("sandboxes/", &error))?;
@@ -152,6 +153,17 @@ pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<
         default_image: config.default_image.clone(),
     };
     ControlPlane::open(config, store, driver, Arc::new(images)).await
+}
+
+fn template_budgets(config: &Config) -> Budgets {
+    let mut budgets = Budgets::of_this_host();
+    if let Some(mib) = config.template_memory_mib {
+        budgets.memory_bytes = mib.saturating_mul(1 << 20);
+    }
+    if let Some(gib) = config.template_disk_gib {
+        budgets.disk_bytes = gib.saturating_mul(1 << 30);
+    }
+    budgets
 }
 
 pub(crate) fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> JoinHandle<()> {

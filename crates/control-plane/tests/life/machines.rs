@@ -14,6 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use heyvm_agent::{Reaper, Sandbox, connection, service::Service};
+use heyvm_test_services::hostile_agent::{self, Misbehaviour};
 use heyvm_vm::{
     AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Usage, Vm, VmId, VmSpec,
 };
@@ -21,7 +22,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::{net::UnixListener, runtime::Runtime, sync::watch};
+use tokio::{net::UnixListener, runtime::Runtime, sync::watch, task::JoinSet};
 
 /// Marks the processes of a machine.
 const MARK: &str = "HEYVM_TEST_MACHINE";
@@ -103,6 +104,19 @@ impl Machines {
         fs::rename(disk.join("silent.sock"), disk.join("agent.sock")).unwrap();
     }
 
+    /// From now on the machine's agent is another one.
+    pub fn possess(&self, id: &str, how: Misbehaviour) {
+        let machine = Arc::clone(&self.running.lock().unwrap()[id]);
+        let mut serving = machine.serving.lock().unwrap();
+        serving.abort();
+        let socket = self.dir.join(id).join("agent.sock");
+        fs::remove_file(&socket).unwrap();
+        *serving = self.runtime.spawn(async move {
+            let Err(error) = hostile_agent::serve(&socket, how).await;
+            panic!("{error}");
+        });
+    }
+
     /// A disk that no record knows of.
     pub fn stray(&self, id: &str) {
         fs::create_dir(self.dir.join(id)).unwrap();
@@ -142,8 +156,10 @@ impl Machines {
             let reaper = Reaper::new(false);
             tokio::spawn(Arc::clone(&reaper).run());
             let service = Arc::new(Service::personalized(reaper, None, sandbox));
+            // They end with the machine.
+            let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(connection::serve(stream, Arc::clone(&service)));
+                connections.spawn(connection::serve(stream, Arc::clone(&service)));
             }
         });
         let machine = Arc::new(Machine {
@@ -151,7 +167,7 @@ impl Machines {
             agent: AgentConnection::at(move || socket.clone()),
             exit: watch::channel(None).0,
             tenacity: Arc::clone(&self.tenacity),
-            serving,
+            serving: Mutex::new(serving),
         });
         self.running.lock().unwrap().insert(id.clone(), Arc::clone(&machine));
         machine
@@ -260,13 +276,13 @@ struct Machine {
     agent: AgentConnection,
     exit: watch::Sender<Option<Exit>>,
     tenacity: Arc<Mutex<Duration>>,
-    serving: tokio::task::JoinHandle<()>,
+    serving: Mutex<tokio::task::JoinHandle<()>>,
 }
 
 impl Machine {
     fn end(&self, exit: Exit) {
         self.exit.send_replace(Some(exit));
-        self.serving.abort();
+        self.serving.lock().unwrap().abort();
         let mark = format!("{MARK}={}\0", self.id);
         for process in fs::read_dir("/proc").unwrap().flatten() {
             let environment = fs::read(process.path().join("environ")).unwrap_or_default();

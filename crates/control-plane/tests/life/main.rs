@@ -10,6 +10,7 @@ mod cutting;
 mod dropping;
 mod ending;
 mod hooks;
+mod hostile;
 mod images;
 mod names;
 mod orphans;

@@ -16,7 +16,7 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
     checks.push(match kernel {
         None => warn("kvm", "cannot be tried without a guest kernel".into(), "run ./quickstart, which fetches one"),
         Some(kernel) => match driver.acceleration(kernel).await {
-            Ok(verdict) => acceleration(verdict),
+            Ok(verdict) => acceleration(&verdict),
             Err(error) => fail("kvm", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)"),
         },
     });

@@ -78,8 +78,6 @@ pub struct Launch<'a> {
     pub record: Record,
     /// The machine.
     pub machine: Machine,
-    /// Thousandths of a processor.
-    pub cpu_millis: u32,
     /// Everything but the sockets, which are made here.
     pub descriptors: Descriptors,
 }
@@ -108,7 +106,7 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     let machine = &launch.machine;
     let limits = Limits {
         memory_bytes: (u64::from(machine.memory_mib) * CHARGED_PER_GUEST_PAGE + OVERHEAD_MIB) << 20,
-        cpu_millis: launch.cpu_millis,
+        cpu_millis: launch.record.cpu_millis,
         tasks: THREADS + machine.processors,
     };
     let cgroups = &launch.record.cgroups;
