@@ -7,7 +7,7 @@ use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest};
 use heyvm_vm::{Rehearsal, Vm, VmSpec};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, archives, errors,
+    Account, ControlPlane, ProgressSink, Sandbox, archives, errors,
     guest_command::{run, run_hook},
     main_command::Main,
     record::Record,
@@ -41,7 +41,14 @@ impl ControlPlane {
         check_type(&vm, request.sandbox_type.as_deref()).await.map_err(|error| error.step("image"))?;
         if let Some(archive) = &record.archive_id {
             tell(progress, "unpack", "unpacking the archive");
-            let unpacked = self.unpack(&vm, archive, record.archive_root.as_deref(), &record.working_directory, false);
+            let unpacked = self.unpack(
+                &vm,
+                &record.account,
+                archive,
+                record.archive_root.as_deref(),
+                &record.working_directory,
+                false,
+            );
             unpacked.await.map_err(|error| error.step("unpack"))?;
         }
         // Behind the archive: what lies below a mount stays in the sandbox, and nothing is unpacked to this host.
@@ -110,18 +117,20 @@ impl ControlPlane {
     pub(crate) async fn unpack(
         &self,
         vm: &Arc<dyn Vm>,
+        account: &Account,
         archive: &str,
         root: Option<&str>,
         directory: &str,
         clean: bool,
     ) -> Result<(), ApiError> {
         let pieces = archives::read(&self.config.home, archive)?;
+        let limits = archives::limits(account);
         let first = UnpackInput {
             path: directory.to_owned(),
             root: root.unwrap_or_default().to_owned(),
             clean,
-            max_bytes: archives::LIMITS.unpacked,
-            max_entries: archives::LIMITS.entries,
+            max_bytes: limits.unpacked,
+            max_entries: limits.entries,
             ..UnpackInput::default()
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
