@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -181,6 +183,34 @@ def deploy(stage, options):
         cold += series("templates = false\n", 2)
     stage.configure("")
     return comparison("deploy until HTTP 200, warm", warm, "cold boot, no template", cold, 0.15)
+
+
+@measurement("large")
+def deploy_large(stage, options):
+    """`deploy` of a directory of 200 MB of incompressible files, against `tar cf` of it."""
+    directory = stage.directory / "large"
+    directory.mkdir()
+    for number in range(100):
+        (directory / f"{number}.bin").write_bytes(os.urandom(2_000_000))
+    tar = stage.directory / "large.tar"
+
+    def ours():
+        # Another content each time: what is there already would not be sent.
+        (directory / "0.bin").write_bytes(os.urandom(2_000_000))
+        made = []
+        took = seconds(lambda: made.append(stage.json("deploy", str(directory), "--size-class", stage.size_class)))
+        stage.remove(made[0]["id"])
+        return took
+
+    def theirs():
+        tar.unlink(missing_ok=True)
+        return seconds(lambda: subprocess.run(["tar", "cf", tar, "-C", directory, "."], check=True))
+
+    ours(), theirs()
+    own, other = in_pairs(max(2, options.rounds // 4), ours, theirs, stage.wait_for_reserve)
+    shutil.rmtree(directory)
+    tar.unlink()
+    return comparison("deploy of 200 MB of random files", own, "tar cf", other, 3)
 
 
 @measurement("memory")

@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     commands::{
-        archives::{ArchiveArgs, ArchiveDirArgs, DeleteArchiveArgs, UpdateArgs},
+        archives::{ArchiveArgs, ArchiveDirArgs, DeleteArchiveArgs, ListArchivesArgs, UpdateArgs},
         bind::{BindArgs, UnbindArgs},
         completions::{self, CompletionsArgs},
         cp::CpArgs,
@@ -160,7 +160,10 @@ pub enum Command {
     ArchiveDir(ArchiveDirArgs),
     /// List archives
     #[command(after_help = LIST_ARCHIVES_EXAMPLES)]
-    ListArchives,
+    ListArchives(ListArchivesArgs),
+    /// Remove archives that have no name and that no sandbox uses
+    #[command(after_help = PRUNE_ARCHIVES_EXAMPLES)]
+    PruneArchives,
     /// Remove an archive; sandboxes that were made from it go on
     #[command(after_help = DELETE_ARCHIVE_EXAMPLES)]
     DeleteArchive(DeleteArchiveArgs),
@@ -305,11 +308,14 @@ const PULL_EXAMPLES: &str = "\
 Example:
   heyvm pull ubuntu:24.04";
 const CP_EXAMPLES: &str = "\
-A target that is a directory gets a copy in it; any other target becomes the copy.
+A target that is a directory gets a copy in it; any other target becomes the copy. Links are copied as links, sockets and
+FIFOs left out; modes, times, hard links and holes are kept. - is the standard input or output.
 
 Examples:
   heyvm cp ./data web:/workspace/data
-  heyvm cp web:/var/log/app.log .";
+  heyvm cp web:/var/log/app.log .
+  pg_dump shop | heyvm cp - web:/srv/shop.sql
+  heyvm cp web:/srv/report.csv - | head";
 const MOUNT_ADD_EXAMPLES: &str = "\
 What the sandbox writes belongs to the directory's owner. A stopped sandbox has it when it starts.
 
@@ -325,12 +331,19 @@ Example:
   heyvm archive-dir ./my-app --name my-app";
 const LIST_ARCHIVES_EXAMPLES: &str = "\
 Example:
+  heyvm list-archives --all
   heyvm list-archives --format json";
+const PRUNE_ARCHIVES_EXAMPLES: &str = "\
+Each deploy keeps its archive for as long as its sandbox is there, and for a day. This removes the others at once.
+
+Example:
+  heyvm prune-archives";
 const DELETE_ARCHIVE_EXAMPLES: &str = "\
 Example:
   heyvm delete-archive ar-0123456789abcdef0123456789abcdef";
 const UPDATE_EXAMPLES: &str = "\
-All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay.
+All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay. Refused where a mount lies at,
+above or below the directory: files of this machine are never removed.
 
 Example:
   heyvm update web --archive ar-0123456789abcdef0123456789abcdef";

@@ -7,7 +7,7 @@
 //! - [`erofs`]: a directory as an EROFS file.  [`kernel`], [`modules`], [`cpio`]: guest kernels and their
 //!   initramfs.
 
-pub mod archive;
+mod archive;
 mod cpio;
 mod credentials;
 mod erofs;

@@ -7,7 +7,7 @@ use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest, system::ProgressEve
 use heyvm_vm::{Rehearsal, Vm, VmSpec};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, archives, begin_step, errors,
+    Account, ControlPlane, ProgressSink, Sandbox, archives, begin_step, errors,
     guest_command::run,
     hooks::{self, HookOutput},
     main_command::Main,
@@ -44,7 +44,14 @@ impl ControlPlane {
         check_type(&vm, request.sandbox_type.as_deref()).await.map_err(|error| error.step("image"))?;
         if let Some(archive) = &record.archive_id {
             begin_step(sandbox, progress, "unpack", "unpacking the archive");
-            let unpacked = self.unpack(&vm, archive, record.archive_root.as_deref(), &record.working_directory, false);
+            let unpacked = self.unpack(
+                &vm,
+                &record.account,
+                archive,
+                record.archive_root.as_deref(),
+                &record.working_directory,
+                false,
+            );
             unpacked.await.map_err(|error| error.step("unpack"))?;
         }
         // Behind the archive: what lies below a mount stays in the sandbox, and nothing is unpacked to this host.
@@ -116,18 +123,20 @@ impl ControlPlane {
     pub(crate) async fn unpack(
         &self,
         vm: &Arc<dyn Vm>,
+        account: &Account,
         archive: &str,
         root: Option<&str>,
         directory: &str,
         clean: bool,
     ) -> Result<(), ApiError> {
         let pieces = archives::read(&self.config.home, archive)?;
+        let limits = archives::limits(account);
         let first = UnpackInput {
             path: directory.to_owned(),
             root: root.unwrap_or_default().to_owned(),
             clean,
-            max_bytes: archives::LIMITS.unpacked,
-            max_entries: archives::LIMITS.entries,
+            max_bytes: limits.unpacked,
+            max_entries: limits.entries,
             ..UnpackInput::default()
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);

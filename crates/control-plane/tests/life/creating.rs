@@ -6,7 +6,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::StreamExt;
 use heyvm_api::{ErrorCode, sandbox::*};
-use heyvm_control_plane::{Asked, Who};
+use heyvm_control_plane::{Account, Asked, Who};
 
 use crate::daemon::{Daemon, eventually, free_port, keyed, server, sink};
 
@@ -20,7 +20,7 @@ fn an_archive_is_unpacked_hooks_run_and_the_app_serves() {
     builder.append_data(&mut header, "greeting", &b"hello"[..]).unwrap();
     let archive = builder.into_inner().unwrap().finish().unwrap();
     let body = futures::stream::iter(vec![Ok(Bytes::from(archive))]).boxed();
-    let archive = daemon.run(daemon.plane().put_archive(None, body)).unwrap();
+    let archive = daemon.run(daemon.plane().put_archive(&Account::owner(), None, body)).unwrap();
     assert!(archive.archive_id.starts_with("ar-"));
 
     let port = free_port();

@@ -1,21 +1,24 @@
 //! `deploy` and `create`.
 
-use std::{collections::BTreeMap, fs::File, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
-use futures::TryStreamExt;
 use heyvm_api::{
     ApiError, ErrorCode,
     client::Client,
     names,
     sandbox::{CreateRequest, RestartPolicy, SandboxInfo},
-    system::{ArchiveInfo, ProgressEvent},
+    system::ArchiveInfo,
 };
+use heyvm_bounded_tar::Problem;
 use serde_json::json;
-use tokio_util::io::ReaderStream;
 
 use super::{Context, Outcome, bind::parse_port, completions, encoded, list::word, mount};
 use crate::{
-    archive,
+    archive::{self, Compressor, Limits, Plan},
+    outgoing::{self, Outgoing},
     output::{self, Format},
     progress::Progress,
 };
@@ -134,11 +137,9 @@ pub struct CreateArgs {
 pub async fn deploy(context: &Context, args: DeployArgs) -> Outcome {
     let mut request = request(context, &args.make, &args.port)?;
     // Everything that can be refused here is, before a VM is thought of.
-    let progress = Progress::new(format!("packing {}", args.directory.display()));
-    let archive = archive::pack(&args.directory, args.no_ignore, |done| progress.line().moved("packing", done))?;
-    drop(progress);
+    let plan = plan(context, &args.directory, args.no_ignore)?;
     let client = context.client().await?;
-    request.archive_id = Some(send(&client, archive, None).await?.archive_id);
+    request.archive_id = Some(send(context, &client, plan, None).await?.archive_id);
     make(context, &client, request, &args.make).await
 }
 
@@ -149,21 +150,55 @@ pub async fn create(context: &Context, args: CreateArgs) -> Outcome {
     make(context, &client, request, &args.make).await
 }
 
-/// Passes an archive on to whoever makes sandboxes of it; one with a name is kept.
-pub(super) async fn send(client: &Client, archive: File, name: Option<&str>) -> Result<ArchiveInfo, ApiError> {
-    let total = archive.metadata().ok().map(|meta| meta.len());
-    let progress = Progress::new("passing the archive on");
-    let (line, mut sent) = (progress.line(), 0);
-    let bytes = ReaderStream::new(tokio::fs::File::from_std(archive)).inspect_ok(move |piece| {
-        sent += piece.len() as u64;
-        line.tell(&ProgressEvent {
-            done: Some(sent),
-            total,
-            ..ProgressEvent::new("archive", "passing the archive on")
-        });
+/// Looks through a directory that is to be sent; says what of it is ignored.
+pub(super) fn plan(context: &Context, directory: &Path, no_ignore: bool) -> Result<Plan, ApiError> {
+    let progress = Progress::new(format!("looking through {}", directory.display()));
+    let plan = Plan::of(directory, no_ignore);
+    drop(progress);
+    let plan = plan?;
+    if context.cloud.is_some() {
+        plan.check(&Limits::STANDARD)?;
+    }
+    if let Some(note) = plan.ignored() {
+        output::note(&note);
+    }
+    Ok(plan)
+}
+
+/// Sends a directory as an archive while it is packed; one with a name is kept.
+pub(super) async fn send(
+    context: &Context,
+    client: &Client,
+    plan: Plan,
+    name: Option<&str>,
+) -> Result<ArchiveInfo, ApiError> {
+    let progress = Progress::new("packing");
+    let line = progress.line();
+    let (outgoing, body) = outgoing::pipe();
+    let compression = context.compression();
+    let packing = tokio::task::spawn_blocking(move || {
+        let mut packed = Compressor::new(compression, outgoing).map_err(Problem::Output)?;
+        let note = plan.write(&mut packed, |bytes| line.moved("packing", bytes))?;
+        packed.finish().and_then(Outgoing::finish).map_err(Problem::Output)?;
+        Ok::<_, Problem>(note)
     });
-    let path = name.map_or_else(|| "/archives".into(), |name| format!("/archives?name={}", encoded(name)));
-    client.put(&path, "application/gzip", bytes).await
+    let sent = client.put(&archives_path(name), "application/gzip", body).await;
+    let packed = packing.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+    drop(progress);
+    match (packed, sent) {
+        // The server has said why it takes no more.
+        (Err(Problem::Output(_)) | Ok(_), Err(error)) => Err(error),
+        (Err(problem), _) => Err(archive::refuse(&problem)),
+        (Ok(note), Ok(kept)) => {
+            note.iter().for_each(|note| output::note(note));
+            Ok(kept)
+        }
+    }
+}
+
+/// Where archives are sent to.
+pub(super) fn archives_path(name: Option<&str>) -> String {
+    name.map_or_else(|| "/archives".into(), |name| format!("/archives?name={}", encoded(name)))
 }
 
 async fn make(context: &Context, client: &Client, request: CreateRequest, args: &MakeArgs) -> Outcome {

@@ -195,7 +195,13 @@ fn pieces(
 }
 
 fn told(archive: Archive) -> AccountArchive {
-    AccountArchive { id: archive.id, name: archive.name, size_bytes: archive.size, created_at: archive.created_at }
+    AccountArchive {
+        id: archive.id,
+        name: archive.name,
+        size_bytes: archive.size,
+        created_at: archive.created_at,
+        used_by: Vec::new(),
+    }
 }
 
 /// What URLs of this server begin with, for whoever asks.
