@@ -46,11 +46,14 @@ mod tests {
         if std::env::var_os(INNER).is_some() {
             let ignored = || {
                 let status = Command::new("grep").args(["SigIgn", "/proc/self/status"]).output().unwrap();
-                String::from_utf8(status.stdout).unwrap()
+                let line = String::from_utf8(status.stdout).unwrap();
+                let mask = u64::from_str_radix(line.trim_start_matches("SigIgn:").trim(), 16).unwrap();
+                // glibc lets nobody change the two it keeps for itself, 32 and 33.
+                mask & !(0b11 << 31)
             };
-            assert!(!ignored().ends_with("0000000000000000\n"), "nothing was ignored to begin with");
+            assert_ne!(ignored(), 0, "nothing was ignored to begin with");
             pass_none_on();
-            assert!(ignored().ends_with("0000000000000000\n"), "{}", ignored());
+            assert_eq!(ignored(), 0, "{:x}", ignored());
             return;
         }
         let name = "signals::tests::children_have_default_signals_where_a_shell_has_us_ignore_some";
