@@ -1,6 +1,6 @@
 //! What both ends of heyvm's HTTP API share: the wire types, the errors with their codes, and the typed client.
 //!
-//! - [`sandbox`], [`exec`], [`files`], [`images`], [`system`], [`accounts`], [`archives`]: request and answer bodies, one
+//! - [`sandbox`], [`exec`], [`files`], [`images`], [`system`], [`accounts`], [`archives`], [`start_command`]: request and answer bodies, one
 //!   module per noun.
 //! - [`error`]: every error code there is, with its HTTP status and its default hint.
 //! - [`names`]: what a name, a slug, a duration, a port and a size class may look like; used by both ends.
@@ -19,6 +19,7 @@ pub mod headers;
 pub mod images;
 pub mod names;
 pub mod sandbox;
+pub mod start_command;
 pub mod system;
 
 pub use error::{ApiError, ErrorCode};

@@ -23,6 +23,8 @@ use nix::{
 };
 use serde::Deserialize;
 
+/// A daemon that does not say how it is for this long stands still.
+const HEALTH_DEADLINE: Duration = Duration::from_secs(20);
 /// A daemon that is not there after this will not come.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
@@ -59,31 +61,70 @@ struct Health {
     version: Option<String>,
 }
 
-/// A client of the running daemon.
-pub async fn running(home: &Path) -> Option<(Client, Option<String>)> {
+/// What is known of the daemon.
+pub enum Daemon {
+    /// It answers.
+    Running {
+        /// A client of it.
+        client: Box<Client>,
+        /// Its version, where it says so.
+        version: Option<String>,
+    },
+    /// It takes connections and does not answer.
+    Silent,
+    /// There is none.
+    Absent,
+}
+
+/// Asks the daemon how it is.
+pub async fn daemon(home: &Path) -> Daemon {
     let client = Client::new(Server::Socket(socket(home)));
-    let health: Health = client.get("/health").await.ok()?;
-    Some((client, health.version))
+    match tokio::time::timeout(HEALTH_DEADLINE, client.get::<Health>("/health")).await {
+        Ok(Ok(health)) => Daemon::Running { client: Box::new(client), version: health.version },
+        Ok(Err(_)) => Daemon::Absent,
+        Err(_) => Daemon::Silent,
+    }
+}
+
+/// The error for a daemon that does not answer.
+pub fn silent(home: &Path) -> ApiError {
+    let (process, hint) = match pid(home) {
+        Some(pid) => (
+            format!(" (process {pid})"),
+            format!("Run `kill -9 {pid}` to end it: sandboxes keep running, and the next command starts another."),
+        ),
+        None => (String::new(), "Run `heyvm daemon status`.".into()),
+    };
+    ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon{process} does not answer")).hint(hint)
 }
 
 /// A client of the daemon, which is started when there is none.
 pub async fn ensure(home: &Path, debug: bool) -> Result<Client, ApiError> {
-    match fitting(home).await {
-        Ok(client) => {
-            say(debug, || format!("the daemon runs at {}", socket(home).display()));
-            Ok(client)
-        }
-        Err(_) => start(home, debug).await,
+    if let Fit::Ours(client) = fitting(home).await? {
+        say(debug, || format!("the daemon runs at {}", socket(home).display()));
+        return Ok(*client);
     }
+    start(home, debug).await
 }
 
-/// A client of the running daemon of our own version; else the version of the one that runs, if one does.
-async fn fitting(home: &Path) -> Result<Client, Option<String>> {
-    match running(home).await {
-        Some((client, version)) if version.as_deref().is_none_or(|v| v == env!("CARGO_PKG_VERSION")) => Ok(client),
-        Some((_, version)) => Err(version),
-        None => Err(None),
-    }
+/// Whether a daemon runs that this program can use.
+enum Fit {
+    /// One of our own version.
+    Ours(Box<Client>),
+    /// One of another version.
+    Other(String),
+    None,
+}
+
+async fn fitting(home: &Path) -> Result<Fit, ApiError> {
+    Ok(match daemon(home).await {
+        Daemon::Running { client, version } => match version {
+            Some(version) if version != env!("CARGO_PKG_VERSION") => Fit::Other(version),
+            _ => Fit::Ours(client),
+        },
+        Daemon::Silent => return Err(silent(home)),
+        Daemon::Absent => Fit::None,
+    })
 }
 
 /// What is being done, where `--debug` asks for it.
@@ -98,17 +139,14 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(|error| unusable(&run, &error))?;
     // Of many commands at once one starts the daemon; the others find it running.
     let lock = File::create(run.join("start.lock")).map_err(|error| unusable(&run, &error))?;
-    let _lock = tokio::task::spawn_blocking(move || Flock::lock(lock, FlockArg::LockExclusive))
-        .await
-        .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
-        .map_err(|(_, errno)| unusable(&run, &errno.into()))?;
-    match fitting(home).await {
-        Ok(client) => return Ok(client),
-        Err(Some(version)) => {
+    let _lock = exclusive(lock, &run).await?;
+    match fitting(home).await? {
+        Fit::Ours(client) => return Ok(*client),
+        Fit::Other(version) => {
             say(debug, || format!("ending the daemon of version {version} for that of {}", env!("CARGO_PKG_VERSION")));
             stop(home)?;
         }
-        Err(None) => {}
+        Fit::None => {}
     }
     say(debug, || format!("starting the daemon; its log is {}", home.join("daemon.log").display()));
     let log_path = home.join("daemon.log");
@@ -122,8 +160,8 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     let mut child = spawn(home, log, debug).map_err(cannot_start)?;
     let deadline = Instant::now() + START_DEADLINE;
     loop {
-        if let Some((client, _)) = running(home).await {
-            return Ok(client);
+        if let Daemon::Running { client, .. } = daemon(home).await {
+            return Ok(*client);
         }
         let ended = child.try_wait().map_err(cannot_start)?;
         if ended.is_some() || Instant::now() > deadline {
@@ -136,6 +174,26 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     }
 }
 
+/// Waits for a lock that another command holds while it starts the daemon, no longer than that may take.
+async fn exclusive(mut lock: File, run: &Path) -> Result<Flock<File>, ApiError> {
+    let deadline = Instant::now() + 2 * START_DEADLINE;
+    loop {
+        lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Ok(held),
+            Err((lock, Errno::EWOULDBLOCK)) if Instant::now() < deadline => lock,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(ApiError::new(
+                    ErrorCode::DaemonUnavailable,
+                    "another command does not finish starting the daemon",
+                )
+                .hint(format!("End the process that holds {}.", run.join("start.lock").display())));
+            }
+            Err((_, errno)) => return Err(unusable(run, &errno.into())),
+        };
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 fn cannot_start(error: io::Error) -> ApiError {
     ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon cannot be started: {error}"))
         .hint("has heyvm been moved or removed, or is the machine out of memory or processes?")
@@ -143,11 +201,11 @@ fn cannot_start(error: io::Error) -> ApiError {
 
 fn spawn(home: &Path, log: File, debug: bool) -> io::Result<Child> {
     let own_path = std::env::var_os("PATH").unwrap_or_default();
-    let mut command = daemon(home, &std::env::current_exe()?, &own_path, debug);
+    let mut command = daemon_command(home, &std::env::current_exe()?, &own_path, debug);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
 }
 
-fn daemon(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool) -> Command {
+fn daemon_command(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool) -> Command {
     let mut command = Command::new(program);
     command.args(["daemon", "run"]).env("HEYO_HOME", home).current_dir("/").process_group(0);
     // mkfs.ext4, nft and modprobe lie where an ordinary user's PATH does not lead.
@@ -220,13 +278,24 @@ mod tests {
         assert_eq!(pid(home.path()), Some(4711));
     }
 
+    #[tokio::test]
+    async fn daemon_that_stands_still_is_no_absent_one() {
+        let home = tempfile::tempdir().unwrap();
+        assert!(matches!(daemon(home.path()).await, Daemon::Absent));
+        fs::create_dir(home.path().join("run")).unwrap();
+        // Takes connections, as a stopped process does, and says nothing.
+        let _listener = std::os::unix::net::UnixListener::bind(socket(home.path())).unwrap();
+        let error = ensure(home.path(), false).await.err().unwrap();
+        assert!(error.code == ErrorCode::DaemonUnavailable && error.message.contains("does not answer"), "{error}");
+    }
+
     #[test]
     fn the_daemon_finds_what_administrators_have() {
         let home = tempfile::tempdir().unwrap();
         for (own, expected) in
             [("/home/me/bin:/bin", format!("/home/me/bin:/bin:{SYSTEM_PATH}")), ("", SYSTEM_PATH.into())]
         {
-            let command = daemon(home.path(), Path::new("/heyvm"), own, false);
+            let command = daemon_command(home.path(), Path::new("/heyvm"), own, false);
             let path = command.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
             assert_eq!(path, Some(OsStr::new(&expected)));
         }

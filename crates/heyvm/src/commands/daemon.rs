@@ -10,7 +10,11 @@ use heyvm_api::{
 use serde_json::json;
 
 use super::{Context, Outcome, path};
-use crate::{background, cli::Serve, output};
+use crate::{
+    background::{self, Daemon},
+    cli::Serve,
+    output,
+};
 
 /// `daemon`.
 #[derive(Debug, clap::Args)]
@@ -69,10 +73,13 @@ pub async fn daemon(context: &Context, command: DaemonCommand) -> Outcome {
 }
 
 async fn status(context: &Context) -> Outcome {
-    let running = background::running(&context.home).await;
+    let daemon = background::daemon(&context.home).await;
     let pid = background::pid(&context.home);
-    let is_running = running.is_some();
-    let version = running.and_then(|(_, version)| version);
+    let (is_running, version) = match daemon {
+        Daemon::Running { version, .. } => (true, version),
+        Daemon::Silent => return Err(background::silent(&context.home)),
+        Daemon::Absent => (false, None),
+    };
     let answer = json!({"running": is_running, "pid": pid, "version": version, "home": context.home});
     output::answer(context.format, &answer, || match pid {
         Some(pid) if is_running => format!("running (process {pid})"),
@@ -82,7 +89,11 @@ async fn status(context: &Context) -> Outcome {
 }
 
 async fn stop_all(context: &Context) -> Result<(), ApiError> {
-    let Some((client, _)) = background::running(&context.home).await else { return Ok(()) };
+    let client = match background::daemon(&context.home).await {
+        Daemon::Running { client, .. } => *client,
+        Daemon::Silent => return Err(background::silent(&context.home)),
+        Daemon::Absent => return Ok(()),
+    };
     let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
     let all: Vec<SandboxInfo> = everyones.get("/sandboxes?filter=living").await?;
     for info in all {
