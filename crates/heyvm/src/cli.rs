@@ -218,13 +218,13 @@ Examples:
   heyvm exec \"$(heyvm create --print-id)\" -- python3 --version";
 const EXEC_EXAMPLES: &str = "\
 A command of one word is a script for sh; several words are a program and its arguments, as they are.
-Flags for heyvm stand before the command. A --format json at the very end is heyvm's own as well, unless --format
-stands before the command.
-Standard input goes to the command, as with ssh: use -n in a loop that reads a pipe itself, or the command takes the
-loop's input. Of a file only what the command reads is taken.
+Flags for heyvm stand before the command. A --format json at the very end is heyvm's own as well, unless
+--format stands before the command.
+Standard input goes to the command, as with ssh: use -n in a loop that reads a pipe itself, or the command
+takes the loop's input. Of a file only what the command reads is taken.
 Exit status: the command's own; 124 after --timeout, 126 or 127 if it cannot be started, 128 + N for signal N.
-What the command leaves in the background goes on when it ends by itself; --timeout, and heyvm's own end, kill all of
-it, also what went to a session of its own. --detach starts what is meant to stay.
+What the command leaves in the background goes on when it ends by itself; --timeout, and heyvm's own end,
+kill all of it, also what went to a session of its own. --detach starts what is meant to stay.
 
 Examples:
   heyvm exec web ls -l /workspace
