@@ -1,7 +1,7 @@
 //! What both ends of heyvm's HTTP API share: the wire types, the errors with their codes, and the typed client.
 //!
-//! - [`sandbox`], [`exec`], [`files`], [`images`], [`system`], [`accounts`], [`archives`], [`orphans`]: request and answer
-//!   bodies, one module per noun.
+//! - [`sandbox`], [`start_command`], [`exec`], [`files`], [`images`], [`system`], [`accounts`], [`archives`], [`orphans`]:
+//!   request and answer bodies, one module per noun.
 //! - [`error`]: every error code there is, with its HTTP status and its default hint.
 //! - [`names`]: what a name, a slug, a duration, a port and a size class may look like; used by both ends.
 //! - [`client`]: a typed client over a Unix socket, HTTP or HTTPS.  [`headers`]: what trusted callers send beside.
@@ -20,6 +20,7 @@ pub mod images;
 pub mod names;
 pub mod orphans;
 pub mod sandbox;
+pub mod start_command;
 pub mod system;
 
 pub use error::{ApiError, ErrorCode};

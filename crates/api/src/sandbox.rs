@@ -6,6 +6,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::start_command::StartCommand;
+
 /// Memory and processor share of a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -321,9 +323,10 @@ pub struct CreateRequest {
     /// Seconds from creation until it is destroyed; absent: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttl_seconds: Option<i64>,
-    /// Run with `sh -c` in the working directory, supervised; when it ends, the sandbox ends.
+    /// Run in the working directory, supervised; when it ends, the sandbox ends. A string is a script for `sh -c`, an array
+    /// a program and its arguments, which needs no shell.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub start_command: Option<String>,
+    pub start_command: Option<StartCommand>,
     /// `/workspace` when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub working_directory: Option<String>,
@@ -419,7 +422,7 @@ pub struct SandboxInfo {
     /// Environment of every command.
     pub env_vars: BTreeMap<String, String>,
     /// The start command.
-    pub start_command: Option<String>,
+    pub start_command: Option<StartCommand>,
     /// Default directory of commands.
     pub working_directory: String,
     /// Commands that ran before the start command.

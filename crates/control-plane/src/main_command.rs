@@ -59,10 +59,11 @@ impl ControlPlane {
     ) -> Result<Option<Main>, ApiError> {
         let record = sandbox.snapshot();
         let Some(command) = record.start_command.clone() else { return Ok(None) };
-        begin_step(sandbox, progress, "start_command", &command);
+        begin_step(sandbox, progress, "start_command", &command.to_string());
         let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
         let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
-        let start = ExecStart { argv: vec![command], shell: true, env, ..ExecStart::default() };
+        let shell = command.is_script();
+        let start = ExecStart { argv: command.into_words(), shell, env, ..ExecStart::default() };
         let mut client = vm.agent().client().await.map_err(errors::vm)?;
         self.begin_log(sandbox);
         let request = StartMainRequest { start: Some(start) };

@@ -18,8 +18,9 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use heyvm_api::sandbox::{
-    CreateRequest, Endpoint, Mount, Reason, ReasonCode, RestartPolicy, SandboxInfo, SizeClass, Status,
+use heyvm_api::{
+    sandbox::{CreateRequest, Endpoint, Mount, Reason, ReasonCode, RestartPolicy, SandboxInfo, SizeClass, Status},
+    start_command::StartCommand,
 };
 use heyvm_mounts::DirectoryIdentity;
 use heyvm_store::SandboxRow;
@@ -80,7 +81,7 @@ pub struct Record {
     /// Environment the image brings along.
     pub image_env: Vec<(String, String)>,
     /// What it is there for.
-    pub start_command: Option<String>,
+    pub start_command: Option<StartCommand>,
     /// Where commands run.
     pub working_directory: String,
     /// What ran before the start command.

@@ -78,7 +78,7 @@ pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Re
         ttl_seconds: ttl(request)?,
         env_vars: request.env_vars.clone(),
         image_env: Vec::new(),
-        start_command: request.start_command.clone().filter(|command| !command.trim().is_empty()),
+        start_command: request.start_command.clone().filter(|command| !command.is_empty()),
         working_directory,
         setup_hooks: request.setup_hooks.clone(),
         health_path: request.health_path.clone(),

@@ -231,14 +231,22 @@ Examples:
   heyvm exec \"$(heyvm create --print-id)\" -- python3 --version";
 const EXEC_EXAMPLES: &str = "\
 A command of one word is a script for sh; several words are a program and its arguments, as they are.
-A --format json at the very end, behind the command, is heyvm's own, unless --format stands before the --.
+Flags for heyvm stand before the command. A --format json at the very end is heyvm's own as well, unless
+--format stands before the command.
+Standard input goes to the command, as with ssh: use -n in a loop that reads a pipe itself, or the command
+takes the loop's input. Of a file only what the command reads is taken.
 Exit status: the command's own; 124 after --timeout, 126 or 127 if it cannot be started, 128 + N for signal N.
+What the command leaves in the background goes on when it ends by itself; --timeout, and heyvm's own end,
+kill all of it, also what went to a session of its own. --detach starts what is meant to stay.
 
 Examples:
-  heyvm exec web -- ls -l /workspace
+  heyvm exec web ls -l /workspace
+  heyvm exec -it web bash
   heyvm exec web --format json --timeout 30s -- ./run-tests.sh
   heyvm exec web --session work -- 'cd /etc && export COLOUR=blue'
-  tar c . | heyvm exec web -- tar x -C /srv";
+  tar c . | heyvm exec web -- tar x -C /srv
+  while read -r host; do heyvm exec -n web -- ping -c 1 \"$host\"; done < hosts
+  heyvm exec --detach web -- sh -c 'exec ./worker > worker.log 2>&1'";
 const LIST_EXAMPLES: &str = "\
 Examples:
   heyvm list

@@ -167,7 +167,7 @@ fn vm_spec(record: &Record, kernel: heyvm_images::Kernel, image: heyvm_images::I
         hostname: if record.slug.is_empty() { "sandbox".into() } else { record.slug.clone() },
         env,
         working_dir: record.working_directory.clone(),
-        rehearsal: record.start_command.as_deref().and_then(Rehearsal::of),
+        rehearsal: record.start_command.as_ref().and_then(|command| Rehearsal::of(&command.to_string())),
     }
 }
 

@@ -28,7 +28,7 @@ fn an_archive_is_unpacked_hooks_run_and_the_app_serves() {
         archive_id: Some(archive.archive_id.clone()),
         setup_hooks: vec!["cat greeting > said; echo $WHO >> said".into(), "test -s said".into()],
         env_vars: [("WHO".to_owned(), "you".to_owned())].into(),
-        start_command: Some(server(port, "up")),
+        start_command: Some(server(port, "up").into()),
         open_ports: vec![i64::from(port)],
         health_path: Some("/health".into()),
         ..daemon.request("web")
@@ -91,7 +91,7 @@ fn what_is_never_healthy_is_given_up_with_the_last_finding() {
     let daemon = Daemon::new();
     let port = free_port();
     let request = CreateRequest {
-        start_command: Some(server(port, "up")),
+        start_command: Some(server(port, "up").into()),
         open_ports: vec![i64::from(port)],
         health_path: Some("/missing".into()),
         health_timeout_seconds: Some(8.0),

@@ -28,7 +28,7 @@ pub fn ask(daemon: &Daemon, subdomain: &str) -> Result<String, ConnectError> {
 fn a_subdomain_leads_to_its_port_as_long_as_it_is_bound() {
     let daemon = Daemon::new();
     let port = free_port();
-    let command = Some(server(port, "here"));
+    let command = Some(server(port, "here").into());
     daemon
         .create(CreateRequest { start_command: command, open_ports: vec![i64::from(port)], ..daemon.request("web") })
         .unwrap();
@@ -83,7 +83,7 @@ fn waiting_for_a_port() {
     let port = free_port();
     daemon
         .create(CreateRequest {
-            start_command: Some(format!("sleep 0.7; {}", server(port, "late"))),
+            start_command: Some(format!("sleep 0.7; {}", server(port, "late")).into()),
             ..daemon.request("web")
         })
         .unwrap();

@@ -105,7 +105,7 @@ fn private_ports_are_for_accounts_and_stay_private() {
     let daemon = Daemon::new();
     let port = free_port();
     let version = |is_public| CreateRequest {
-        start_command: Some(server(port, "hello")),
+        start_command: Some(server(port, "hello").into()),
         open_ports: vec![i64::from(port)],
         is_public,
         replace: true,

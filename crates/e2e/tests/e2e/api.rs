@@ -120,6 +120,15 @@ fn the_way_through_the_api() {
     let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": "echo $A; echo problem >&2; exit 5"}));
     assert_eq!((&ran["stdout"], &ran["stderr"], &ran["exit_code"]), (&"1\n".into(), &"problem\n".into(), &5.into()));
 
+    // Longer than an argument may be.
+    let script = format!("echo {} | wc -c", "z".repeat(200 << 10));
+    let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": script}));
+    assert_eq!((&ran["stdout"], &ran["exit_code"]), (&"204801\n".into(), &0.into()));
+    let (status, ran) = api.call("POST", &at("/execute"), &json!({"command": "exec sleep 600", "detach": true}));
+    assert!(status == 202 && ran["pid"].as_i64().is_some_and(|pid| pid > 1), "{status} {ran}");
+    let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": format!("cat /proc/{}/comm", ran["pid"])}));
+    assert_eq!(ran["output"], "sleep\n");
+
     let upload = json!({"mount_path": "/workspace", "file_path": "deep/script.py", "content": "cHJpbnQoJ2hlbGxvJyk="});
     let (status, uploaded) = api.call("POST", &at("/files/upload"), &upload);
     assert_eq!((status, &uploaded["size"]), (201, &14.into()), "{uploaded}");

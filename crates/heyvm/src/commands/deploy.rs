@@ -267,7 +267,7 @@ fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<Creat
         backend_type: args.backend.clone(),
         region: args.region.clone(),
         ttl_seconds: args.ttl_seconds,
-        start_command: args.start_command.clone(),
+        start_command: args.start_command.clone().map(Into::into),
         working_directory: args.working_directory.clone(),
         open_ports: ports,
         is_public: args.private.then_some(false),

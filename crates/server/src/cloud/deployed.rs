@@ -18,6 +18,7 @@ use heyvm_api::{
         BindRequest, CreateRequest, Endpoint, ListFilter, ReasonCode, ReplaceMountRequest, ResizeRequest, SandboxInfo,
         Status,
     },
+    start_command::StartCommand,
 };
 use http::{Method, StatusCode, header};
 use http_body_util::{BodyExt, Full};
@@ -76,8 +77,8 @@ pub struct DeployRequest {
     driver: Option<String>,
     /// Image reference; `ubuntu:24.04` when absent.
     image: Option<String>,
-    /// Run with `sh -c`, supervised; when it ends, the sandbox ends.
-    start_command: Option<String>,
+    /// Supervised; when it ends, the sandbox ends. A string is a script for `sh -c`, an array a program and its arguments.
+    start_command: Option<StartCommand>,
     /// Ports to bind.
     open_ports: Vec<i64>,
     /// Whether the ports are bound without authentication; default true.

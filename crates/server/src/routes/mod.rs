@@ -10,11 +10,7 @@ mod ports;
 mod sandboxes;
 pub mod system;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use axum::{
     Router,
@@ -33,20 +29,19 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use self::failures::Server;
-use crate::{linger, problem::Problem};
+use crate::{linger, output::Budget, problem::Problem};
 
 /// What handlers share.
 #[derive(Clone)]
 pub struct Api {
-    /// Where output that is too large for memory waits.
-    spool: Arc<PathBuf>,
+    output: Arc<Budget>,
     opened: watch::Receiver<Option<Result<Arc<ControlPlane>, ApiError>>>,
 }
 
 impl Api {
-    /// Handlers wait until `opened` holds something.
+    /// Handlers wait until `opened` holds something. Output that is too large for memory waits in `spool`.
     pub fn new(spool: PathBuf, opened: watch::Receiver<Option<Result<Arc<ControlPlane>, ApiError>>>) -> Self {
-        Self { spool: Arc::new(spool), opened }
+        Self { output: Budget::new(spool), opened }
     }
 
     /// The control plane, once it is open.
@@ -57,9 +52,9 @@ impl Api {
         outcome.clone().unwrap_or_else(|| Err(ending()))
     }
 
-    /// Where output that is too large for memory waits.
-    pub fn spool(&self) -> &Path {
-        &self.spool
+    /// Room for output that is too large for memory.
+    pub(crate) fn output(&self) -> &Arc<Budget> {
+        &self.output
     }
 }
 
