@@ -27,6 +27,7 @@ mod extract;
 mod gate;
 mod home;
 mod linger;
+mod local_ports;
 pub mod pages;
 mod problem;
 mod proxy;

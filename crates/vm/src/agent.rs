@@ -1,4 +1,5 @@
-//! The host's end of the agent connection: one HTTP/2 connection per VM, made anew after a break.
+//! The host's end of the agent connection: one HTTP/2 connection per VM for calls, made anew after a break, beside the
+//! one for its ports (`ports`).
 
 use std::{
     io,
@@ -27,44 +28,38 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::{Error, qemu::Place};
+pub use crate::ports::{DialError, PortStream};
+use crate::{Error, ports::Ports, qemu::Place};
 
 /// A guest that does not answer the hello for this long is not there. One that was just resumed answers late where the
 /// host's disk is busy: it reads its memory from there.
 const HELLO_DEADLINE: Duration = Duration::from_secs(30);
-/// Bytes in flight per stream and per connection: one virtio-serial round trip is long under emulation.
+/// Bytes in flight per call: one virtio-serial round trip is long under emulation.
 const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 8 << 20;
-
-/// A byte stream to a port in the guest.
-pub trait PortStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> PortStream for T {}
-
-/// Why a port of a guest could not be reached.
-#[derive(Debug, thiserror::Error)]
-pub enum DialError {
-    /// Nothing listens on the port.
-    #[error("nothing listens on port {0}")]
-    NothingListens(u16),
-    /// The agent does not answer.
-    #[error(transparent)]
-    Agent(#[from] Error),
-}
+/// Holds the windows of all the calls that the agent takes at a time: output that no one reads must not keep others
+/// waiting.
+const CONNECTION_WINDOW: u32 = 1 << 30;
 
 /// A handle on the VM's agent. Cheap to clone.
 #[derive(Clone)]
 pub struct AgentConnection {
     client: AgentClient<Channel>,
+    ports: Ports,
 }
 
 impl AgentConnection {
     /// A connection to the agent of the VM at `place`; nothing is sent before the first call.
     pub(crate) fn new(place: Place) -> Self {
-        Self::at(move || place.dir().agent_socket())
+        let of_ports = place.clone();
+        Self::at(move || place.dir().agent_socket(), move || of_ports.dir().ports_socket())
     }
 
-    /// A connection to the agent behind a Unix socket, looked up anew for every connection.
-    pub fn at(socket: impl Fn() -> PathBuf + Send + 'static) -> Self {
+    /// A connection to the agent behind two Unix sockets, one for calls and one for ports, which are looked up again for
+    /// every connection.
+    pub fn at(
+        socket: impl Fn() -> PathBuf + Send + 'static,
+        ports: impl Fn() -> PathBuf + Send + Sync + 'static,
+    ) -> Self {
         let channel = Endpoint::from_static("http://agent.invalid")
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -75,7 +70,7 @@ impl AgentConnection {
             }));
         let client =
             AgentClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        Self { client }
+        Self { client, ports: Ports::new(ports) }
     }
 
     /// A client for the generated calls; reconnects when the connection has broken.
@@ -85,6 +80,11 @@ impl AgentConnection {
 
     /// A byte stream to `port` on the guest's loopback.
     pub async fn dial(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
+        if self.ports.exists() { self.ports.dial(port).await } else { self.dial_by_call(port).await }
+    }
+
+    /// The way to a port of a VM that an earlier version started, whose agent has one connection for everything.
+    async fn dial_by_call(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
         let (sender, receiver) = mpsc::channel(16);
         let first = DialInput { port: u32::from(port), ..DialInput::default() };
         sender.send(first).await.map_err(|_| Error::Unreachable("the stream was closed".into()))?;
@@ -119,7 +119,7 @@ pub(crate) async fn connect(socket: &Path) -> io::Result<UnixStream> {
     UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name)).await
 }
 
-async fn meet(socket: &Path) -> io::Result<UnixStream> {
+pub(crate) async fn meet(socket: &Path) -> io::Result<UnixStream> {
     let mut stream = connect(socket).await?;
     let mut nonce = [0; 16];
     rand::rng().fill_bytes(&mut nonce);

@@ -6,6 +6,7 @@
 
 pub mod agent;
 mod clock;
+mod ports;
 pub mod qemu;
 mod rehearsal;
 
