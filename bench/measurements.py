@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from proxies import Proxies
 from stage import wait_for_200
 
 HELLO = Path(__file__).resolve().parent.parent / "examples/hello"
@@ -301,4 +302,32 @@ def many(stage, options):
         "reach": f"{count} of {count}, >= 4 a second",
         "reached": alive == count and not failures and count / took >= 4,
         "failures": failures,
+    }
+
+
+@measurement("edge")
+def edge(_stage, options):
+    """Requests per second through the edge and their p99, against nginx before the same upstream on loopback."""
+    with Proxies() as proxies:
+        for proxy in proxies.names:
+            proxies.load(proxy)
+        rounds = [
+            {proxy: proxies.load(proxy) for proxy in (proxies.names if number % 2 == 0 else proxies.names[::-1])}
+            for number in range(max(3, options.rounds // 4))
+        ]
+    rate = statistics.median(each["edge"]["rate"] / each["nginx"]["rate"] for each in rounds)
+    late = statistics.median(each["edge"]["p99"] / each["nginx"]["p99"] for each in rounds)
+
+    def middle(proxy, what):
+        return statistics.median(each[proxy][what] for each in rounds)
+
+    return {
+        "what": f"edge: {middle('edge', 'rate'):.0f} requests/s, p99",
+        "median": middle("edge", "p99"),
+        "against": {"what": f"nginx: {middle('nginx', 'rate'):.0f} requests/s, p99", "median": middle("nginx", "p99")},
+        "ratio": late,
+        "rate_ratio": rate,
+        "reach": f">= 0.8 x ({rate:.2f} x) and <= 1.5 x",
+        "reached": rate >= 0.8 and late <= 1.5,
+        "samples": rounds,
     }

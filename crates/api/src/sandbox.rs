@@ -180,6 +180,10 @@ pub struct Endpoint {
     pub hostname: String,
     /// For example `http://abc123.localhost:8480`.
     pub url: String,
+    /// The same place for programs on the daemon's host that cannot resolve `*.localhost`; for example
+    /// `http://127.0.0.1:20123`, the same as long as the port is bound. Absent in a cloud.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_url: Option<String>,
     /// Port in the sandbox.
     pub port: u16,
     /// Whether it answers without credentials.
@@ -207,6 +211,9 @@ pub struct RouteInfo {
     pub is_public: bool,
     /// Whose it is; empty: the owner of the daemon's machine.
     pub account_id: String,
+    /// How long its app may take until the head of an answer; absent: the proxy's own time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_timeout_seconds: Option<u32>,
 }
 
 /// Body of `POST /sandboxes/{id}/replace-mount`.
@@ -364,6 +371,9 @@ pub struct CreateRequest {
     /// How long that may take; 120 when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health_timeout_seconds: Option<f64>,
+    /// Seconds that the app may take until the head of an answer, 1 to 86400; the proxy's `timeout_seconds` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response_timeout_seconds: Option<i64>,
     /// Keep the half-made sandbox when a step fails.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub keep_on_failure: bool,
@@ -430,6 +440,9 @@ pub struct SandboxInfo {
     /// Directories of the host that it sees.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// How long its apps may take until the head of an answer, where that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_timeout_seconds: Option<u32>,
     /// The reason's message, for clients that know only this field.
     pub error_message: Option<String>,
     /// Why it is not running.

@@ -340,6 +340,7 @@ pub(crate) fn provisional(row: &PlacementRow, request: &CreateRequest) -> Sandbo
         reason: None,
         urls: Vec::new(),
         mounts: Vec::new(),
+        response_timeout_seconds: request.response_timeout_seconds.and_then(|seconds| u32::try_from(seconds).ok()),
         checkpoint_at: None,
         warnings: Vec::new(),
         agent: None,

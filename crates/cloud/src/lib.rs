@@ -93,6 +93,7 @@ impl Cloud {
     fn url(&self, endpoint: Endpoint) -> Endpoint {
         let hostname = format!("{}.{}", endpoint.subdomain, self.urls.base_domain);
         let url = format!("{}://{hostname}{}", self.urls.scheme, self.urls.port);
-        Endpoint { hostname, url, ..endpoint }
+        // The region's loopback is not the client's.
+        Endpoint { hostname, url, local_url: None, ..endpoint }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, RwLock},
+    sync::{Arc, OnceLock, RwLock},
     time::Duration,
 };
 
@@ -61,6 +61,8 @@ impl ControlPlane {
             images,
             sandboxes: RwLock::new(sandboxes),
             endpoints: RwLock::default(),
+            listeners: OnceLock::new(),
+            local_ports: RwLock::default(),
             keys: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
             image_use: tokio::sync::Mutex::default(),

@@ -124,14 +124,22 @@ impl ControlPlane {
         rows
     }
 
-    fn url(&self, row: &EndpointRow) -> Endpoint {
+    pub(crate) fn url(&self, row: &EndpointRow) -> Endpoint {
         let hostname = format!("{}.{}", row.subdomain, self.config.base_domain);
         let port = match (self.config.url_scheme.as_str(), self.config.url_port) {
             ("http", 80) | ("https", 443) => String::new(),
             (_, port) => format!(":{port}"),
         };
         let url = format!("{}://{hostname}{port}", self.config.url_scheme);
-        Endpoint { subdomain: row.subdomain.clone(), hostname, url, port: row.port, is_public: row.is_public }
+        let local_url = self.local_url(&row.subdomain);
+        Endpoint {
+            subdomain: row.subdomain.clone(),
+            hostname,
+            url,
+            local_url,
+            port: row.port,
+            is_public: row.is_public,
+        }
     }
 
     pub(crate) async fn reload_endpoints(&self) -> Result<(), ApiError> {
@@ -140,6 +148,7 @@ impl ControlPlane {
         let rows = self.store.endpoints().await.map_err(errors::store)?;
         let map: HashMap<_, _> = rows.into_iter().map(|row| (row.subdomain.clone(), row)).collect();
         *self.endpoints.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = map;
+        self.update_local_ports().await;
         Ok(())
     }
 
@@ -148,9 +157,15 @@ impl ControlPlane {
         let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         let row = endpoints.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?;
         drop(endpoints);
-        let account = self.with_id(&row.sandbox_id).map(|sandbox| sandbox.record().account.clone());
-        let account_id = account.ok_or(ConnectError::UnknownSubdomain)?.as_str().to_owned();
-        Ok(RouteInfo { sandbox_id: row.sandbox_id, port: row.port, is_public: row.is_public, account_id })
+        let sandbox = self.with_id(&row.sandbox_id).ok_or(ConnectError::UnknownSubdomain)?;
+        let record = sandbox.record();
+        Ok(RouteInfo {
+            sandbox_id: row.sandbox_id,
+            port: row.port,
+            is_public: row.is_public,
+            account_id: record.account.as_str().to_owned(),
+            response_timeout_seconds: record.response_timeout_seconds,
+        })
     }
 
     /// A byte stream to the port behind a subdomain.

@@ -11,7 +11,7 @@ use heyvm_api::{
 };
 use heyvm_images::{Image, Resolved};
 
-use crate::{Account, ControlPlane, ProgressSink, Sandbox, errors, record::Record, tell, validate};
+use crate::{Account, ControlPlane, ProgressSink, Sandbox, errors, record::Record, resolver, tell, validate};
 
 /// Less than this under the home makes sandboxes fail before long.
 const LOW_DISK: u64 = 2 << 30;
@@ -143,6 +143,7 @@ impl ControlPlane {
         });
         checks.push(self.disk_space());
         checks.push(self.orphan_check().await);
+        checks.extend(resolver::check(&self.config.base_domain).await);
         let kvm = checks.iter().any(|check| check.name == "kvm" && check.status == CheckStatus::Ok);
         Ok(DoctorReport {
             ok: checks.iter().all(|check| check.status != CheckStatus::Fail),

@@ -27,6 +27,7 @@ mod guest_command;
 mod hooks;
 mod images;
 mod lifecycle;
+mod local_ports;
 mod logs;
 mod main_command;
 mod mounts;
@@ -36,6 +37,7 @@ mod record;
 mod replace;
 mod replace_mount;
 mod resize;
+mod resolver;
 mod restarts;
 mod supervised;
 mod validate;
@@ -61,6 +63,7 @@ pub use archives::id_of as archive_id;
 pub use create::Asked;
 pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
+pub use local_ports::{LocalPorts, WantedPort};
 pub use logs::LogChunk;
 use record::Record;
 pub use record::fingerprint;
@@ -98,6 +101,9 @@ pub struct ControlPlane {
     images: Arc<heyvm_images::ImageStore>,
     sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
     endpoints: RwLock<HashMap<String, EndpointRow>>,
+    listeners: OnceLock<Arc<dyn LocalPorts>>,
+    /// Ports on loopback by subdomain.
+    local_ports: RwLock<HashMap<String, u16>>,
     keys: tokio::sync::Mutex<()>,
     reloading: tokio::sync::Mutex<()>,
     /// Held while an image begins to be used, or goes because it is not.

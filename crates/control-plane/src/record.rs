@@ -90,6 +90,9 @@ pub struct Record {
     pub health_path: Option<String>,
     /// How long that may take, in milliseconds.
     pub health_timeout_ms: u64,
+    /// How long its apps may take until the head of an answer; the proxy's own time where it is not said.
+    #[serde(default)]
+    pub response_timeout_seconds: Option<u32>,
     /// Ports whose readiness counts, in the order asked for.
     pub open_ports: Vec<u16>,
     /// Whether they answer everyone, where that was said.
@@ -225,6 +228,7 @@ impl Record {
             working_directory: self.working_directory.clone(),
             setup_hooks: self.setup_hooks.clone(),
             mounts: self.mounts.clone(),
+            response_timeout_seconds: self.response_timeout_seconds,
             error_message: self.reason.as_ref().map(|reason| reason.message.clone()),
             reason: self.reason.clone(),
             urls,

@@ -13,6 +13,7 @@ const DEFAULT_DISK_GIB: u32 = 10;
 /// Where commands run and archives go when nobody says otherwise.
 pub const DEFAULT_WORKING_DIRECTORY: &str = "/workspace";
 const DEFAULT_HEALTH_TIMEOUT: f64 = 120.0;
+const MAX_RESPONSE_TIMEOUT: u32 = 86_400;
 const MAX_HEALTH_TIMEOUT: f64 = 24.0 * 3600.0;
 const TYPES: [&str; 3] = ["shell", "python", "node"];
 
@@ -83,6 +84,7 @@ pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Re
         setup_hooks: request.setup_hooks.clone(),
         health_path: request.health_path.clone(),
         health_timeout_ms: health_timeout(request)?,
+        response_timeout_seconds: request.response_timeout_seconds.map(response_timeout).transpose()?,
         open_ports: ports,
         ports_are_public: request.is_public,
         fingerprint: String::new(),
@@ -212,6 +214,15 @@ fn health_timeout(request: &CreateRequest) -> Result<u64, ApiError> {
         ));
     }
     Ok((seconds * 1000.0) as u64)
+}
+
+fn response_timeout(seconds: i64) -> Result<u32, ApiError> {
+    u32::try_from(seconds).ok().filter(|seconds| (1..=MAX_RESPONSE_TIMEOUT).contains(seconds)).ok_or_else(|| {
+        invalid(
+            format!("response_timeout_seconds {seconds} is out of range"),
+            "use a whole number of seconds, 1 to 86400",
+        )
+    })
 }
 
 /// Three words that nobody has to remember, as long as they are different.

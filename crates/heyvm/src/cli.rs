@@ -19,6 +19,7 @@ use crate::{
         login::LoginArgs,
         logs::LogsArgs,
         mount::MountAddArgs,
+        port_forward::PortForwardArgs,
         server::ServerArgs,
         set::{EditTtlArgs, SetArgs},
         wait_for::WaitForArgs,
@@ -107,6 +108,9 @@ pub enum Command {
     /// Take a port's URL away
     #[command(after_help = UNBIND_EXAMPLES)]
     Unbind(UnbindArgs),
+    /// Lead ports of this machine to ports of a sandbox, for databases, debuggers and the like
+    #[command(after_help = PORT_FORWARD_EXAMPLES)]
+    PortForward(PortForwardArgs),
     /// Show what the start command has printed
     #[command(after_help = LOGS_EXAMPLES)]
     Logs(LogsArgs),
@@ -266,6 +270,11 @@ Example:
 const UNBIND_EXAMPLES: &str = "\
 Example:
   heyvm unbind web 3000";
+const PORT_FORWARD_EXAMPLES: &str = "\
+Examples:
+  heyvm port-forward web 5432
+  heyvm port-forward web 15432:5432 0:6379 --format json
+It goes on until SIGINT or SIGTERM. The port needs no URL, and its program may listen on 127.0.0.1.";
 const LOGS_EXAMPLES: &str = "\
 Examples:
   heyvm logs web

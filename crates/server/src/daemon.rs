@@ -26,6 +26,7 @@ use crate::{
     Error,
     config::Config,
     home::{Home, Presence},
+    local_ports::LocalListeners,
     proxy,
     region::Region,
     routes::{Api, router},
@@ -49,8 +50,9 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     let home = Home::open(home)?;
     raise_descriptor_limit();
     let config = Config::read(home.path())?;
-    let edge_listener = proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
-    let edge_address = edge_listener.local_addr().map_err(Error::io("listening for the proxy"))?;
+    let edge_listeners =
+        proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
+    let edge_address = edge_listeners[0].local_addr().map_err(Error::io("listening for the proxy"))?;
     let region = match &config.region {
         Some(config) => Some(Region::listen(config).await?),
         None => None,
@@ -67,10 +69,14 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
         outcome = open(home.path(), &config, edge_address.port()) => outcome,
         () = ending.cancelled() => Err(ApiError::new(ErrorCode::DaemonUnavailable, "the daemon is ending").hint("try again")),
     };
+    let edge = match &outcome {
+        Ok(plane) => Some(open_edge(plane, config, ending.clone()).await),
+        Err(_) => None,
+    };
     opened.send_replace(Some(outcome.clone()));
-    let ended = match outcome {
-        Ok(plane) => {
-            let edge = tokio::spawn(serve_edge(Arc::clone(&plane), edge_listener, config, ending.clone()));
+    let ended = match (outcome, edge) {
+        (Ok(plane), edge) => {
+            let edge = tokio::spawn(serve_edge(edge, edge_listeners, ending.clone()));
             until_end(&home, &plane, &ending).await;
             let _ = edge.await;
             let _ =
@@ -79,8 +85,8 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
             plane.shutdown().await;
             Ok(())
         }
-        Err(_) if ending.is_cancelled() => Ok(()),
-        Err(error) => {
+        (Err(_), _) if ending.is_cancelled() => Ok(()),
+        (Err(error), _) => {
             tracing::error!(%error, "the daemon could not open");
             let _ = tokio::time::timeout(LAST_WORDS, ending.cancelled()).await;
             ending.cancel();
@@ -175,7 +181,12 @@ pub(crate) fn serve_api(listener: UnixListener, api: Api, ending: CancellationTo
     })
 }
 
-async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Config, ending: CancellationToken) {
+/// The proxy, and its listeners on loopback for single ports, which a cloud's region has none of.
+async fn open_edge(
+    plane: &Arc<ControlPlane>,
+    config: Config,
+    ending: CancellationToken,
+) -> (Arc<Edge>, LocalListeners) {
     let settings = heyvm_edge::Settings {
         // Checked when the configuration was read.
         trusted_proxies: config.edge.trusted_proxies().unwrap_or_default(),
@@ -183,7 +194,21 @@ async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Con
         response_timeout: Duration::from_secs_f64(config.edge.timeout_seconds),
         ..heyvm_edge::Settings::default()
     };
-    Edge::new(Arc::new(proxy::Sandboxes(plane)), None, settings).serve(listener, ending).await;
+    let edge = Edge::new(Arc::new(proxy::Sandboxes(Arc::clone(plane))), None, settings);
+    let listeners = LocalListeners::new(Arc::clone(&edge), ending);
+    if config.region.is_none()
+        && let Err(error) = plane.open_local_ports(Arc::new(listeners.clone())).await
+    {
+        tracing::error!(%error, "there are no ports on loopback");
+    }
+    (edge, listeners)
+}
+
+async fn serve_edge(edge: Option<(Arc<Edge>, LocalListeners)>, listeners: Vec<TcpListener>, ending: CancellationToken) {
+    let Some((edge, local)) = edge else { return };
+    let served = listeners.into_iter().map(|listener| edge.serve(listener, ending.clone()));
+    futures::future::join_all(served).await;
+    local.served().await;
 }
 
 /// Returns when the end is asked for, or when this is no longer the home's daemon. Sandboxes end only when the home itself

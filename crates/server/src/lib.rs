@@ -28,6 +28,7 @@ mod extract;
 mod gate;
 mod home;
 mod linger;
+mod local_ports;
 mod output;
 pub mod pages;
 mod problem;

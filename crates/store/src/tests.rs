@@ -35,6 +35,7 @@ heyvm_test_services::on_both!(
     a_replacement_takes_name_and_subdomains_at_once,
     what_is_written_is_read,
     ports_come_in_the_order_of_binding,
+    local_ports_are_kept,
     a_key_stands_for_one_sandbox,
     several_may_open_it_at_once,
     a_store_has_an_id_of_its_own,
@@ -144,6 +145,17 @@ async fn ports_come_in_the_order_of_binding(place: Place) {
     assert!(!store.remove_endpoint("a", 3).await.unwrap());
     store.remove_endpoints("a").await.unwrap();
     assert_eq!(store.endpoints().await.unwrap(), []);
+}
+
+async fn local_ports_are_kept(place: Place) {
+    let store = place.open().await;
+    let ports = std::collections::HashMap::from([("a".to_owned(), 20_001), ("b".to_owned(), 65_535)]);
+    store.set_local_ports(&ports).await.unwrap();
+    store.close().await;
+    let again = place.open().await;
+    assert_eq!(again.local_ports().await.unwrap(), ports);
+    again.set_local_ports(&Default::default()).await.unwrap();
+    assert!(again.local_ports().await.unwrap().is_empty());
 }
 
 async fn a_key_stands_for_one_sandbox(place: Place) {

@@ -1,4 +1,5 @@
-//! The host's end of the agent connection: one HTTP/2 connection per VM, made anew after a break.
+//! The host's end of the agent connection: one HTTP/2 connection per VM for calls, made anew after a break, beside the
+//! one for its ports (`ports`).
 
 use std::{
     io,
@@ -28,7 +29,8 @@ use tokio::{
 use tokio_util::{io::StreamReader, sync::PollSender};
 use tonic::{Code, transport::Endpoint};
 
-use crate::{Error, agent_channel::AgentChannel, qemu::Place};
+pub use crate::ports::{DialError, PortStream};
+use crate::{Error, agent_channel::AgentChannel, ports::Ports, qemu::Place};
 
 /// A guest that does not answer the hello for this long is not there. One that was just resumed answers late where the
 /// host's disk is busy: it reads its memory from there.
@@ -37,40 +39,33 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(30);
 const GARBAGE_TRIES: u32 = 3;
 /// What is read from the port at once.
 const READ_BUFFER: usize = 64 << 10;
-/// Bytes in flight per stream and per connection: one virtio-serial round trip is long under emulation.
+/// Bytes in flight per call: one virtio-serial round trip is long under emulation.
 const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 8 << 20;
-
-/// A byte stream to a port in the guest.
-pub trait PortStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> PortStream for T {}
-
-/// Why a port of a guest could not be reached.
-#[derive(Debug, thiserror::Error)]
-pub enum DialError {
-    /// Nothing listens on the port.
-    #[error("nothing listens on port {0}")]
-    NothingListens(u16),
-    /// The agent does not answer.
-    #[error(transparent)]
-    Agent(#[from] Error),
-}
+/// Holds the windows of all the calls that the agent takes at a time: output that no one reads must not keep others
+/// waiting.
+const CONNECTION_WINDOW: u32 = 1 << 30;
 
 /// A handle on the VM's agent. Cheap to clone.
 #[derive(Clone)]
 pub struct AgentConnection {
     client: AgentClient<AgentChannel>,
     garbage: Arc<Garbage>,
+    ports: Ports,
 }
 
 impl AgentConnection {
     /// A connection to the agent of the VM at `place`; nothing is sent before the first call.
     pub(crate) fn new(place: Place) -> Self {
-        Self::at(move || place.dir().agent_socket())
+        let of_ports = place.clone();
+        Self::at(move || place.dir().agent_socket(), move || of_ports.dir().ports_socket())
     }
 
-    /// A connection to the agent behind a Unix socket, looked up anew for every connection.
-    pub fn at(socket: impl Fn() -> PathBuf + Send + 'static) -> Self {
+    /// A connection to the agent behind two Unix sockets, one for calls and one for ports, which are looked up again for
+    /// every connection.
+    pub fn at(
+        socket: impl Fn() -> PathBuf + Send + 'static,
+        ports: impl Fn() -> PathBuf + Send + Sync + 'static,
+    ) -> Self {
         let garbage = Arc::new(Garbage::default());
         let counted = Arc::clone(&garbage);
         let channel = Endpoint::from_static("http://agent.invalid")
@@ -84,7 +79,7 @@ impl AgentConnection {
         let client = AgentClient::new(AgentChannel::new(channel))
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
-        Self { client, garbage }
+        Self { client, garbage, ports: Ports::new(ports) }
     }
 
     /// Resolves when the guest has sent garbage in place of the agent's hello too often. Nothing more is read from it.
@@ -102,6 +97,11 @@ impl AgentConnection {
 
     /// A byte stream to `port` on the guest's loopback.
     pub async fn dial(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
+        if self.ports.exists() { self.ports.dial(port).await } else { self.dial_by_call(port).await }
+    }
+
+    /// The way to a port of a VM that an earlier version started, whose agent has one connection for everything.
+    async fn dial_by_call(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
         let (sender, receiver) = mpsc::channel(16);
         let first = DialInput { port: u32::from(port), ..DialInput::default() };
         sender.send(first).await.map_err(|_| Error::Unreachable("the stream was closed".into()))?;
@@ -162,7 +162,7 @@ impl Garbage {
     }
 }
 
-async fn meet(socket: &Path) -> io::Result<BufReader<UnixStream>> {
+pub(crate) async fn meet(socket: &Path) -> io::Result<BufReader<UnixStream>> {
     let mut stream = BufReader::with_capacity(READ_BUFFER, connect(socket).await?);
     let mut nonce = [0; 16];
     rand::rng().fill_bytes(&mut nonce);

@@ -7,6 +7,7 @@
 pub mod agent;
 mod agent_channel;
 mod clock;
+mod ports;
 pub mod qemu;
 mod rehearsal;
 

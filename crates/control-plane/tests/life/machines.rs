@@ -13,7 +13,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use heyvm_agent::{Reaper, Sandbox, connection, service::Service};
+use heyvm_agent::{Reaper, Sandbox, connection, net::streams, service::Service};
 use heyvm_test_services::hostile_agent::{self, Misbehaviour};
 use heyvm_vm::{
     AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Usage, Vm, VmId, VmSpec,
@@ -145,26 +145,36 @@ impl Machines {
         self.booted.lock().unwrap().clone_from(&spec.image.digest);
         *self.sizes.lock().unwrap() = (spec.memory_mib, spec.disk_gib);
         let socket = self.dir.join(id).join("agent.sock");
-        let _ = fs::remove_file(&socket);
+        let ports = self.dir.join(id).join("ports.sock");
+        let _ = (fs::remove_file(&socket), fs::remove_file(&ports));
         let mut env = spec.env.clone();
         env.push((MARK.into(), id.clone()));
         fs::create_dir_all(&spec.working_dir).unwrap();
         let sandbox = Sandbox { env, working_dir: spec.working_dir.clone(), hostname: spec.hostname.clone() };
         let _inside = self.runtime.enter();
         let listener = UnixListener::bind(&socket).unwrap();
+        let ports_listener = UnixListener::bind(&ports).unwrap();
         let serving = self.runtime.spawn(async move {
             let reaper = Reaper::new(false);
             tokio::spawn(Arc::clone(&reaper).run());
             let service = Arc::new(Service::personalized(reaper, None, sandbox));
             // They end with the machine.
             let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(connection::serve(stream, Arc::clone(&service)));
+            loop {
+                tokio::select! {
+                    Ok((stream, _)) = listener.accept() => {
+                        connections.spawn(connection::serve(stream, Arc::clone(&service)));
+                    }
+                    Ok((stream, _)) = ports_listener.accept() => {
+                        connections.spawn(streams::serve(stream, || true));
+                    }
+                    else => return,
+                }
             }
         });
         let machine = Arc::new(Machine {
             id: id.clone(),
-            agent: AgentConnection::at(move || socket.clone()),
+            agent: AgentConnection::at(move || socket.clone(), move || ports.clone()),
             exit: watch::channel(None).0,
             tenacity: Arc::clone(&self.tenacity),
             serving: Mutex::new(serving),

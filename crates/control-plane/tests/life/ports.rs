@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
+use heyvm_agent_protocol::v1::MetricsRequest;
 use heyvm_api::{ErrorCode, sandbox::*};
 use heyvm_control_plane::ConnectError;
 use heyvm_control_plane::Who;
@@ -100,4 +101,42 @@ fn waiting_for_a_port() {
     assert!(!wait(Some("/missing"), 0.5).unwrap());
     daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     assert_eq!(wait(None, 1.0).unwrap_err().code, ErrorCode::InvalidState);
+}
+
+#[test]
+fn calls_answer_while_ports_are_flooded() {
+    let daemon = Daemon::new();
+    daemon.create(daemon.request("web")).unwrap();
+    let id = daemon.get("web").id;
+    daemon.run(async {
+        let listener = || tokio::net::TcpListener::bind("127.0.0.1:0");
+        let (deaf, loud) = (listener().await.unwrap(), listener().await.unwrap());
+        let (deaf_port, loud_port) = (deaf.local_addr().unwrap().port(), loud.local_addr().unwrap().port());
+        tokio::spawn(async move {
+            let mut kept = Vec::new();
+            while let Ok((stream, _)) = deaf.accept().await {
+                kept.push(stream);
+            }
+        });
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = loud.accept().await {
+                tokio::spawn(async move { while stream.write_all(&[b'x'; 16 << 10]).await.is_ok() {} });
+            }
+        });
+        let mut held = Vec::new();
+        for _ in 0..40 {
+            let mut upload = daemon.plane().connect_to(&id, deaf_port).await.unwrap();
+            let quiet = Duration::from_millis(200);
+            while let Ok(written) = tokio::time::timeout(quiet, upload.write_all(&[b'x'; 64 << 10])).await {
+                written.unwrap();
+            }
+            held.push(upload);
+            held.push(daemon.plane().connect_to(&id, loud_port).await.unwrap());
+        }
+        let agent = daemon.plane().agent(&Who::owners("web")).await.unwrap();
+        let called = async { agent.client().await.unwrap().metrics(MetricsRequest {}).await.unwrap() };
+        tokio::time::timeout(Duration::from_secs(120), called).await.expect("the agent does not answer");
+        let silent = daemon.plane().connect_to(&id, 1).await;
+        assert!(matches!(silent, Err(ConnectError::NothingListens(1))));
+    });
 }

@@ -9,6 +9,7 @@ mod disks;
 mod doctor;
 mod exec;
 mod files;
+mod forward;
 mod guest;
 mod images;
 mod input;

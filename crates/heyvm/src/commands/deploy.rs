@@ -61,6 +61,9 @@ pub struct MakeArgs {
     /// How long to wait for readiness
     #[arg(long, default_value = "120s")]
     pub health_timeout: String,
+    /// Time that an app may take to begin its answer, for example 10m
+    #[arg(long, value_name = "DURATION")]
+    pub response_timeout: Option<String>,
     /// micro, mini, small, medium, large or xlarge
     #[arg(long, add = completions::size_classes())]
     pub size_class: Option<String>,
@@ -245,6 +248,12 @@ fn supported(context: &Context, args: &MakeArgs) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// In whole seconds, rounded up.
+fn response_timeout(text: &str) -> Result<i64, ApiError> {
+    let seconds = names::parse_duration("--response-timeout", text)?.as_secs_f64().ceil();
+    Ok(seconds as i64)
+}
+
 fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<CreateRequest, ApiError> {
     supported(context, args)?;
     let ports = ports.iter().map(|text| parse_port(text).map(i64::from)).collect::<Result<_, _>>()?;
@@ -280,6 +289,7 @@ fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<Creat
         archive_root: None,
         health_path: args.health_path.clone(),
         health_timeout_seconds: Some(health_timeout.as_secs_f64()),
+        response_timeout_seconds: args.response_timeout.as_deref().map(response_timeout).transpose()?,
         keep_on_failure: args.keep_on_failure,
         restart: args.restart.as_deref().and_then(restart_policy),
         replace: args.replace,

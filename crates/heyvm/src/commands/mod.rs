@@ -14,6 +14,7 @@ pub mod list;
 pub mod login;
 pub mod logs;
 pub mod mount;
+pub mod port_forward;
 pub mod server;
 pub mod set;
 pub mod wait_for;
@@ -115,6 +116,7 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::WaitFor(args) => wait_for::wait_for(&context, args).await,
         Command::Bind(args) => bind::bind(&context, &args).await,
         Command::Unbind(args) => bind::unbind(&context, &args).await,
+        Command::PortForward(args) => port_forward::port_forward(&context, args).await,
         Command::Logs(args) => logs::logs(&context, &args).await,
         Command::Stop(several) => lifecycle::stop(&context, &several.sandboxes).await,
         Command::Start(several) => lifecycle::start(&context, &several.sandboxes).await,

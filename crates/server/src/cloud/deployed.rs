@@ -99,6 +99,8 @@ pub struct DeployRequest {
     health_path: Option<String>,
     /// How long that may take; 120 when absent.
     health_timeout_seconds: Option<f64>,
+    /// Seconds that the app may take until the head of an answer, 1 to 86400; 60 when absent.
+    response_timeout_seconds: Option<i64>,
 }
 
 impl DeployRequest {
@@ -125,6 +127,7 @@ impl DeployRequest {
             size_class: self.size_class,
             health_path: self.health_path,
             health_timeout_seconds: self.health_timeout_seconds,
+            response_timeout_seconds: self.response_timeout_seconds,
             ..CreateRequest::default()
         })
     }

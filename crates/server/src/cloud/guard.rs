@@ -34,7 +34,7 @@ const OPEN: [&str; 8] = [
 /// Calls that carry their own proof.
 const SIGNED: [&str; 1] = ["/sandbox-archives/{id}/content"];
 /// What runs commands or writes files in a sandbox.
-const EXEC: [&str; 9] = [
+const EXEC: [&str; 10] = [
     "/sandboxes/{id}/execute",
     "/sandboxes/{id}/exec",
     "/sandboxes/{id}/files",
@@ -44,9 +44,11 @@ const EXEC: [&str; 9] = [
     "/sandbox/{id}/read-file",
     "/sandbox/{id}/write-file",
     "/deployed-sandboxes/{id}/shell-stream",
+    "/sandboxes/{id}/ports/{port}",
 ];
-/// GETs that do what they are asked, as WebSockets.
-const ACTING: [&str; 2] = ["/sandboxes/{id}/exec", "/deployed-sandboxes/{id}/shell-stream"];
+/// GETs that do what they are asked, as WebSockets and byte streams.
+const ACTING: [&str; 3] =
+    ["/sandboxes/{id}/exec", "/deployed-sandboxes/{id}/shell-stream", "/sandboxes/{id}/ports/{port}"];
 /// What concerns the account itself.
 const ADMIN: [&str; 3] = ["/api/api-keys", "/api/api-keys/{id}", "/api/audit"];
 

@@ -446,7 +446,7 @@ mod tests {
         let path = dir.path().join("agent");
         // Takes the connection, and says nothing.
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let agent = AgentConnection::at(move || path.clone());
+        let agent = AgentConnection::at(move || path.clone(), std::path::PathBuf::new);
         let start = request(serde_json::json!({"command": "true", "timeout_seconds": 2})).unwrap();
         assert!(super::deadline(&start).is_some_and(|end| end > Instant::now() + GRACE));
         let recording = Recording::new(&crate::output::Budget::new("/tmp".into()), "ada");

@@ -103,6 +103,7 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     launch.dir.write_record(&launch.record)?;
     launch.descriptors.add(fd::QMP, listen(&launch.dir.qmp_socket())?);
     launch.descriptors.add(fd::AGENT, listen(&launch.dir.agent_socket())?);
+    launch.descriptors.add(fd::PORTS, listen(&launch.dir.ports_socket())?);
     let machine = &launch.machine;
     let limits = Limits {
         memory_bytes: (u64::from(machine.memory_mib) * CHARGED_PER_GUEST_PAGE + OVERHEAD_MIB) << 20,

@@ -21,12 +21,14 @@ pub mod fd {
     pub const TAP: i32 = 7;
     /// Listening socket of the control protocol.
     pub const QMP: i32 = 8;
-    /// Listening socket of the agent's port.
+    /// Listening socket for calls to the agent.
     pub const AGENT: i32 = 9;
     /// Kernel and initramfs (templates).
     pub const KERNEL: i32 = 10;
     /// See [`KERNEL`].
     pub const INITRAMFS: i32 = 11;
+    /// Listening socket for connections to programs.
+    pub const PORTS: i32 = 12;
 }
 
 /// Changes whenever the machine below does, so that old templates are not resumed on it.
@@ -118,6 +120,8 @@ impl Machine {
         argv.option("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT));
         argv.option("-device", "virtio-serial-device");
         argv.option("-device", format!("virtserialport,chardev=agent,name={}", heyvm_agent_protocol::PORT_NAME));
+        argv.option("-chardev", format!("socket,id=ports,fd={},server=on,wait=off", fd::PORTS));
+        argv.option("-device", format!("virtserialport,chardev=ports,name={}", heyvm_agent_protocol::ports::PORT_NAME));
         if self.network {
             argv.option("-netdev", format!("tap,id=net,fd={}", fd::TAP));
             argv.option("-device", format!("virtio-net-device,netdev=net,host_mtu={}", heyvm_jail::egress::MTU));

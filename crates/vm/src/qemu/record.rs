@@ -122,9 +122,14 @@ impl VmDir {
         self.path.join("checkpoint.half")
     }
 
-    /// Socket of the agent's port.
+    /// Socket for calls to the agent.
     pub fn agent_socket(&self) -> PathBuf {
         self.path.join("agent.sock")
+    }
+
+    /// Socket for connections to programs.
+    pub fn ports_socket(&self) -> PathBuf {
+        self.path.join("ports.sock")
     }
 
     /// File with QEMU's process id and start time.

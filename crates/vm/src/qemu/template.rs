@@ -250,7 +250,8 @@ impl Build<'_> {
             let _ = heyvm_trees::remove(&half);
             return built;
         }
-        for leftover in [dir.disk(), dir.qmp_socket(), dir.agent_socket(), dir.id_file(), half.join("state.sock")] {
+        let sockets = [dir.qmp_socket(), dir.agent_socket(), dir.ports_socket(), half.join("state.sock")];
+        for leftover in sockets.into_iter().chain([dir.disk(), dir.id_file()]) {
             let _ = fs::remove_file(leftover);
         }
         fs::rename(&half, self.home).map_err(Error::io("keeping the template", self.home))
