@@ -265,7 +265,7 @@ pub struct CreateRequest {
     /// URL-safe; the slugified name when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slug: Option<String>,
-    /// `shell`, `python` or `node`: what the image must be able to run.
+    /// `shell`, `python`, `node` or `full` (compilers): what the image must be able to run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox_type: Option<String>,
     /// Image reference; `ubuntu:24.04` when absent.
@@ -283,7 +283,7 @@ pub struct CreateRequest {
     /// Run with `sh -c` in the working directory, supervised; when it ends, the sandbox ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_command: Option<String>,
-    /// `/workspace` when absent.
+    /// The image's own (WORKDIR) when absent, else `/workspace`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub working_directory: Option<String>,
     /// Ports to bind.
@@ -376,6 +376,12 @@ pub struct SandboxInfo {
     pub env_vars: BTreeMap<String, String>,
     /// The start command.
     pub start_command: Option<String>,
+    /// What the image runs by itself, where there is no start command.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_command: Vec<String>,
+    /// TCP ports that the image says it listens on. They are bound when that is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exposed_ports: Vec<u16>,
     /// Default directory of commands.
     pub working_directory: String,
     /// Commands that ran before the start command.

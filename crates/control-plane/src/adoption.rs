@@ -43,6 +43,7 @@ impl ControlPlane {
             .filter_map(|row| read(row, &images))
             .map(|record| (record.id.clone(), Sandbox::new(record)))
             .collect();
+        let pulls = crate::Pulls::new(&config.images);
         let plane = Arc::new(Self {
             unread: sandboxes.len() < rows.len(),
             config,
@@ -54,6 +55,8 @@ impl ControlPlane {
             keys: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
             image_use: tokio::sync::Mutex::default(),
+            pulls,
+            substitutions: std::sync::Mutex::default(),
         });
         plane.reload_endpoints().await?;
         archives::prepare(&plane.config.home)
@@ -127,7 +130,9 @@ impl ControlPlane {
             sandbox.set_vm(Some(Arc::clone(&vm)));
             self.resume_log(sandbox);
             self.resume_mounts(sandbox, &vm);
-            let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
+            let record = sandbox.snapshot();
+            let has_main = record.start_command.is_some() || record.runs_the_images_command();
+            let main = has_main.then(|| self.follow(sandbox, &vm));
             self.watch(sandbox, vm, main);
             return Ok(());
         }

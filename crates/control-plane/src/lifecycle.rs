@@ -221,9 +221,16 @@ impl ControlPlane {
         let (plane, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
         tokio::spawn(async move {
             let mut main = main;
-            let ended = tokio::select! {
-                exit = vm.exited() => Ended::Vm(exit),
-                exit = ready::ended(main.as_mut()) => Ended::Main(exit),
+            let ended = loop {
+                let ended = tokio::select! {
+                    exit = vm.exited() => Ended::Vm(exit),
+                    exit = ready::ended(main.as_mut()) => Ended::Main(exit),
+                };
+                match ended {
+                    // A sandbox is more than what its image runs by itself.
+                    Ended::Main(exit) if exit.code == 0 && sandbox.record().runs_the_images_command() => main = None,
+                    ended => break ended,
+                }
             };
             let _one_transition = sandbox.transition.lock().await;
             // Whoever ended it on purpose has said so already.

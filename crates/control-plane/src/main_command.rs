@@ -37,7 +37,7 @@ impl Main {
 }
 
 impl ControlPlane {
-    /// Starts the start command, where there is one.
+    /// Starts the start command, or else what the image runs by itself, where there is either.
     pub(crate) async fn run_start_command(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
@@ -45,14 +45,20 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<Option<Main>, ApiError> {
         let record = sandbox.snapshot();
-        let Some(command) = record.start_command.clone() else { return Ok(None) };
-        tell(progress, "start_command", &command);
+        let (argv, shell, stop_signal) = match record.start_command.clone() {
+            Some(command) => (vec![command], true, 0),
+            None if record.runs_the_images_command() => {
+                (record.image_run.command.clone(), false, record.image_run.stop_signal)
+            }
+            None => return Ok(None),
+        };
+        tell(progress, "start_command", &argv.join(" "));
         let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
         let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
-        let start = ExecStart { argv: vec![command], shell: true, env, ..ExecStart::default() };
+        let start = ExecStart { argv, shell, env, ..ExecStart::default() };
         let mut client = vm.agent().client().await.map_err(errors::vm)?;
         self.begin_log(sandbox);
-        let request = StartMainRequest { start: Some(start) };
+        let request = StartMainRequest { start: Some(start), stop_signal };
         client.start_main(request).await.map_err(|status| errors::agent(&status).step("start_command"))?;
         Ok(Some(self.follow(sandbox, vm)))
     }

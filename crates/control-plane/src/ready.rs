@@ -39,7 +39,8 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
-        if record.start_command.is_none() && record.health_path.is_none() {
+        let images_own = record.runs_the_images_command();
+        if record.start_command.is_none() && !images_own && record.health_path.is_none() {
             return Ok(());
         }
         if record.health_path.is_some() {
@@ -52,7 +53,11 @@ impl ControlPlane {
                 Ok(()) => Ok(()),
                 Err(why) => Err(self.not_ready(&agent, &record, &why).await),
             },
-            exit = ended(main) => Err(exited(&agent, &exit).await),
+            // A shell or an interpreter without input: the sandbox is there for what is run in it.
+            exit = ended(main) => match images_own && exit.code == 0 && record.health_path.is_none() {
+                true => Ok(()),
+                false => Err(exited(&agent, &exit).await),
+            },
             exit = vm.exited() => Err(vm_ended(exit)),
         }
     }
@@ -81,7 +86,9 @@ impl ControlPlane {
 }
 
 async fn until_ready(agent: &AgentConnection, record: &Record, deadline: Instant) -> Result<(), String> {
-    match record.open_ports.first() {
+    // An image's own command listens where the image says; another port is for what will be run in the sandbox.
+    let own = |port: &u16| record.image_run.exposed_ports.contains(port) || record.health_path.is_some();
+    match record.open_ports.first().filter(|port| !record.runs_the_images_command() || own(port)) {
         Some(port) => poll(deadline, |left| check(agent, *port, record.health_path.as_deref(), left)).await,
         None => {
             tokio::time::sleep(SETTLED).await;

@@ -23,7 +23,7 @@ use heyvm_mounts::DirectoryIdentity;
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 
-use crate::Account;
+use crate::{Account, image_run::ImageRun};
 
 /// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,6 +77,9 @@ pub struct Record {
     pub env_vars: BTreeMap<String, String>,
     /// Environment the image brings along.
     pub image_env: Vec<(String, String)>,
+    /// What the image says about running it.
+    #[serde(default)]
+    pub image_run: ImageRun,
     /// What it is there for.
     pub start_command: Option<String>,
     /// Where commands run.
@@ -119,6 +122,11 @@ impl Record {
     /// Whether it holds its name and slug against others.
     pub fn holds_its_name(&self) -> bool {
         self.is_living() && !self.waiting_to_replace
+    }
+
+    /// Whether it runs what the image runs by itself.
+    pub fn runs_the_images_command(&self) -> bool {
+        self.start_command.is_none() && !self.image_run.command.is_empty()
     }
 
     /// Whether its making is behind it.
@@ -196,6 +204,11 @@ impl Record {
             env_vars: self.env_vars.clone(),
             start_command: self.start_command.clone(),
             working_directory: self.working_directory.clone(),
+            image_command: match self.runs_the_images_command() {
+                true => self.image_run.command.clone(),
+                false => Vec::new(),
+            },
+            exposed_ports: self.image_run.exposed_ports.clone(),
             setup_hooks: self.setup_hooks.clone(),
             mounts: self.mounts.clone(),
             error_message: self.reason.as_ref().map(|reason| reason.message.clone()),

@@ -14,7 +14,7 @@ const DEFAULT_DISK_GIB: u32 = 10;
 pub const DEFAULT_WORKING_DIRECTORY: &str = "/workspace";
 const DEFAULT_HEALTH_TIMEOUT: f64 = 120.0;
 const MAX_HEALTH_TIMEOUT: f64 = 24.0 * 3600.0;
-const TYPES: [&str; 3] = ["shell", "python", "node"];
+const TYPES: [&str; 4] = ["shell", "python", "node", "full"];
 
 /// A record in its first state; nothing has been done yet.
 pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Result<Record, ApiError> {
@@ -78,6 +78,7 @@ pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Re
         ttl_seconds: ttl(request)?,
         env_vars: request.env_vars.clone(),
         image_env: Vec::new(),
+        image_run: Default::default(),
         start_command: request.start_command.clone().filter(|command| !command.trim().is_empty()),
         working_directory,
         setup_hooks: request.setup_hooks.clone(),
@@ -103,6 +104,8 @@ pub fn check(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
         url_port: 0,
         regions: request.region.clone().into_iter().collect(),
         default_image: String::new(),
+        images: Default::default(),
+        guest: Default::default(),
     };
     record(request, account, &nowhere).map(drop)
 }
@@ -118,7 +121,7 @@ fn supported(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
     }
     check_privacy(request.is_public, account)?;
     if let Some(kind) = request.sandbox_type.as_deref().filter(|kind| !TYPES.contains(kind)) {
-        return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python or node"));
+        return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python, node or full"));
     }
     Ok(())
 }
@@ -228,6 +231,8 @@ mod tests {
             url_port: 8480,
             regions: vec!["US".into()],
             default_image: "ubuntu:24.04".into(),
+            images: Default::default(),
+            guest: Default::default(),
         }
     }
 

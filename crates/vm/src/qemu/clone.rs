@@ -246,7 +246,7 @@ impl QemuDriver {
 /// What a VM in reserve is made from: nothing of the sandbox that was asked for last, whose environment may hold secrets.
 fn nobodys(spec: VmSpec) -> VmSpec {
     let env = spec.image.config.env.clone();
-    VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), ..spec }
+    VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), user: String::new(), ..spec }
 }
 
 fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becoming) -> PersonalizeRequest {
@@ -268,6 +268,8 @@ fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becomi
         }),
         env: spec.env.iter().map(|(name, value)| EnvVar { name: name.clone(), value: value.clone() }).collect(),
         working_dir: spec.working_dir.clone(),
+        user: spec.user.clone(),
+        certificates: spec.certificates.clone(),
         reserve: becoming == Becoming::Reserve,
         disk_bytes: match becoming {
             Becoming::Sandbox { disk_bytes } => disk_bytes,
