@@ -41,7 +41,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
         "flood" => flood(&mut client, rest).await?,
         "main" => {
             let start = ExecStart { argv: rest.to_vec(), shell: true, ..ExecStart::default() };
-            println!("{:?}", client.start_main(StartMainRequest { start: Some(start) }).await?.into_inner());
+            println!(
+                "{:?}",
+                client.start_main(StartMainRequest { start: Some(start), ..Default::default() }).await?.into_inner()
+            );
         }
         "watch" => {
             let mut events = client.watch_main(WatchMainRequest { from_offset: 0 }).await?.into_inner();
@@ -104,6 +107,7 @@ async fn personalize(client: &mut Client, reserve: bool) -> Result<PersonalizeRe
         working_dir: "/workspace".into(),
         entropy,
         reserve,
+        ..PersonalizeRequest::default()
     };
     Ok(client.personalize(request).await?.into_inner())
 }

@@ -315,7 +315,7 @@ pub struct CreateRequest {
     /// URL-safe; the slugified name when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slug: Option<String>,
-    /// `shell`, `python` or `node`: what the image must be able to run.
+    /// `shell`, `python`, `node` or `full` (compilers): what the image must be able to run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox_type: Option<String>,
     /// Image reference; `ubuntu:24.04` when absent.
@@ -334,7 +334,7 @@ pub struct CreateRequest {
     /// a program and its arguments, which needs no shell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_command: Option<StartCommand>,
-    /// `/workspace` when absent.
+    /// The image's own (WORKDIR) when absent, else `/workspace`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub working_directory: Option<String>,
     /// Ports to bind.
@@ -433,6 +433,12 @@ pub struct SandboxInfo {
     pub env_vars: BTreeMap<String, String>,
     /// The start command.
     pub start_command: Option<StartCommand>,
+    /// What the image runs by itself, where there is no start command.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_command: Vec<String>,
+    /// TCP ports that the image says it listens on. They are bound when that is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exposed_ports: Vec<u16>,
     /// Default directory of commands.
     pub working_directory: String,
     /// Commands that ran before the start command.

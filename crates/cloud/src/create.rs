@@ -334,6 +334,8 @@ pub(crate) fn provisional(row: &PlacementRow, request: &CreateRequest) -> Sandbo
         expires_at: ttl.and_then(|ttl| created_at.checked_add_signed(ttl)),
         env_vars: request.env_vars.clone(),
         start_command: request.start_command.clone(),
+        image_command: Vec::new(),
+        exposed_ports: Vec::new(),
         working_directory: request.working_directory.clone().unwrap_or_else(|| DEFAULT_WORKING_DIRECTORY.into()),
         setup_hooks: request.setup_hooks.clone(),
         error_message: None,

@@ -52,6 +52,7 @@ impl ControlPlane {
             }
             sandboxes.insert(record.id.clone(), Sandbox::new(record));
         }
+        let pulls = crate::Pulls::new(&config.images);
         let plane = Arc::new(Self {
             unread,
             store_id,
@@ -66,6 +67,8 @@ impl ControlPlane {
             keys: tokio::sync::Mutex::default(),
             reloading: tokio::sync::Mutex::default(),
             image_use: tokio::sync::Mutex::default(),
+            pulls,
+            substitutions: std::sync::Mutex::default(),
         });
         plane.reload_endpoints().await?;
         archives::prepare(&plane.config.home)
@@ -151,7 +154,9 @@ impl ControlPlane {
         self.watch_agent(sandbox, &vm);
         self.resume_log(sandbox);
         self.resume_mounts(sandbox, &vm);
-        let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
+        let record = sandbox.snapshot();
+        let has_main = record.start_command.is_some() || record.runs_the_images_command();
+        let main = has_main.then(|| self.follow(sandbox, &vm));
         self.watch(sandbox, vm, main);
     }
 

@@ -63,6 +63,11 @@ pub fn image(error: heyvm_images::Error) -> ApiError {
             ApiError::new(ErrorCode::RegistryUnavailable, format!("no registry gave {name}: {why}"))
                 .hint("name a mirror or credentials under [registries] in config.toml, or: heyvm images import FILE")
         }
+        Error::RegistryNotAllowed(registry) => {
+            ApiError::new(ErrorCode::Forbidden, format!("images from {registry} are not allowed on this server")).hint(
+                "use an image of an allowed registry; the server's operator lists those in [images] of config.toml",
+            )
+        }
         Error::Invalid(why) => ApiError::new(ErrorCode::ImageInvalid, why),
         Error::HostNotReady { what, hint } => ApiError::new(ErrorCode::HostNotReady, what).hint(hint),
         Error::OutOfResources(what) => out_of(what),

@@ -10,6 +10,7 @@
 //! - [`mounts`]: directories of this host in a sandbox.
 //! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
+//! - [`image_run`]: what an image runs by itself.  [`pulls`]: limits on images.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
 //!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
 //! - [`supervised`]: panics that end one sandbox alone.
@@ -25,6 +26,7 @@ mod endpoints;
 mod errors;
 mod guest_command;
 mod hooks;
+mod image_run;
 mod images;
 mod lifecycle;
 mod local_ports;
@@ -32,6 +34,7 @@ mod logs;
 mod main_command;
 mod mounts;
 mod orphans;
+mod pulls;
 mod ready;
 mod record;
 mod replace;
@@ -65,6 +68,8 @@ pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
 pub use local_ports::{LocalPorts, WantedPort};
 pub use logs::LogChunk;
+pub use pulls::ImageLimits;
+use pulls::Pulls;
 use record::Record;
 pub use record::fingerprint;
 pub use validate::{DEFAULT_WORKING_DIRECTORY, check, made_up_name};
@@ -85,6 +90,21 @@ pub struct Config {
     pub regions: Vec<String>,
     /// Image of sandboxes that ask for none.
     pub default_image: String,
+    /// Limits on images.
+    pub images: ImageLimits,
+    /// What every sandbox takes over from the host.
+    pub guest: GuestDefaults,
+}
+
+/// What every sandbox takes over from the host.
+#[derive(Debug, Clone, Default)]
+pub struct GuestDefaults {
+    /// Certificate authorities, in PEM.
+    pub certificates: String,
+    /// Environment of every command; the image's and the sandbox's own come on top.
+    pub env: Vec<(String, String)>,
+    /// What of the host's set-up does not work in sandboxes, in sentences.
+    pub problems: Vec<String>,
 }
 
 /// A VM's end is known this long after its agent's, at most.
@@ -108,6 +128,9 @@ pub struct ControlPlane {
     reloading: tokio::sync::Mutex<()>,
     /// Held while an image begins to be used, or goes because it is not.
     image_use: tokio::sync::Mutex<()>,
+    pulls: Pulls,
+    /// Images that were named and replaced by another, which has been reported.
+    substitutions: Mutex<HashSet<String>>,
     /// Ids of rows that cannot be read: what they need is not known.
     unread: HashSet<String>,
     /// The store's id, which the note beside each disk names.

@@ -287,12 +287,21 @@ impl ControlPlane {
         tokio::spawn(async move {
             let mut main = main;
             let watched = supervised::run("watching a sandbox", async {
-                tokio::select! {
-                    exit = vm.exited() => Ended::Vm(exit),
-                    followed = ready::ended(main.as_mut()) => match followed {
-                        Followed::Exited(exit) => Ended::Main(exit),
-                        Followed::Lost(panicked) => Ended::Unwatched(panicked),
-                    },
+                loop {
+                    let ended = tokio::select! {
+                        exit = vm.exited() => Ended::Vm(exit),
+                        followed = ready::ended(main.as_mut()) => match followed {
+                            Followed::Exited(exit) => Ended::Main(exit),
+                            Followed::Lost(panicked) => Ended::Unwatched(panicked),
+                        },
+                    };
+                    match ended {
+                        // A sandbox is more than what its image runs by itself.
+                        Ended::Main(exit) if exit.code == 0 && sandbox.record().runs_the_images_command() => {
+                            main = None;
+                        }
+                        ended => break ended,
+                    }
                 }
             });
             let ended = watched.await.unwrap_or_else(Ended::Unwatched);

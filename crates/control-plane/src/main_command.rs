@@ -50,7 +50,7 @@ impl Main {
 }
 
 impl ControlPlane {
-    /// Starts the start command, where there is one.
+    /// Starts the start command, or else what the image runs by itself, where there is either.
     pub(crate) async fn run_start_command(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
@@ -58,15 +58,25 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<Option<Main>, ApiError> {
         let record = sandbox.snapshot();
-        let Some(command) = record.start_command.clone() else { return Ok(None) };
-        begin_step(sandbox, progress, "start_command", &command.to_string());
+        let (argv, shell, stop_signal) = match record.start_command.clone() {
+            Some(command) => {
+                begin_step(sandbox, progress, "start_command", &command.to_string());
+                let shell = command.is_script();
+                (command.into_words(), shell, 0)
+            }
+            None if record.runs_the_images_command() => {
+                let image_run = record.image_run.clone();
+                begin_step(sandbox, progress, "start_command", &image_run.command.join(" "));
+                (image_run.command, false, image_run.stop_signal)
+            }
+            None => return Ok(None),
+        };
         let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
         let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
-        let shell = command.is_script();
-        let start = ExecStart { argv: command.into_words(), shell, env, ..ExecStart::default() };
+        let start = ExecStart { argv, shell, env, ..ExecStart::default() };
         let mut client = vm.agent().client().await.map_err(errors::vm)?;
         self.begin_log(sandbox);
-        let request = StartMainRequest { start: Some(start) };
+        let request = StartMainRequest { start: Some(start), stop_signal };
         client.start_main(request).await.map_err(|status| errors::agent(&status).step("start_command"))?;
         Ok(Some(self.follow(sandbox, vm)))
     }

@@ -38,7 +38,8 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
-        if record.start_command.is_none() && record.health_path.is_none() {
+        let images_own = record.runs_the_images_command();
+        if record.start_command.is_none() && !images_own && record.health_path.is_none() {
             return Ok(());
         }
         if record.health_path.is_some() {
@@ -51,10 +52,12 @@ impl ControlPlane {
                 Ok(()) => Ok(()),
                 Err(why) => Err(self.not_ready(&agent, &record, &why).await),
             },
-            followed = ended(main) => Err(match followed {
-                Followed::Exited(exit) => exited(&agent, &exit).await,
-                Followed::Lost(panicked) => errors::internal(&panicked).step("start_command"),
-            }),
+            followed = ended(main) => match followed {
+                // A shell or an interpreter without input: the sandbox is there for what is run in it.
+                Followed::Exited(exit) if images_own && exit.code == 0 && record.health_path.is_none() => Ok(()),
+                Followed::Exited(exit) => Err(exited(&agent, &exit).await),
+                Followed::Lost(panicked) => Err(errors::internal(&panicked).step("start_command")),
+            },
             exit = vm.exited() => Err(vm_ended(exit)),
         }
     }
@@ -83,7 +86,9 @@ impl ControlPlane {
 }
 
 async fn until_ready(agent: &AgentConnection, record: &Record, deadline: Instant) -> Result<(), String> {
-    match record.open_ports.first() {
+    // An image's own command listens where the image says; another port is for what will be run in the sandbox.
+    let own = |port: &u16| record.image_run.exposed_ports.contains(port) || record.health_path.is_some();
+    match record.open_ports.first().filter(|port| !record.runs_the_images_command() || own(port)) {
         Some(port) => poll(deadline, |left| check(agent, *port, record.health_path.as_deref(), left)).await,
         None => {
             tokio::time::sleep(SETTLED).await;

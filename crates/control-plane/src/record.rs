@@ -26,7 +26,7 @@ use heyvm_mounts::DirectoryIdentity;
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 
-use crate::{Account, restarts};
+use crate::{Account, image_run::ImageRun, restarts};
 
 /// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,6 +80,9 @@ pub struct Record {
     pub env_vars: BTreeMap<String, String>,
     /// Environment the image brings along.
     pub image_env: Vec<(String, String)>,
+    /// What the image says about running it.
+    #[serde(default)]
+    pub image_run: ImageRun,
     /// What it is there for.
     pub start_command: Option<StartCommand>,
     /// Where commands run.
@@ -140,6 +143,11 @@ impl Record {
     /// Whether it holds its name and slug against others; one that is started again soon does.
     pub fn holds_its_name(&self) -> bool {
         (self.is_living() || self.next_start_at.is_some()) && !self.waiting_to_replace
+    }
+
+    /// Whether it runs what the image runs by itself.
+    pub fn runs_the_images_command(&self) -> bool {
+        self.start_command.is_none() && !self.image_run.command.is_empty()
     }
 
     /// Whether its making is behind it.
@@ -226,6 +234,11 @@ impl Record {
             env_vars: self.env_vars.clone(),
             start_command: self.start_command.clone(),
             working_directory: self.working_directory.clone(),
+            image_command: match self.runs_the_images_command() {
+                true => self.image_run.command.clone(),
+                false => Vec::new(),
+            },
+            exposed_ports: self.image_run.exposed_ports.clone(),
             setup_hooks: self.setup_hooks.clone(),
             mounts: self.mounts.clone(),
             response_timeout_seconds: self.response_timeout_seconds,

@@ -15,7 +15,7 @@ pub const DEFAULT_WORKING_DIRECTORY: &str = "/workspace";
 const DEFAULT_HEALTH_TIMEOUT: f64 = 120.0;
 const MAX_RESPONSE_TIMEOUT: u32 = 86_400;
 const MAX_HEALTH_TIMEOUT: f64 = 24.0 * 3600.0;
-const TYPES: [&str; 3] = ["shell", "python", "node"];
+const TYPES: [&str; 4] = ["shell", "python", "node", "full"];
 
 /// A record in its first state; nothing has been done yet.
 pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Result<Record, ApiError> {
@@ -79,6 +79,7 @@ pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Re
         ttl_seconds: ttl(request)?,
         env_vars: request.env_vars.clone(),
         image_env: Vec::new(),
+        image_run: Default::default(),
         start_command: request.start_command.clone().filter(|command| !command.is_empty()),
         working_directory,
         setup_hooks: request.setup_hooks.clone(),
@@ -110,6 +111,8 @@ pub fn check(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
         url_port: 0,
         regions: request.region.clone().into_iter().collect(),
         default_image: String::new(),
+        images: Default::default(),
+        guest: Default::default(),
     };
     record(request, account, &nowhere).map(drop)
 }
@@ -126,7 +129,7 @@ fn supported(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
     check_privacy(request.is_public, account)?;
     check_restart(request.restart.unwrap_or_default(), account)?;
     if let Some(kind) = request.sandbox_type.as_deref().filter(|kind| !TYPES.contains(kind)) {
-        return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python or node"));
+        return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python, node or full"));
     }
     Ok(())
 }
@@ -254,6 +257,8 @@ mod tests {
             url_port: 8480,
             regions: vec!["US".into()],
             default_image: "ubuntu:24.04".into(),
+            images: Default::default(),
+            guest: Default::default(),
         }
     }
 

@@ -27,6 +27,7 @@ use crate::{
     config::Config,
     home::{Home, Presence},
     local_ports::LocalListeners,
+    outbound::Outbound,
     proxy,
     region::Region,
     routes::{Api, router},
@@ -41,7 +42,7 @@ const HOUSEKEEPING: Duration = Duration::from_secs(2);
 /// The home counts as removed, or no longer ours, when so many looks in a row say so.
 const LOOKS: u32 = 3;
 /// Standard error gets this much unless `HEYVM_LOG` says otherwise.
-const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn,oci_client=warn";
+const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn";
 
 /// Runs the daemon of `home` until SIGTERM or SIGINT; VMs keep running after it.
 pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
@@ -139,11 +140,12 @@ pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<
             .hint("the daemon's log has the details; HEYO_HOME names another directory")
     };
     let store = Store::open(&home.join("heyvm.db")).await.map_err(|error| failed("heyvm.db", &error))?;
-    let images =
-        ImageStore::open(home, config.registries.clone()).map_err(|error| failed("the image store", &error))?;
+    let registries = config.registries.clone().allowing(config.images.allowed_registries.clone());
+    let images = ImageStore::open(home, registries).map_err(|error| failed("the image store", &error))?;
+    let outbound = outbound_of(config).await;
     let settings = Settings {
         network: config.network.enabled,
-        egress: EgressSettings { allow: config.network.allow.clone() },
+        egress: EgressSettings { allow: config.network.allow.iter().cloned().chain(outbound.allow).collect() },
         reserve: config.reserve,
         templates: config.templates,
         template_budgets: template_budgets(config),
@@ -157,6 +159,8 @@ pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<
         url_port,
         regions: config.regions.clone(),
         default_image: config.default_image.clone(),
+        images: config.images.limits(),
+        guest: outbound.guest,
     };
     ControlPlane::open(config, store, driver, Arc::new(images)).await
 }
@@ -170,6 +174,17 @@ fn template_budgets(config: &Config) -> Budgets {
         budgets.disk_bytes = gib.saturating_mul(1 << 30);
     }
     budgets
+}
+
+/// Resolving a proxy's name may take a while.
+async fn outbound_of(config: &Config) -> Outbound {
+    let (network, is_region) = (config.network.clone(), config.region.is_some());
+    let found = tokio::task::spawn_blocking(move || Outbound::of_host(&network, is_region)).await;
+    let outbound = found.unwrap_or_default();
+    for problem in &outbound.guest.problems {
+        tracing::warn!("{problem}");
+    }
+    outbound
 }
 
 pub(crate) fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> JoinHandle<()> {

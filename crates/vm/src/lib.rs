@@ -43,6 +43,10 @@ pub struct VmSpec {
     pub env: Vec<(String, String)>,
     /// Default directory of commands; made when missing.
     pub working_dir: String,
+    /// Certificate authorities for its programs, in PEM.
+    pub certificates: String,
+    /// Whose commands are, where they do not say: `name` or `uid`, and a group behind a colon; empty for root.
+    pub user: String,
     /// What it will run first, where that is known.
     pub rehearsal: Option<Rehearsal>,
 }

@@ -43,6 +43,7 @@ impl Agent {
             env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("GREETING".into(), "hello".into())],
             working_dir: dir.to_str().unwrap().into(),
             hostname: "box".into(),
+            ..Sandbox::default()
         };
         Self { service: Arc::new(Service::personalized(reaper(), cgroup, sandbox)) }
     }

@@ -150,7 +150,12 @@ impl Machines {
         let mut env = spec.env.clone();
         env.push((MARK.into(), id.clone()));
         fs::create_dir_all(&spec.working_dir).unwrap();
-        let sandbox = Sandbox { env, working_dir: spec.working_dir.clone(), hostname: spec.hostname.clone() };
+        let sandbox = Sandbox {
+            env,
+            working_dir: spec.working_dir.clone(),
+            hostname: spec.hostname.clone(),
+            ..Sandbox::default()
+        };
         let _inside = self.runtime.enter();
         let listener = UnixListener::bind(&socket).unwrap();
         let ports_listener = UnixListener::bind(&ports).unwrap();

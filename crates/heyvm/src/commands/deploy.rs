@@ -43,7 +43,7 @@ pub struct MakeArgs {
     /// Image, for example ubuntu:24.04
     #[arg(long, add = completions::images())]
     pub image: Option<String>,
-    /// shell, python or node: what the image must have to run the app
+    /// What the image must have: shell, python, node, or full (compilers)
     #[arg(long = "type")]
     pub kind: Option<String>,
     /// VM backend [possible values: qemu]

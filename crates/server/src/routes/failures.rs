@@ -58,7 +58,7 @@ const OF_A_CLOUD: [ErrorCode; 4] = [QuotaExceeded, RateLimited, RegionUnavailabl
 /// What a call answers beyond what its path and its body say of it.
 fn own(id: &str) -> &'static [Codes] {
     match id {
-        "create_sandbox" => &[NEW, ARCHIVE, IMAGE, FIRST_STEPS, VM, START],
+        "create_sandbox" => &[NEW, ARCHIVE, IMAGE, &[RateLimited], FIRST_STEPS, VM, START],
         // The answer comes before anything is made.
         "cloud_deploy" => &[NEW, ARCHIVE],
         "start_sandbox" | "restart_sandbox" | "restore_sandbox" => &[VM, START],
@@ -84,7 +84,7 @@ fn own(id: &str) -> &'static [Codes] {
         "wait_for_port" => &[AGENT, &[InvalidPort]],
         "get_route" => &[SANDBOX],
         "list_images" | "cloud_images" => &[&[RegionUnavailable]],
-        "pull_image" | "import_image" => &[IMAGE, &[HostNotReady, OutOfResources]],
+        "pull_image" | "import_image" => &[IMAGE, &[RateLimited, HostNotReady, OutOfResources]],
         "prepare_default_image" => &[IMAGE, VM],
         "import_kernel" => &[&[ImageInvalid, HostNotReady, OutOfResources]],
         "remove_image" => &[&[ImageNotFound, InvalidState]],

@@ -129,6 +129,7 @@ fn collected() -> OpenApiRouter<Api> {
         .routes(routes!(images::pull))
         .routes(routes!(images::import))
         .routes(routes!(images::prepare))
+        .routes(routes!(images::prune))
         .routes(routes!(images::remove))
         .routes(routes!(images::import_kernel))
 }

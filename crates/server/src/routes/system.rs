@@ -18,6 +18,7 @@ use super::{Binary, document as made_document};
 use crate::{
     docs,
     extract::{For, Params, Plane, Who},
+    internet,
     problem::Problem,
 };
 
@@ -48,7 +49,11 @@ pub async fn docs() -> Html<&'static str> {
     responses((status = 200, description = "Every check", body = DoctorReport)))]
 pub async fn doctor(Plane(plane): Plane, For(account): For) -> Result<Json<DoctorReport>, Problem> {
     account.must_be_owner("doctor")?;
-    Ok(Json(plane.doctor().await?))
+    let network = plane.guest_defaults();
+    let (report, internet) = tokio::join!(plane.doctor(), internet::look(network));
+    let mut report = report?;
+    report.checks.extend(internet);
+    Ok(Json(report))
 }
 
 /// Takes a tar.gz or tar.zst for `archive_id` of a create: of any size from the owner of the machine, of up to 1 GiB from

@@ -272,6 +272,8 @@ fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becomi
         }),
         env: spec.env.iter().map(|(name, value)| EnvVar { name: name.clone(), value: value.clone() }).collect(),
         working_dir: spec.working_dir.clone(),
+        user: spec.user.clone(),
+        certificates: spec.certificates.clone(),
         reserve: becoming == Becoming::Reserve,
         disk_bytes: match becoming {
             Becoming::Sandbox { disk_bytes } => disk_bytes,

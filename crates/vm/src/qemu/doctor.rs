@@ -21,7 +21,7 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
         },
     });
     checks.push(match driver.egress().await {
-        Ok(Some(_)) => ok("network", "sandboxes reach the internet, and neither this host nor each other".into()),
+        Ok(Some(_)) => ok("network", "sandboxes have a network, and reach neither this host nor each other".into()),
         Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
         Err(error) => fail(
             "network",

@@ -266,6 +266,8 @@ mod tests {
             config: Default::default(),
             created_at: 0,
             source: "registry".into(),
+            private: false,
+            recipe: None,
         };
         let kernel = Kernel { version: "6".into(), vmlinuz: "/v".into(), initramfs: "/i".into(), digest: "k".into() };
         VmSpec {
@@ -277,6 +279,8 @@ mod tests {
             hostname: "reserve".into(),
             env: Vec::new(),
             working_dir: String::new(),
+            certificates: String::new(),
+            user: String::new(),
             rehearsal: None,
         }
     }

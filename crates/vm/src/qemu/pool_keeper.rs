@@ -89,7 +89,7 @@ impl QemuDriver {
 /// What is made for the pool: nothing of the sandbox that was asked for, whose environment may hold secrets.
 pub fn nobodys(spec: VmSpec) -> VmSpec {
     let env = spec.image.config.env.clone();
-    VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), ..spec }
+    VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), user: String::new(), ..spec }
 }
 
 fn memory() -> Memory {

@@ -435,6 +435,8 @@ mod tests {
                 config: Default::default(),
                 created_at: 0,
                 source: "registry".into(),
+                private: false,
+                recipe: None,
             };
             let kernel =
                 Kernel { version: "6".into(), vmlinuz: empty.clone(), initramfs: empty.clone(), digest: "k".into() };
@@ -447,6 +449,8 @@ mod tests {
                 hostname: "box".into(),
                 env: Vec::new(),
                 working_dir: String::new(),
+                user: String::new(),
+                certificates: String::new(),
                 rehearsal: None,
             };
             Recipe::new(&spec, Acceleration::Tcg, true).key(&host)
