@@ -52,10 +52,13 @@ impl ControlPlane {
             sandboxes: RwLock::new(sandboxes),
             endpoints: RwLock::default(),
             keys: tokio::sync::Mutex::default(),
-            reloading: tokio::sync::Mutex::default(),
+            binding: tokio::sync::Mutex::default(),
+            changes: Default::default(),
+            deadlines: Default::default(),
             image_use: tokio::sync::Mutex::default(),
         });
-        plane.reload_endpoints().await?;
+        plane.all().iter().for_each(|sandbox| plane.noted(sandbox));
+        plane.load_endpoints().await?;
         archives::prepare(&plane.config.home)
             .and_then(|()| logs::prepare(&plane.config.home, &rows))
             .map_err(|error| errors::io("preparing archives and logs", &error))?;

@@ -5,6 +5,7 @@
 //! - [`create`]: the steps of a deploy.  [`replace`]: a new version takes an old one's place.  [`replace_mount`]: a new
 //!   archive within one.
 //! - [`lifecycle`]: stop, start, remove, and what happens by itself.  [`adoption`]: what a new daemon finds.
+//! - [`list`]: lists and their pages.  [`changes`]: what has changed since.  [`deadlines`]: what is due by itself.
 //! - [`mounts`]: directories of this host in a sandbox.
 //! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
@@ -13,13 +14,16 @@
 
 mod adoption;
 mod archives;
+mod changes;
 mod checkpoint;
 mod create;
+mod deadlines;
 mod endpoints;
 mod errors;
 mod guest_command;
 mod images;
 mod lifecycle;
+mod list;
 mod logs;
 mod main_command;
 mod mounts;
@@ -42,14 +46,16 @@ use std::{
 };
 
 use heyvm_api::{ApiError, ErrorCode, sandbox::*, system::*};
-use heyvm_store::{EndpointRow, Store};
+use heyvm_store::Store;
 use heyvm_vm::{AgentConnection, Driver, Vm};
 use tokio::sync::watch;
 
 pub use archives::id_of as archive_id;
+pub use changes::Revision;
 pub use create::Asked;
 pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
+pub use list::{ListQuery, Listing};
 pub use logs::LogChunk;
 use record::Record;
 pub use record::fingerprint;
@@ -86,9 +92,12 @@ pub struct ControlPlane {
     driver: Arc<dyn Driver>,
     images: Arc<heyvm_images::ImageStore>,
     sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
-    endpoints: RwLock<HashMap<String, EndpointRow>>,
+    endpoints: RwLock<endpoints::Endpoints>,
     keys: tokio::sync::Mutex<()>,
-    reloading: tokio::sync::Mutex<()>,
+    /// Held while ports are bound or unbound.
+    binding: tokio::sync::Mutex<()>,
+    changes: changes::Changes,
+    deadlines: deadlines::Deadlines,
     /// Held while an image begins to be used, or goes because it is not.
     image_use: tokio::sync::Mutex<()>,
     /// Whether there are rows that cannot be read: what they need is not known.
@@ -102,6 +111,8 @@ struct Sandbox {
     transition: tokio::sync::Mutex<()>,
     /// Rings at every change, for those who wait for an end.
     changed: watch::Sender<()>,
+    /// Its last change, in the order of all.
+    changed_at: AtomicU64,
     /// Why it is to be removed: whoever asked waits for the lock.
     removal: watch::Sender<Option<Reason>>,
     /// Whether its removal at the end of its time is under way.
@@ -119,6 +130,7 @@ impl Sandbox {
             vm: Mutex::default(),
             transition: tokio::sync::Mutex::default(),
             changed: watch::channel(()).0,
+            changed_at: AtomicU64::new(0),
             removal: watch::channel(None).0,
             expiring: AtomicBool::new(false),
             failure: OnceLock::new(),
@@ -167,22 +179,14 @@ impl Sandbox {
 }
 
 impl ControlPlane {
-    /// Sandboxes of one account, or of all; newest first.
-    pub async fn list(&self, filter: ListFilter, of: Option<&Account>) -> Result<Vec<SandboxInfo>, ApiError> {
-        let mut records: Vec<Record> = self.all().iter().map(|sandbox| sandbox.snapshot()).collect();
-        records.retain(|record| of.is_none_or(|account| record.account == *account));
-        records.retain(|record| match filter {
-            ListFilter::Living => record.holds_its_name(),
-            ListFilter::Stopped => matches!(record.status, Status::Stopped | Status::Failed),
-            ListFilter::All => !record.waiting_to_replace,
-        });
-        records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.id.cmp(&b.id)));
-        Ok(records.iter().map(|record| self.info(record)).collect())
-    }
-
     /// One sandbox; also one removed within the last day.
     pub async fn get(&self, who: &Who) -> Result<SandboxInfo, ApiError> {
         Ok(self.info(&self.find(who)?.snapshot()))
+    }
+
+    /// Whether a sandbox sees directories of the host; false where there is no such sandbox.
+    pub fn has_mounts(&self, who: &Who) -> bool {
+        self.find(who).is_ok_and(|sandbox| !sandbox.record().mounts.is_empty())
     }
 
     /// The agent of a running sandbox, for exec and files.
@@ -237,8 +241,8 @@ impl ControlPlane {
 
     fn add(&self, sandbox: &Arc<Sandbox>) {
         let id = sandbox.record().id.clone();
-        let mut all = self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        all.insert(id, Arc::clone(sandbox));
+        self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(id, Arc::clone(sandbox));
+        self.noted(sandbox);
     }
 
     fn drop_from_memory(&self, id: &str) {
@@ -283,9 +287,32 @@ impl ControlPlane {
         let mut next = sandbox.snapshot();
         change(&mut next);
         self.store.update(&next.row()).await.map_err(errors::store)?;
-        *sandbox.record() = next.clone();
-        sandbox.changed.send_replace(());
+        self.publish(sandbox, next.clone());
         Ok(next)
+    }
+
+    /// Puts what the store has into memory, for everyone who looks or waits.
+    fn publish(&self, sandbox: &Sandbox, record: Record) {
+        *sandbox.record() = record;
+        self.noted(sandbox);
+        sandbox.changed.send_replace(());
+    }
+
+    /// Notes a change of a sandbox: for lists of changes, and for what is due by itself.
+    fn noted(&self, sandbox: &Sandbox) {
+        let (id, deadline) = {
+            let record = sandbox.record();
+            (record.id.clone(), record.deadline())
+        };
+        self.deadlines.set(&id, deadline);
+        self.changes.stamp(&sandbox.changed_at);
+    }
+
+    /// Notes a change that is not in the record.
+    fn touch(&self, id: &str) {
+        if let Some(sandbox) = self.with_id(id) {
+            self.changes.stamp(&sandbox.changed_at);
+        }
     }
 }
 

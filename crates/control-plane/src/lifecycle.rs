@@ -26,10 +26,8 @@ use crate::{
 
 /// What processes get to end in order.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
-/// How often expired and long removed sandboxes are looked for, at least.
-const SWEEP: Duration = Duration::from_secs(30);
-/// How long a removed sandbox is told of.
-const REMEMBERED: chrono::Duration = chrono::Duration::days(1);
+/// What could not be done about an expired sandbox is tried again after this.
+const AGAIN: chrono::Duration = chrono::Duration::seconds(1);
 
 impl ControlPlane {
     /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
@@ -211,7 +209,11 @@ impl ControlPlane {
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
         self.forget_mounts(&record.id);
-        self.save(sandbox, |record| record.enter(Status::Removed, record.reason.clone())).await?;
+        self.save(sandbox, |record| {
+            record.enter(Status::Removed, record.reason.clone());
+            record.drop_content();
+        })
+        .await?;
         self.prune_images().await;
         self.store.remove_keys(&record.id).await.map_err(errors::store)
     }
@@ -259,28 +261,25 @@ impl ControlPlane {
     /// Removes what has expired and forgets what was removed a day ago, for as long as the daemon runs.
     pub(crate) async fn sweep_forever(self: Arc<Self>) {
         loop {
+            self.deadlines.wait().await;
             self.sweep().await;
-            tokio::time::sleep(self.until_next_expiry()).await;
         }
     }
 
     pub(crate) async fn sweep(self: &Arc<Self>) {
         let now = Utc::now();
-        let (mut expired, mut past) = (Vec::new(), Vec::new());
-        for sandbox in self.all() {
-            let record = sandbox.snapshot();
-            if record.status == Status::Removed {
-                past.extend(Some(record).filter(|record| now - record.status_changed_at > REMEMBERED));
-            } else if record.expires_at().is_some_and(|at| at <= now) {
-                expired.push(sandbox);
-            }
-        }
-        for record in past {
-            self.forget(&record).await;
-        }
-        // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
-        for sandbox in expired {
-            if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+        for id in self.deadlines.take_due(now) {
+            let Some(sandbox) = self.with_id(&id) else { continue };
+            let (is_removed, deadline) = {
+                let record = sandbox.record();
+                (record.status == Status::Removed, record.deadline())
+            };
+            if deadline.is_none_or(|at| at > now) {
+                self.deadlines.set(&id, deadline);
+            } else if is_removed {
+                self.forget(&id).await;
+            } else if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+                // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
                 tokio::spawn(Arc::clone(self).expire(sandbox));
             }
         }
@@ -292,23 +291,27 @@ impl ControlPlane {
             tracing::error!(%error, "a sandbox whose time ran out could not be removed");
         }
         sandbox.expiring.store(false, Ordering::Relaxed);
-    }
-
-    async fn forget(&self, record: &Record) {
-        if self.store.forget(&record.id).await.is_ok() {
-            self.drop_from_memory(&record.id);
-            self.remove_log(&record.id);
+        // What could not be removed is tried again, and so is what got another deadline meanwhile.
+        let (id, removed) = {
+            let record = sandbox.record();
+            (record.id.clone(), record.status == Status::Removed)
+        };
+        if !removed {
+            self.deadlines.set(&id, Some(Utc::now() + AGAIN));
         }
     }
 
-    fn until_next_expiry(&self) -> Duration {
-        let now = Utc::now();
-        let all = self.all();
-        let living = all.iter().map(|sandbox| sandbox.snapshot()).filter(|record| record.status != Status::Removed);
-        let next = living.filter_map(|record| record.expires_at()).min();
-        let wait = next.and_then(|at| (at - now).to_std().ok()).unwrap_or(SWEEP);
-        // One that is asked for meanwhile may expire sooner than any that is known now.
-        wait.clamp(Duration::from_millis(20), Duration::from_millis(500))
+    async fn forget(&self, id: &str) {
+        match self.store.forget(id).await {
+            Ok(()) => {
+                self.drop_from_memory(id);
+                self.remove_log(id);
+            }
+            Err(error) => {
+                tracing::error!(%error, id, "a removed sandbox could not be forgotten");
+                self.deadlines.set(id, Some(Utc::now() + AGAIN));
+            }
+        }
     }
 }
 

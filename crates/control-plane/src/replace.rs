@@ -45,16 +45,15 @@ impl ControlPlane {
         old_record.enter(Status::Stopping, Some(reason.clone()));
         new_record.waiting_to_replace = false;
         new_record.run();
+        let _no_port_is_bound_meanwhile = self.binding.lock().await;
         let mut moved = self.rows_of(&old_record.id);
         moved.retain(|row| new_record.open_ports.contains(&row.port));
         // A private one is not opened by leaving it out.
         moved.iter_mut().for_each(|row| row.is_public = new_record.ports_are_public.unwrap_or(row.is_public));
         self.store.replace(&old_record.row(), &new_record.row(), &moved).await.map_err(errors::store)?;
-        *old.record() = old_record;
-        *new.record() = new_record;
-        self.reload_endpoints().await?;
-        old.changed.send_replace(());
-        new.changed.send_replace(());
+        self.move_endpoints(&old_record.id, &new_record.id, moved);
+        self.publish(old, old_record);
+        self.publish(new, new_record);
         let (plane, old) = (Arc::clone(self), Arc::clone(old));
         tokio::spawn(async move {
             tokio::time::sleep(LAST_ANSWERS).await;

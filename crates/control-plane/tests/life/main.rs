@@ -8,6 +8,7 @@ mod adoption;
 mod creating;
 mod ending;
 mod images;
+mod lists;
 mod names;
 mod ports;
 mod replacing;

@@ -84,7 +84,7 @@ async fn status(context: &Context) -> Outcome {
 async fn stop_all(context: &Context) -> Result<(), ApiError> {
     let Some((client, _)) = background::running(&context.home).await else { return Ok(()) };
     let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
-    let all: Vec<SandboxInfo> = everyones.get("/sandboxes?filter=living").await?;
+    let all: Vec<SandboxInfo> = everyones.list("/sandboxes?filter=living").await?;
     for info in all {
         let client = match &info.account_id {
             Some(account) => client.clone().for_account(account)?,

@@ -28,7 +28,7 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
         (_, true) => "stopped",
         _ => "living",
     };
-    let all: Vec<SandboxInfo> = context.client().await?.get(&format!("/sandboxes?filter={filter}")).await?;
+    let all: Vec<SandboxInfo> = context.client().await?.list(&format!("/sandboxes?filter={filter}")).await?;
     output::answer(context.format, &all, || {
         if all.is_empty() {
             return "no sandboxes; heyvm deploy DIR makes one".into();
