@@ -20,6 +20,8 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 pub enum ErrorCode {
     /// A field, flag or header is malformed; the message names it.
     InvalidArgument,
+    /// A field is larger, or has more entries, than allowed; the message names the limit.
+    LimitExceeded,
     /// The request's path or framing is none that is served.
     BadRequest,
     /// The request names no host, or two.
@@ -105,8 +107,8 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         use ErrorCode::*;
         match self {
-            InvalidArgument | BadRequest | BadHost | InvalidName | InvalidPort | UnknownSizeClass | UnknownRegion
-            | InvalidDirectory => 400,
+            InvalidArgument | LimitExceeded | BadRequest | BadHost | InvalidName | InvalidPort | UnknownSizeClass
+            | UnknownRegion | InvalidDirectory => 400,
             Unauthorized => 401,
             QuotaExceeded => 402,
             Forbidden => 403,

@@ -337,20 +337,23 @@ pub struct CreateRequest {
     /// The image's own (WORKDIR) when absent, else `/workspace`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub working_directory: Option<String>,
-    /// Ports to bind.
+    /// Ports to bind, up to 32.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 32)]
     pub open_ports: Vec<i64>,
     /// Whether the ports are bound without authentication; default true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub is_public: Option<bool>,
-    /// Environment of every command.
+    /// Environment of every command; names and values together up to 128 KiB.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub env_vars: BTreeMap<String, String>,
-    /// Run in order with `sh -c` after the archive is unpacked, before the start command.
+    /// Run in order with `sh -c` after the archive is unpacked, before the start command; up to 32 of up to 64 KiB each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 32)]
     pub setup_hooks: Vec<String>,
     /// Directories of the daemon's host that the sandbox sees, live, up to 16.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 16)]
     pub mounts: Vec<Mount>,
     /// `micro` … `xlarge`; `small` when absent. A string, so that an unknown one gets its own error code.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -429,7 +432,7 @@ pub struct SandboxInfo {
     pub ttl_seconds: Option<i64>,
     /// When the time-to-live runs out.
     pub expires_at: Option<DateTime<Utc>>,
-    /// Environment of every command.
+    /// Environment of every command. Values are `[redacted]` for callers that may not run commands.
     pub env_vars: BTreeMap<String, String>,
     /// The start command.
     pub start_command: Option<StartCommand>,
@@ -481,6 +484,17 @@ pub struct SandboxInfo {
 pub enum AgentState {
     /// It does not answer: exec, files and ports wait. It is asked again until it does.
     Unresponsive,
+}
+
+/// Stands for the value of an environment variable where the caller may see its name alone.
+pub const REDACTED: &str = "[redacted]";
+
+impl SandboxInfo {
+    /// With the names of its environment, and [`REDACTED`] for each value.
+    pub fn without_values(mut self) -> Self {
+        self.env_vars.values_mut().for_each(|value| REDACTED.clone_into(value));
+        self
+    }
 }
 
 /// Query of `GET /sandboxes`.

@@ -18,6 +18,8 @@ mod quotas;
 mod regions;
 mod routes;
 mod sync;
+#[cfg(test)]
+mod tests;
 mod tls;
 
 use std::sync::Arc;
@@ -28,7 +30,7 @@ use heyvm_api::{
 };
 use heyvm_store::{Store, placements::PlacementRow};
 
-pub use placements::Place;
+pub use placements::{ListQuery, Place};
 pub use quotas::Quotas;
 pub use regions::{Region, RegionConfig, Way};
 pub use routes::Destination;

@@ -65,12 +65,14 @@ impl ControlPlane {
             listeners: OnceLock::new(),
             local_ports: RwLock::default(),
             keys: tokio::sync::Mutex::default(),
-            reloading: tokio::sync::Mutex::default(),
+            binding: tokio::sync::Mutex::default(),
+            book: Default::default(),
             image_use: tokio::sync::Mutex::default(),
             pulls,
             substitutions: std::sync::Mutex::default(),
         });
-        plane.reload_endpoints().await?;
+        plane.all().iter().for_each(|sandbox| plane.book.noted(sandbox));
+        plane.load_endpoints().await?;
         archives::prepare(&plane.config.home)
             .and_then(|()| logs::prepare(&plane.config.home, &rows, &vms))
             .map_err(|error| errors::io("preparing archives and logs", &error))?;

@@ -34,10 +34,8 @@ pub(crate) const GRACE: Duration = Duration::from_secs(5);
 const BEFORE_STOP: Duration = Duration::from_secs(30);
 /// The same for a removal, which leaves nothing of what it does.
 const BEFORE_REMOVAL: Duration = Duration::from_secs(2);
-/// How often expired and long removed sandboxes are looked for, at least.
-const SWEEP: Duration = Duration::from_secs(30);
-/// How long a removed sandbox is told of.
-const REMEMBERED: chrono::Duration = chrono::Duration::days(1);
+/// What could not be done about a sandbox by itself is tried again after this.
+pub(crate) const AGAIN: chrono::Duration = chrono::Duration::seconds(1);
 
 impl ControlPlane {
     /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
@@ -275,7 +273,11 @@ impl ControlPlane {
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
         self.forget_mounts(&record.id);
-        self.save(sandbox, |record| record.enter(Status::Removed, record.reason.clone())).await?;
+        self.save(sandbox, |record| {
+            record.enter(Status::Removed, record.reason.clone());
+            record.drop_content();
+        })
+        .await?;
         self.prune_images().await;
         self.store.remove_keys(&record.id).await.map_err(errors::store)
     }
@@ -343,30 +345,28 @@ impl ControlPlane {
     /// Removes what has expired and forgets what was removed a day ago, for as long as the daemon runs.
     pub(crate) async fn sweep_forever(self: Arc<Self>) {
         loop {
+            self.book.deadlines.wait().await;
             // One sandbox that makes it panic is not to keep the others alive.
-            let _ = supervised::run("looking for what has expired", self.sweep()).await;
-            tokio::time::sleep(self.until_next_expiry()).await;
+            let _ = supervised::run("looking for what is due", self.sweep()).await;
         }
     }
 
     pub(crate) async fn sweep(self: &Arc<Self>) {
         let now = Utc::now();
-        let (mut expired, mut past) = (Vec::new(), Vec::new());
-        for sandbox in self.all() {
+        for id in self.book.deadlines.take_due(now) {
+            let Some(sandbox) = self.with_id(&id) else { continue };
             let record = sandbox.snapshot();
-            if record.status == Status::Removed {
-                past.extend(Some(record).filter(|record| now - record.status_changed_at > REMEMBERED));
-            } else if record.expires_at().is_some_and(|at| at <= now) {
-                expired.push(sandbox);
-            }
-        }
-        for record in past {
-            self.forget(&record).await;
-        }
-        self.start_due();
-        // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
-        for sandbox in expired {
-            if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+            let (deadline, expires_at) = (record.deadline(), record.expires_at());
+            if deadline.is_none_or(|at| at > now) {
+                self.book.deadlines.set(&id, deadline);
+            } else if record.status == Status::Removed {
+                self.forget(&id).await;
+            } else if expires_at.is_none_or(|at| at > now) {
+                // Its start may take a while, and its time may run out meanwhile.
+                self.book.deadlines.set(&id, expires_at);
+                self.start_if_due(&sandbox);
+            } else if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+                // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
                 tokio::spawn(Arc::clone(self).expire(sandbox));
             }
         }
@@ -379,23 +379,27 @@ impl ControlPlane {
             tracing::error!(%error, "a sandbox whose time ran out could not be removed");
         }
         sandbox.expiring.store(false, Ordering::Relaxed);
-    }
-
-    async fn forget(&self, record: &Record) {
-        if self.store.forget(&record.id).await.is_ok() {
-            self.drop_from_memory(&record.id);
-            self.remove_log(&record.id);
+        // What could not be removed is tried again, and so is what got another deadline meanwhile.
+        let (id, removed) = {
+            let record = sandbox.record();
+            (record.id.clone(), record.status == Status::Removed)
+        };
+        if !removed {
+            self.book.deadlines.set(&id, Some(Utc::now() + AGAIN));
         }
     }
 
-    fn until_next_expiry(&self) -> Duration {
-        let now = Utc::now();
-        let all = self.all();
-        let living = all.iter().map(|sandbox| sandbox.snapshot()).filter(|record| record.status != Status::Removed);
-        let next = living.filter_map(|record| record.expires_at()).min();
-        let wait = next.and_then(|at| (at - now).to_std().ok()).unwrap_or(SWEEP);
-        // One that is asked for meanwhile may expire sooner than any that is known now.
-        wait.clamp(Duration::from_millis(20), Duration::from_millis(500))
+    async fn forget(&self, id: &str) {
+        match self.store.forget(id).await {
+            Ok(()) => {
+                self.drop_from_memory(id);
+                self.remove_log(id);
+            }
+            Err(error) => {
+                tracing::error!(%error, id, "a removed sandbox could not be forgotten");
+                self.book.deadlines.set(id, Some(Utc::now() + AGAIN));
+            }
+        }
     }
 }
 

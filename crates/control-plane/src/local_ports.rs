@@ -35,11 +35,12 @@ impl ControlPlane {
     pub async fn open_local_ports(&self, ports: Arc<dyn LocalPorts>) -> Result<(), ApiError> {
         // A second one has nothing to do.
         let _ = self.listeners.set(ports);
-        self.reload_endpoints().await
+        let _no_port_is_bound_meanwhile = self.binding.lock().await;
+        self.listen_for_endpoints().await
     }
 
     /// Brings listeners and store in step with the endpoints. A port that cannot be listened on is no reason to refuse
-    /// anything: the URL is there.
+    /// anything: the URL is there. The lock on binding is held.
     pub(crate) async fn update_local_ports(&self) {
         if let Err(error) = self.listen_for_endpoints().await {
             tracing::error!(%error, "the ports on loopback could not be kept");
@@ -49,8 +50,7 @@ impl ControlPlane {
     async fn listen_for_endpoints(&self) -> Result<(), ApiError> {
         let Some(listeners) = self.listeners.get() else { return Ok(()) };
         let known = self.store.local_ports().await.map_err(errors::store)?;
-        let rows: Vec<_> =
-            self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner()).values().cloned().collect();
+        let rows = self.all_rows();
         let wanted = rows.iter().map(|row| WantedPort {
             subdomain: row.subdomain.clone(),
             url: self.url(row).url,

@@ -29,7 +29,7 @@ use tonic::{Code, Streaming};
 use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached, supervised};
 
 /// Mounts of one sandbox, at most.
-const MAX_MOUNTS: usize = 16;
+const MAX_MOUNTS: usize = heyvm_api::limits::MOUNTS.most;
 /// Never covered in a sandbox, nor mounted from here.
 const SYSTEM: [&str; 3] = ["/proc", "/sys", "/dev"];
 /// Requests and answers that may wait.

@@ -28,6 +28,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Account, image_run::ImageRun, restarts};
 
+/// How long removed sandboxes stay in the lists.
+const RETENTION: chrono::Duration = chrono::Duration::days(1);
+
 /// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -159,6 +162,22 @@ impl Record {
     pub fn expires_at(&self) -> Option<DateTime<Utc>> {
         let ttl = chrono::Duration::try_seconds(self.ttl_seconds?)?;
         self.created_at.checked_add_signed(ttl)
+    }
+
+    /// When something is to be done about it by itself: its removal or its next start, and once it is removed, its end in
+    /// the lists.
+    pub fn deadline(&self) -> Option<DateTime<Utc>> {
+        match self.status {
+            Status::Removed => self.status_changed_at.checked_add_signed(RETENTION),
+            _ => self.expires_at().into_iter().chain(self.next_start_at).min(),
+        }
+    }
+
+    /// Drops what clients sent and no one needs once it is removed: it may be large, and holds secrets.
+    pub fn drop_content(&mut self) {
+        self.env_vars.clear();
+        self.image_env.clear();
+        self.setup_hooks.clear();
     }
 
     /// Moves on, with the reason where it no longer runs.

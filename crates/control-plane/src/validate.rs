@@ -2,7 +2,7 @@
 
 use chrono::Utc;
 use heyvm_api::{
-    ApiError, ErrorCode, names,
+    ApiError, ErrorCode, limits, names,
     sandbox::{CreateRequest, ResizeRequest, RestartPolicy, SizeClass, Status},
 };
 use rand::seq::IndexedRandom;
@@ -19,6 +19,7 @@ const TYPES: [&str; 4] = ["shell", "python", "node", "full"];
 
 /// A record in its first state; nothing has been done yet.
 pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Result<Record, ApiError> {
+    limits::check_create(request)?;
     let name = match &request.name {
         Some(name) => {
             names::check_name(name)?;
@@ -264,7 +265,8 @@ mod tests {
 
     #[test]
     fn every_bad_field_has_its_code() {
-        let bad: [(CreateRequest, ErrorCode); 11] = [
+        let bad: [(CreateRequest, ErrorCode); 12] = [
+            (CreateRequest { open_ports: (1..=33).collect(), ..Default::default() }, ErrorCode::LimitExceeded),
             (CreateRequest { archive_root: Some("a/../..".into()), ..Default::default() }, ErrorCode::InvalidArgument),
             (CreateRequest { name: Some("a b".into()), ..Default::default() }, ErrorCode::InvalidName),
             (CreateRequest { slug: Some("A".into()), ..Default::default() }, ErrorCode::InvalidName),

@@ -200,6 +200,7 @@ fn spawn(home: &Path, log: File, debug: bool) -> io::Result<Child> {
 
 fn daemon_command(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool) -> Command {
     let mut command = Command::new(program);
+    heyvm_jail::environment::keep(command.env_clear(), is_for_the_daemon);
     command.args(["daemon", "run"]).env("HEYO_HOME", home).current_dir("/").process_group(0);
     // mkfs.ext4, nft and modprobe lie where an ordinary user's PATH does not lead.
     let mut path = own_path.as_ref().to_owned();
@@ -212,6 +213,20 @@ fn daemon_command(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debu
         command.env("HEYVM_LOG", "debug");
     }
     command
+}
+
+/// What the daemon reads of the environment, and what programs that it runs do. It outlives the command that starts it,
+/// whose secrets (`JWT_SECRET`, tokens, those of other programs) are not for it.
+fn is_for_the_daemon(name: &str) -> bool {
+    const OWN: [&str; 4] = ["DOCKER_CONFIG", "HEYVM_AGENT", "HEYVM_LOG", "RUST_BACKTRACE"];
+    const SYSTEM: [&str; 9] =
+        ["HOME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "XDG_RUNTIME_DIR"];
+    const TRUST: [&str; 5] =
+        ["CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"];
+    const PROXIES: [&str; 4] = ["all_proxy", "http_proxy", "https_proxy", "no_proxy"];
+    [&OWN[..], &SYSTEM, &TRUST].iter().any(|names| names.contains(&name))
+        || PROXIES.contains(&name.to_ascii_lowercase().as_str())
+        || ["LC_", "HEYVM_TEST_"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn log_tail(path: &Path, from: u64) -> Vec<String> {
@@ -254,7 +269,7 @@ pub fn pid(home: &Path) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, os::unix::fs::PermissionsExt};
 
     use super::*;
 
@@ -315,6 +330,31 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(socket(home.path())).unwrap();
         let error = ensure(home.path(), false).await.err().unwrap();
         assert!(error.code == ErrorCode::DaemonUnavailable && error.message.contains("does not answer"), "{error}");
+    }
+
+    #[test]
+    fn secrets_of_the_command_are_not_for_the_daemon() {
+        for name in ["PATH", "HOME", "LC_ALL", "HTTPS_PROXY", "no_proxy", "HEYVM_LOG", "HEYVM_AGENT"] {
+            assert!(is_for_the_daemon(name), "{name}");
+        }
+        for name in [
+            "JWT_SECRET",
+            "HEYO_API_KEY",
+            "HEYO_ARCHIVE_TOKEN",
+            "HEYVM_SERVER_SECRET",
+            "HEYVM_STORE",
+            "AWS_SECRET_ACCESS_KEY",
+        ] {
+            assert!(!is_for_the_daemon(name), "{name}");
+        }
+        let home = tempfile::tempdir().unwrap();
+        let program = home.path().join("show");
+        fs::write(&program, "#!/bin/sh\nenv\n").unwrap();
+        fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
+        let printed = daemon_command(home.path(), &program, "/bin", false).output().unwrap();
+        let names = String::from_utf8(printed.stdout).unwrap();
+        // What cargo gives a test is there to be left out.
+        assert!(!names.contains("CARGO_") && names.contains("PATH="), "{names}");
     }
 
     #[test]

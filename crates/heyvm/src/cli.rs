@@ -76,7 +76,7 @@ pub struct Serve {
     /// Address of the REST API; one that others can reach needs JWT_SECRET in the environment, or --allow-remote
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", requires = "api")]
     pub listen: IpAddr,
-    /// Let whoever reaches the REST API do everything, without credentials
+    /// Let whoever reaches the REST API use every sandbox, without credentials
     #[arg(long, requires = "api")]
     pub allow_remote: bool,
 }

@@ -4,7 +4,7 @@
 //! - [`run_daemon`] (`daemon`): lock, socket, store, driver, control plane, edge proxy; their end in order.
 //!   `config`: what the user may decide.  `home`: the directory all of it lives in.  `outbound`: what sandboxes take over from the host.  `proxy`: the edge's way in.
 //! - `routes`: one module per noun; the OpenAPI document is made from them.  `extract`, `problem`: what comes in and
-//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.
+//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.  `listing`: lists page by page.
 //!   `output`: what commands have printed, within a budget.  `linger`: bodies nobody reads.
 //!   `internet`: what doctor finds when it looks.  `docs`: the document as a page.
 //! - `region`: the same routes over TLS, for the servers of a cloud that ask for accounts.
@@ -30,6 +30,7 @@ mod gate;
 mod home;
 mod internet;
 mod linger;
+mod listing;
 mod local_ports;
 mod outbound;
 mod output;

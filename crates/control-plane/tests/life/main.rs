@@ -12,6 +12,7 @@ mod ending;
 mod hooks;
 mod hostile;
 mod images;
+mod lists;
 mod names;
 mod orphans;
 mod ports;

@@ -140,3 +140,21 @@ fn calls_answer_while_ports_are_flooded() {
         assert!(matches!(silent, Err(ConnectError::NothingListens(1))));
     });
 }
+
+#[test]
+fn ports_of_a_sandbox_are_limited() {
+    let daemon = Daemon::new();
+    daemon.create(daemon.request("web")).unwrap();
+    for port in 1..=32 {
+        bind(&daemon, "web", port).unwrap();
+    }
+    let refused = bind(&daemon, "web", 33).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::LimitExceeded);
+    assert!(refused.message.contains("32") && refused.hint.is_some());
+    // A bound one is bound already, and one that is unbound makes room.
+    bind(&daemon, "web", 1).unwrap();
+    daemon.run(daemon.plane().unbind(&Who::owners("web"), 1)).unwrap();
+    bind(&daemon, "web", 33).unwrap();
+    let all = CreateRequest { open_ports: (1..=33).collect(), ..daemon.request("other") };
+    assert_eq!(daemon.create(all).unwrap_err().code, ErrorCode::LimitExceeded);
+}

@@ -123,7 +123,7 @@ async fn stop_all(context: &Context) -> Result<Vec<String>, ApiError> {
     }
     let client = context.daemon().await?;
     let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
-    let all: Vec<SandboxInfo> = everyones.get("/sandboxes?filter=living").await?;
+    let all: Vec<SandboxInfo> = everyones.list("/sandboxes?filter=living").await?;
     let mut stopped = Vec::new();
     for info in all {
         let client = match &info.account_id {

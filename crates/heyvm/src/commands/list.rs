@@ -37,7 +37,7 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
         _ => "living",
     };
     let client = context.client().await?;
-    let all: Vec<SandboxInfo> = client.get(&format!("/sandboxes?filter={filter}")).await?;
+    let all: Vec<SandboxInfo> = client.list(&format!("/sandboxes?filter={filter}")).await?;
     // A server's accounts have none: a lost record is its operator's affair.
     let orphans: Vec<OrphanInfo> = match args.all && context.cloud.is_none() {
         true => client.get("/orphans").await?,

@@ -36,6 +36,7 @@ const IMAGE: Codes = &[ImageNotFound, ImageInvalid, RegistryUnavailable, RegionU
 const ARCHIVE: Codes = &[ArchiveNotFound, StorageUnavailable, OutOfResources];
 const UPLOAD: Codes = &[InvalidName, ArchiveInvalid];
 const NEW: Codes = &[
+    LimitExceeded,
     InvalidName,
     InvalidPort,
     UnknownSizeClass,
@@ -78,7 +79,9 @@ fn own(id: &str) -> &'static [Codes] {
             &[AGENT, FILES]
         }
         "cloud_read_file" | "cloud_write_file" => &[AGENT, FILES],
-        "bind_port" | "cloud_bind" => &[SANDBOX, &[InvalidPort, PortNotBound, InvalidState, Unsupported]],
+        "bind_port" | "cloud_bind" => {
+            &[SANDBOX, &[LimitExceeded, InvalidPort, PortNotBound, InvalidState, Unsupported]]
+        }
         "unbind_port" | "unbind_port_by_query" => &[&[InvalidPort, PortNotBound]],
         "dial_port" => &[AGENT, &[InvalidPort, PortNotListening]],
         "wait_for_port" => &[AGENT, &[InvalidPort]],
@@ -90,7 +93,8 @@ fn own(id: &str) -> &'static [Codes] {
         "remove_image" => &[&[ImageNotFound, InvalidState]],
         "put_archive" | "upload_archive" => &[ARCHIVE, UPLOAD, &[Forbidden, InvalidState, QuotaExceeded]],
         "finalize_archive" => &[ARCHIVE, &[InvalidName, InvalidState]],
-        "list_archives" | "list_archives_as_local" | "presign_archive" => &[&[StorageUnavailable]],
+        "list_archives" | "list_archives_as_local" => &[&[StorageUnavailable]],
+        "presign_archive" => &[&[StorageUnavailable, RateLimited]],
         "get_archive" | "remove_archive" | "remove_archive_as_local" => &[ARCHIVE, &[InvalidState]],
         "log_in" | "exchange_api_key" => &[&[Unauthorized, RateLimited, HostNotReady]],
         "refresh_tokens" => &[&[Unauthorized, HostNotReady]],
