@@ -1,7 +1,7 @@
 //! Sizes and counts that a request may have. This is the whole table: the servers check by it, the OpenAPI documents and
 //! docs/api.md show it.
 
-use crate::{ApiError, ErrorCode, names, sandbox::CreateRequest};
+use crate::{ApiError, ErrorCode, names, sandbox::CreateRequest, start_command::StartCommand};
 
 /// One limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,8 +92,10 @@ pub fn check_create(request: &CreateRequest) -> Result<(), ApiError> {
     ENV_BYTES.check(request.env_vars.iter().map(|(name, value)| name.len() + value.len() + 2).sum())?;
     HOOKS.check(request.setup_hooks.len())?;
     HOOK_BYTES.check(request.setup_hooks.iter().map(String::len).sum())?;
-    for command in request.setup_hooks.iter().chain(&request.start_command) {
-        COMMAND.check(command.len())?;
+    for size in
+        request.setup_hooks.iter().map(String::len).chain(request.start_command.as_ref().map(StartCommand::size))
+    {
+        COMMAND.check(size)?;
     }
     PORTS.check(request.open_ports.len())?;
     MOUNTS.check(request.mounts.len())?;
@@ -128,8 +130,8 @@ mod tests {
                 CreateRequest { setup_hooks: vec![text(64 << 10), text(64 << 10), text(1)], ..none() },
             ),
             (
-                CreateRequest { start_command: Some(text(64 << 10)), ..none() },
-                CreateRequest { start_command: Some(text((64 << 10) + 1)), ..none() },
+                CreateRequest { start_command: Some(text(64 << 10).into()), ..none() },
+                CreateRequest { start_command: Some(text((64 << 10) + 1).into()), ..none() },
             ),
             (
                 CreateRequest { open_ports: vec![80; 32], ..none() },

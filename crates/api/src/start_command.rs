@@ -32,6 +32,14 @@ impl StartCommand {
         }
     }
 
+    /// Bytes of all its words.
+    pub fn size(&self) -> usize {
+        match self {
+            Self::Script(script) => script.len(),
+            Self::Words(words) => words.iter().map(|word| word.len() + 1).sum(),
+        }
+    }
+
     /// Whether it is a script for a shell.
     pub fn is_script(&self) -> bool {
         matches!(self, Self::Script(_))
