@@ -308,7 +308,8 @@ Example:
   heyvm restore my-app";
 const RECOVER_EXAMPLES: &str = "\
 A disk is orphaned when the daemon's database was lost, or restored from a backup. `heyvm list --all`
-lists orphans. One whose VM runs is a running sandbox again, any other a stopped one; `heyvm rm ID` removes one.
+lists orphans. One whose VM runs is a running sandbox again, any other a stopped one.
+`heyvm rm ID` removes an orphan.
 
 Example:
   heyvm recover cbbe1029 --name web";

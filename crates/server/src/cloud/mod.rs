@@ -159,16 +159,18 @@ pub fn router(served: Served) -> Router {
 }
 
 /// Calls of the daemon's API that concern its machine, or that only a server makes.
-const NOT_IN_A_CLOUD: [&str; 9] = [
+const NOT_IN_A_CLOUD: [&str; 11] = [
     "/doctor",
     "/images/import",
     "/images/prepare",
     "/images/prune",
     "/images/{name}",
     "/kernels/import",
+    "/orphans",
     "/routes/{subdomain}",
     "/sandboxes/{id}/mounts",
     "/sandboxes/{id}/ports/{port}",
+    "/sandboxes/{id}/recover",
 ];
 
 /// The OpenAPI document: this API's own calls, and those of the daemon's that it offers, too.
