@@ -171,6 +171,7 @@ const NOT_IN_A_CLOUD: [&str; 11] = [
     "/sandboxes/{id}/mounts",
     "/sandboxes/{id}/ports/{port}",
     "/sandboxes/{id}/recover",
+    "/sandboxes/{id}/restart-policy",
 ];
 
 /// The OpenAPI document: this API's own calls, and those of the daemon's that it offers, too.
