@@ -85,7 +85,7 @@ impl<'d> Call<'d> {
                 "sandbox_path" => json!("/workspace"),
                 "command" => json!("touch /workspace/stranger"),
                 _ if !required.contains(&name.as_str()) => continue,
-                _ if field["type"] == "integer" => json!(60),
+                _ if field["type"] == "integer" || field["type"][0] == "integer" => json!(60),
                 _ => json!("x"),
             };
             body.insert(name.clone(), value);
