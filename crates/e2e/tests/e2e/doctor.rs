@@ -102,7 +102,7 @@ fn bash_completes_commands_names_and_sizes() {
     assert_eq!(completed(&host, "heyvm create --size-class mi"), ["micro", "mini"]);
     // A key press starts no daemon.
     host.end_daemon(Signal::SIGTERM);
-    assert_eq!(completed(&host, "heyvm stop comp"), [""]);
+    assert_eq!(completed(&host, "heyvm stop comp"), Vec::<String>::new());
     assert!(host.daemon().is_none());
     assert_eq!(vm.status(), "running");
 }
