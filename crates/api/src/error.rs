@@ -130,6 +130,7 @@ impl ErrorCode {
         use ErrorCode::*;
         match self {
             InvalidArgument | BadRequest => "`heyvm COMMAND --help` and GET /openapi.json describe what is accepted",
+            LimitExceeded => "stay within the limit that the message names",
             BadHost => "use a host name of `urls`, as `heyvm get` prints it",
             InvalidName => "use lower-case letters, digits and dashes",
             InvalidPort => "use a port from 1 to 65535",

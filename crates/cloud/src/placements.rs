@@ -70,7 +70,7 @@ impl Cloud {
         if !names::is_short_id(who) {
             return Ok(None);
         }
-        let mut rows = self.store.placements_of(account).await?;
+        let mut rows = self.store.placements_with_prefix(account, who, 2).await?;
         let found = names::only_one_with(who, rows.iter().map(|row| row.id.clone()))?;
         rows.retain(|row| found.as_ref() == Some(&row.id));
         Ok(rows.pop())

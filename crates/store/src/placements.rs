@@ -234,6 +234,18 @@ impl Store {
         query.fetch_all(&self.pool).await?.iter().map(placement).collect()
     }
 
+    /// At most `limit` of the account's whose id begins with `prefix`, of hexadecimal digits and dashes.
+    pub async fn placements_with_prefix(
+        &self,
+        account: &str,
+        prefix: &str,
+        limit: i64,
+    ) -> Result<Vec<PlacementRow>, Error> {
+        let sql = format!("SELECT {COLUMNS} FROM placements WHERE account_id = $1 AND id LIKE $2 || '%' LIMIT $3");
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(account).bind(prefix).bind(limit);
+        query.fetch_all(&self.pool).await?.iter().map(placement).collect()
+    }
+
     /// Ids of the region's that are not gone and have not changed since `before`.
     pub async fn placements_unheard(&self, region: &str, before: i64) -> Result<Vec<String>, Error> {
         let sql = "SELECT id FROM placements WHERE region = $1 AND NOT gone AND created_at < $2 AND changed_at < $2";

@@ -284,6 +284,9 @@ async fn pages_of_placements_have_each_of_them_once(at: Place) {
         }
         assert_eq!(ids, expected);
     }
+    for (account, prefix, found) in [("one", "a", 1), ("one", "", 2), ("other", "a", 0), ("one", "f", 0)] {
+        assert_eq!(store.placements_with_prefix(account, prefix, 2).await.unwrap().len(), found, "{account} {prefix}");
+    }
     assert_eq!(store.placements_unheard("US", 2).await.unwrap(), ["b"]);
     assert!(store.placements_unheard("EU", 9).await.unwrap().is_empty());
 }

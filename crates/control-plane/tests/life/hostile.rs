@@ -6,7 +6,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::StreamExt;
 use heyvm_api::sandbox::*;
-use heyvm_control_plane::Who;
+use heyvm_control_plane::{Account, Who};
 use heyvm_test_services::hostile_agent::{MISBEHAVIOURS, Misbehaviour};
 
 use crate::daemon::{Daemon, sink};
@@ -75,7 +75,7 @@ fn removal_ends_a_transition_that_waits_for_a_silent_agent() {
     builder.append_data(&mut header, "greeting", &b"hello"[..]).unwrap();
     let archive = builder.into_inner().unwrap().finish().unwrap();
     let body = futures::stream::iter(vec![Ok(Bytes::from(archive))]).boxed();
-    let archive_id = daemon.run(daemon.plane().put_archive(None, body)).unwrap().archive_id;
+    let archive_id = daemon.run(daemon.plane().put_archive(&Account::owner(), None, body)).unwrap().archive_id;
     daemon.machines.possess(&made.id, Misbehaviour::Silence);
     let plane = daemon.plane().clone();
     let request = ReplaceMountRequest { archive_id, sandbox_path: None, archive_root: None };
