@@ -78,17 +78,17 @@ class Stage:
             if directory.encode() in command + environment or any(link.startswith(directory) for link in links):
                 yield int(entry.name), command.split(b"\0")
 
-    def wait_for_reserve(self, seconds=60):
-        """Until the daemon has the machines in reserve that it keeps, and none of them does anything any more."""
+    def wait_for_pool(self, seconds=180):
+        """Until the daemon's warm pool holds what it is to hold, and none of its VMs does anything any more."""
         deadline = time.monotonic() + seconds
         quiet = 0
         while quiet < 4:
             if time.monotonic() > deadline:
-                raise TimeoutError("no machines in reserve")
+                raise TimeoutError("the warm pool is not filled")
             before = self.ticks()
             time.sleep(0.25)
-            reserve = list((self.home / "sandboxes").glob("reserve-*/agent.sock"))
-            quiet = quiet + 1 if len(reserve) >= 2 and self.ticks() - before <= 2 else 0
+            pooled = list((self.home / "sandboxes").glob("reserve-*/agent.sock"))
+            quiet = quiet + 1 if len(pooled) >= 2 and self.ticks() - before <= 2 else 0
 
     def ticks(self):
         """Processor time of all machines, in hundredths of a second."""

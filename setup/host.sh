@@ -19,7 +19,7 @@ fail() { # SENTENCE [WHAT TO DO]...
 
 # --- packages -------------------------------------------------------------------------------------------------------
 
-# What must be there (a command, or a file with a leading /), the set it belongs to, and the package that has it:
+# What must be there (a command, a file with a leading /, or nss:MODULE of the resolver), the set it belongs to, and the package that has it:
 # Debian and Ubuntu, Fedora, Arch, openSUSE, Alpine. `-` where a distribution has no such package.
 packages_table() {
     cat <<'TABLE'
@@ -33,6 +33,7 @@ ip                                  run    iproute2            iproute          
 newuidmap                           run    uidmap              shadow-utils          shadow           shadow              shadow-uidmap
 modprobe                            run    kmod                kmod                  kmod             kmod                kmod
 curl                                run    curl                curl                  curl             curl                curl
+nss:myhostname                      run    libnss-myhostname   systemd-libs          systemd          nss-myhostname      -
 /etc/ssl/certs                      run    ca-certificates     ca-certificates       ca-certificates  ca-certificates     ca-certificates
 xz                                  run    xz-utils            xz                    xz               xz                  xz
 zstd                                run    zstd                zstd                  zstd             zstd                zstd
@@ -55,13 +56,17 @@ chromium                            test   chromium            chromium         
 chromedriver                        test   chromium-driver     chromedriver          chromium         chromedriver        chromium-chromedriver
 podman                              bench  podman              podman                podman           podman              podman
 runc                                bench  runc                runc                  runc             runc                runc
+nginx                               edge   nginx               nginx                 nginx            nginx               nginx
+wrk                                 edge   wrk                 -                     wrk              wrk                 wrk
 TABLE
 }
 
-host_has() { # COMMAND, FILE, python:MODULE or libc.a
+host_has() { # COMMAND, FILE, nss:MODULE, python:MODULE or libc.a
     case $1 in
     /*) [ -e "$1" ] ;;
     python:*) /usr/bin/python3 -c "import ${1#python:}" 2>/dev/null ;;
+    nss:*) compgen -G "/lib*/libnss_${1#nss:}.so.2" >/dev/null || compgen -G "/usr/lib*/libnss_${1#nss:}.so.2" >/dev/null ||
+        compgen -G "/lib/*/libnss_${1#nss:}.so.2" >/dev/null || compgen -G "/usr/lib/*/libnss_${1#nss:}.so.2" >/dev/null ;;
     initdb) command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null ;;
     libc.a) [ "$(gcc -print-file-name=libc.a 2>/dev/null)" != libc.a ] && command -v gcc >/dev/null ;;
     *) command -v "$1" >/dev/null ;;
@@ -105,7 +110,7 @@ missing_packages() { # SETS…
     done < <(packages_table)
 }
 
-install_packages() { # SETS…: run, build, test, bench
+install_packages() { # SETS…: run, build, test, bench, edge (what the edge is measured with)
     local manager missing packages
     manager=$(package_manager)
     missing=$(missing_packages "${manager:-none}" "$@")

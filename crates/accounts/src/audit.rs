@@ -10,6 +10,8 @@ use heyvm_store::accounts::AuditRow;
 
 use crate::{Accounts, time};
 
+/// Longest text of an entry, in bytes: what a client sends is cut, so that it cannot fill the store.
+const LONGEST: usize = 256;
 /// Entries of a page, unless fewer or more are asked for.
 pub const DEFAULT_PAGE: u32 = 100;
 const LARGEST_PAGE: u32 = 1000;
@@ -24,12 +26,12 @@ impl Accounts {
             id: 0,
             at: entry.at.timestamp_millis(),
             account_id: entry.account_id.clone(),
-            actor: entry.actor.clone(),
-            action: entry.action.clone(),
-            target: entry.target.clone(),
+            actor: cut(&entry.actor),
+            action: cut(&entry.action),
+            target: cut(&entry.target),
             status: entry.status.into(),
-            request_id: entry.request_id.clone(),
-            ip: entry.ip.clone(),
+            request_id: entry.request_id.as_deref().map(cut),
+            ip: entry.ip.as_deref().map(cut),
         };
         self.store.add_audit(&row).await.map_err(Into::into)
     }
@@ -72,6 +74,15 @@ impl Accounts {
             tracing::error!(account_id, actor, action, target, status, "not in the audit log");
         }
     }
+}
+
+/// The text, or as much of its beginning as an entry holds, with `…` behind it.
+fn cut(text: &str) -> String {
+    if text.len() <= LONGEST {
+        return text.to_owned();
+    }
+    let end = text.floor_char_boundary(LONGEST);
+    format!("{}…", &text[..end])
 }
 
 fn entry(row: AuditRow) -> AuditEntry {

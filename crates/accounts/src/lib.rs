@@ -31,12 +31,13 @@ mod users;
 use std::{fmt, num::NonZeroU32, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
-use heyvm_api::{ApiError, accounts::Scope};
+use heyvm_api::{ApiError, ErrorCode, accounts::Scope};
 use heyvm_store::{Store, accounts::SessionOwner};
 use sha2::{Digest, Sha256};
 
 pub use audit::DEFAULT_PAGE;
 pub use heyvm_store::accounts::{AccountRow as Account, Quotas};
+pub use limits::Metered;
 pub use seal::Secret;
 pub use users::NewUser;
 
@@ -46,6 +47,8 @@ use limits::Limits;
 use password::Passwords;
 use signing::Signing;
 
+/// How often credentials are looked at again of which something is under way. What is revoked ends within 5 s.
+const LAPSE_POLL: Duration = Duration::from_secs(2);
 /// No credential is longer.
 const MAX_CREDENTIAL: usize = 4096;
 
@@ -64,6 +67,8 @@ pub struct Settings {
     pub key_lead: Duration,
     /// Attempts to log in with one e-mail address, per minute; from one network address it is five times as many.
     pub logins_per_minute: NonZeroU32,
+    /// How long entries stay in the audit log.
+    pub audit_retention: Duration,
     /// Seals the signing keys in the store; without it they are as safe as the store itself.
     pub secret: Option<Secret>,
     /// What time it is.
@@ -80,6 +85,7 @@ impl Default for Settings {
             key_rotation: 30 * DAY,
             key_lead: Duration::from_secs(3600),
             logins_per_minute: NonZeroU32::MIN.saturating_add(9),
+            audit_retention: 90 * DAY,
             secret: None,
             clock: Clock::default(),
         }
@@ -180,6 +186,39 @@ impl Accounts {
         self.identity_of_session(owner)
     }
 
+    /// Returns once the credentials of an identity are no longer good: revoked, ended, expired or disabled. For what goes
+    /// on for long after it was allowed.
+    pub async fn lapsed(&self, identity: &Identity) {
+        loop {
+            tokio::time::sleep(LAPSE_POLL).await;
+            match self.still_identified(identity).await {
+                Ok(()) => {}
+                Err(error) if error.code == ErrorCode::Unauthorized => return,
+                // That the store is away for a moment ends nothing.
+                Err(error) => tracing::warn!(%error, "could not check whether credentials are still good"),
+            }
+        }
+    }
+
+    async fn still_identified(&self, identity: &Identity) -> Result<(), ApiError> {
+        if identity.api_key_id.as_ref() == Some(&identity.credential) {
+            let owner = self.store.api_key_of_id(&identity.credential).await?;
+            let owner = owner.ok_or_else(|| unauthorized("the API key is gone"))?;
+            return self.still_good(owner.disabled_at, owner.key.revoked_at, owner.key.expires_at);
+        }
+        let owner = self.store.session(&identity.credential).await?;
+        let owner = owner.ok_or_else(|| unauthorized("the session has ended"))?;
+        self.identity_of_session(owner).map(drop)
+    }
+
+    /// Counts a call of an account that leaves a row behind.
+    ///
+    /// # Errors
+    /// `rate_limited` where there were too many within a minute.
+    pub fn meter(&self, call: Metered, account: &str) -> Result<(), ApiError> {
+        self.limits.meter(call, account)
+    }
+
     fn identity_of_session(&self, owner: SessionOwner) -> Result<Identity, ApiError> {
         let (session, now) = (owner.session, self.now());
         if session.ended_at.is_some() || session.expires_at <= now {
@@ -232,7 +271,7 @@ impl Accounts {
     }
 
     /// What is to be done from time to time, once a minute or so, by any of the servers: rotates the signing key when
-    /// it is due, forgets keys, sessions and attempts that count no more.
+    /// it is due, forgets keys, sessions, attempts and entries of the audit log that count no more.
     ///
     /// # Errors
     /// Where the store does not answer.
@@ -240,6 +279,7 @@ impl Accounts {
         const KEPT: i64 = 24 * 3600 * 1000;
         self.limits.forget();
         self.signing.maintain(self.now()).await?;
+        self.store.forget_audit(self.now() - millis(self.settings.audit_retention)).await?;
         self.store.forget_sessions(self.now() - KEPT).await.map_err(Into::into)
     }
 

@@ -7,7 +7,7 @@ use heyvm_store::accounts::{Refreshed, SessionRow};
 use uuid::Uuid;
 
 use crate::{
-    API_KEY, Accounts, Identity,
+    API_KEY, Accounts, Identity, Metered,
     errors::{invalid, unauthorized},
     hash, millis, random, scope,
     token::Claims,
@@ -62,6 +62,7 @@ impl Accounts {
             return Err(unauthorized(format!("an API key begins with {API_KEY}")));
         }
         let identity = self.identify(api_key).await?;
+        self.meter(Metered::Exchange, &identity.account_id)?;
         let actor = identity.actor();
         self.note(&identity.account_id, &actor, "session.exchange", &identity.credential, 200, Some(from)).await;
         self.begin(identity).await

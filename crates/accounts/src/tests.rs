@@ -100,6 +100,8 @@ heyvm_test_services::on_both!(
     servers_that_start_together_agree_on_a_key,
     sealed_keys_need_the_secret,
     what_is_done_is_in_the_audit_log,
+    the_audit_log_cannot_be_filled,
+    what_goes_on_ends_with_its_credentials,
     the_store_holds_no_secret_in_the_clear,
     what_has_ended_is_forgotten,
     users_are_told_apart,
@@ -516,4 +518,60 @@ async fn users_are_told_apart(place: Place) {
     assert_eq!(code(server.account("no such account").await), ErrorCode::NotFound);
     let who = server.log_in("bob@example.com", PASSWORD, HERE).await.unwrap();
     assert_eq!(server.identify(&who.access_token).await.unwrap().scope, Scope::Read);
+}
+
+async fn the_audit_log_cannot_be_filled(place: Place) {
+    let server = place.with_user().await;
+    let account = log_in(&server).await.account_id;
+    let entry = |target: &str| heyvm_api::accounts::AuditEntry {
+        at: DateTime::from_timestamp_millis(server.now()).unwrap(),
+        account_id: account.clone(),
+        actor: "ada".into(),
+        action: "POST /x".into(),
+        target: target.into(),
+        status: 200,
+        request_id: None,
+        ip: None,
+    };
+    server.audit(&entry(&"ä".repeat(60_000))).await.unwrap();
+    server.audit(&entry("short")).await.unwrap();
+    let log = server.audit_log(&account, None, 10).await.unwrap().entries;
+    assert_eq!(log[0].target, "short");
+    assert!(log[1].target.len() < 300 && log[1].target.ends_with('…'), "{}", log[1].target);
+    // The days of their retention pass.
+    place.pass(90 * 24 * HOUR + HOUR);
+    server.audit(&entry("new")).await.unwrap();
+    server.maintain().await.unwrap();
+    let targets: Vec<_> =
+        server.audit_log(&account, None, 10).await.unwrap().entries.into_iter().map(|entry| entry.target).collect();
+    assert_eq!(targets, ["new"]);
+    let key = server.issue_key(EMAIL, &CreateKeyRequest::default()).await.unwrap().api_key;
+    server.exchange(&key, HERE).await.unwrap();
+    // Used up without the store, so that a slow machine does not give room back meanwhile.
+    while server.meter(Metered::Exchange, &account).is_ok() {}
+    assert_eq!(code(server.exchange(&key, HERE).await), ErrorCode::RateLimited);
+}
+
+async fn what_goes_on_ends_with_its_credentials(place: Place) {
+    let (one, other) = (place.with_user().await, place.server().await);
+    let session = log_in(&one).await;
+    let made = one.issue_key(EMAIL, &CreateKeyRequest::default()).await.unwrap();
+    let of_key = one.exchange(&made.api_key, HERE).await.unwrap();
+    let mut running = Vec::new();
+    for credential in [&session.access_token, &made.api_key, &of_key.access_token] {
+        let (other, identity) = (Arc::clone(&other), other.identify(credential).await.unwrap());
+        running.push(tokio::spawn(async move { other.lapsed(&identity).await }));
+    }
+    // An access token that has expired does not end what its session has begun.
+    place.pass(2 * HOUR);
+    one.identify(&made.api_key).await.unwrap();
+    tokio::time::sleep(LAPSE_POLL * 2).await;
+    assert!(running.iter().all(|each| !each.is_finished()));
+    one.revoke_key(None, &made.info.id).await.unwrap();
+    for ended in running.drain(1..) {
+        tokio::time::timeout(Duration::from_secs(120), ended).await.unwrap().unwrap();
+    }
+    assert!(!running[0].is_finished());
+    one.disable_user(EMAIL).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(120), running.remove(0)).await.unwrap().unwrap();
 }

@@ -11,11 +11,11 @@ use std::{
 };
 
 use heyvm_agent_protocol::{
-    hello,
+    hello, ports,
     v1::{agent_client::AgentClient, exec_input, exec_output, *},
 };
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::{io::BufReader, net::UnixStream};
 use tonic::transport::{Channel, Endpoint};
 
 type Client = AgentClient<Channel>;
@@ -26,6 +26,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let [socket, call, rest @ ..] = arguments.as_slice() else {
         return Err("usage: talk SOCKET CALL [ARGUMENT…]".into());
     };
+    if call == "dial" {
+        return dial(socket, rest).await;
+    }
     let began = Instant::now();
     let mut client = connect(socket.clone()).await?;
     let connected = began.elapsed();
@@ -38,7 +41,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
         "flood" => flood(&mut client, rest).await?,
         "main" => {
             let start = ExecStart { argv: rest.to_vec(), shell: true, ..ExecStart::default() };
-            println!("{:?}", client.start_main(StartMainRequest { start: Some(start) }).await?.into_inner());
+            println!(
+                "{:?}",
+                client.start_main(StartMainRequest { start: Some(start), ..Default::default() }).await?.into_inner()
+            );
         }
         "watch" => {
             let mut events = client.watch_main(WatchMainRequest { from_offset: 0 }).await?.into_inner();
@@ -50,7 +56,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
             let port = rest.first().map_or(Ok(80), |port| port.parse())?;
             println!("{:?}", client.port_status(PortStatusRequest { port, wait_ms: 0 }).await?.into_inner());
         }
-        "dial" => dial(&mut client, rest).await?,
         "clock" => {
             let adjust_ns = rest.first().map_or(Ok(0), |by| by.parse())?;
             let now = client.clock(ClockRequest { adjust_ns }).await?.into_inner().unix_time_ns;
@@ -64,15 +69,17 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+async fn greet(socket: &str) -> io::Result<BufReader<UnixStream>> {
+    let mut stream = BufReader::new(UnixStream::connect(socket).await?);
+    let nonce = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    hello::greet(&mut stream, &format!("{nonce:032x}")).await?;
+    Ok(stream)
+}
+
 async fn connect(socket: String) -> Result<Client, tonic::transport::Error> {
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
-        async move {
-            let mut stream = UnixStream::connect(socket).await?;
-            let nonce = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |now| now.as_nanos());
-            hello::greet(&mut stream, &format!("{nonce:032x}")).await?;
-            Ok::<_, io::Error>(TokioIo::new(stream))
-        }
+        async move { Ok::<_, io::Error>(TokioIo::new(greet(&socket).await?)) }
     });
     let endpoint = Endpoint::from_static("http://agent")
         .initial_stream_window_size(1 << 20)
@@ -100,6 +107,7 @@ async fn personalize(client: &mut Client, reserve: bool) -> Result<PersonalizeRe
         working_dir: "/workspace".into(),
         entropy,
         reserve,
+        ..PersonalizeRequest::default()
     };
     Ok(client.personalize(request).await?.into_inner())
 }
@@ -193,29 +201,23 @@ async fn flood(client: &mut Client, arguments: &[String]) -> Result<(), Box<dyn 
     Ok(())
 }
 
-/// Standard input to a port of the guest, what comes back to standard output: `dial PORT`.
-async fn dial(client: &mut Client, arguments: &[String]) -> Result<(), Box<dyn Error>> {
-    let port = arguments.first().map_or(Ok(80), |port| port.parse())?;
-    let (sender, requests) = tokio::sync::mpsc::channel(8);
-    sender.send(DialInput { port, ..DialInput::default() }).await?;
-    let mut replies = client.dial(tokio_stream::wrappers::ReceiverStream::new(requests)).await?.into_inner();
-    tokio::spawn(async move {
-        let mut input = tokio::io::stdin();
-        loop {
-            let mut data = vec![0; 64 << 10];
-            let length = tokio::io::AsyncReadExt::read(&mut input, &mut data).await.unwrap_or(0);
-            data.truncate(length);
-            let message = DialInput { data, half_close: length == 0, ..DialInput::default() };
-            if sender.send(message).await.is_err() || length == 0 {
-                return;
-            }
-        }
-    });
-    while let Some(reply) = replies.message().await? {
-        io::stdout().write_all(&reply.data)?;
-        if reply.half_close {
-            break;
-        }
+/// Standard input to a port of the guest, what comes back to standard output: `ports.sock dial PORT`.
+async fn dial(socket: &str, arguments: &[String]) -> Result<(), Box<dyn Error>> {
+    let port = arguments.first().map_or("80", String::as_str);
+    let (sender, connection) = ports::client().handshake::<_, bytes::Bytes>(greet(socket).await?).await?;
+    tokio::spawn(connection);
+    let request = http::Request::post(format!("http://ports/{port}")).body(())?;
+    let (answer, send) = sender.ready().await?.send_request(request, false)?;
+    let answer = answer.await?;
+    if !answer.status().is_success() {
+        return Err(format!("status {}", answer.status()).into());
     }
+    let (mut from, mut to) = ports::Stream::new(answer.into_body(), send).into_split();
+    tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut tokio::io::stdin(), &mut to).await;
+        let _ = tokio::io::AsyncWriteExt::shutdown(&mut to).await;
+        to.reset().await;
+    });
+    tokio::io::copy(&mut from, &mut tokio::io::stdout()).await?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod hello;
+pub mod ports;
 
 /// Messages, client and server generated from `proto/agent.proto`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use heyvm_agent_protocol::PORT_NAME;
+use heyvm_agent_protocol::{PORT_NAME, ports};
 use nix::{
     errno::Errno,
     kmod::{ModuleInitFlags, finit_module},
@@ -34,8 +34,10 @@ const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A guest that is up.
 pub struct Booted {
-    /// The port that leads to the host.
-    pub port: PathBuf,
+    /// The port that the host's calls come from.
+    pub calls: PathBuf,
+    /// The port that connections to programs come from.
+    pub streams: PathBuf,
     /// Where children are born, where the kernel has such a thing.
     pub cgroup: Option<OwnedFd>,
 }
@@ -58,7 +60,7 @@ pub fn boot() -> io::Result<Booted> {
     }
     network::prepare();
     let cgroup = make_cgroup().inspect_err(|error| console::say(format_args!("no limit on processes: {error}"))).ok();
-    Ok(Booted { port: find_port()?, cgroup })
+    Ok(Booted { calls: find_port(PORT_NAME)?, streams: find_port(ports::PORT_NAME)?, cgroup })
 }
 
 fn named(what: &str) -> impl FnOnce(Errno) -> io::Error {
@@ -115,15 +117,14 @@ fn make_cgroup() -> io::Result<OwnedFd> {
     Ok(File::options().read(true).custom_flags(O_DIRECTORY).open(SANDBOX_CGROUP)?.into())
 }
 
-fn find_port() -> io::Result<PathBuf> {
+fn find_port(name: &str) -> io::Result<PathBuf> {
     let search = || {
         let ports = fs::read_dir("/sys/class/virtio-ports").ok()?.flatten();
-        let named =
-            |port: &fs::DirEntry| fs::read_to_string(port.path().join("name")).is_ok_and(|n| n.trim() == PORT_NAME);
+        let named = |port: &fs::DirEntry| fs::read_to_string(port.path().join("name")).is_ok_and(|n| n.trim() == name);
         ports.into_iter().find(named).map(|port| Path::new("/dev").join(port.file_name()))
     };
     let port = until(|| search().filter(|port| port.exists()));
-    port.ok_or_else(|| io::Error::other(format!("there is no virtio-serial port {PORT_NAME}")))
+    port.ok_or_else(|| io::Error::other(format!("there is no virtio-serial port {name}")))
 }
 
 fn await_file(path: &Path) -> io::Result<()> {

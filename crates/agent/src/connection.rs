@@ -13,12 +13,13 @@ use tokio::io::{AsyncRead, AsyncWrite, BufStream};
 use crate::service::Service;
 
 /// What a virtio-serial port gives at once.
-const READ_BUFFER: usize = 4 << 10;
+pub(crate) const READ_BUFFER: usize = 4 << 10;
 /// What it takes at once.
-const WRITE_BUFFER: usize = 32 << 10;
-/// Bytes in flight towards the guest per call and in all.
+pub(crate) const WRITE_BUFFER: usize = 32 << 10;
+/// Bytes in flight towards the guest per call.
 const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Holds the windows of all calls at once: input that a program does not read must not keep other calls waiting.
+const CONNECTION_WINDOW: u32 = MAX_STREAMS * STREAM_WINDOW;
 /// Bytes of one call that wait for the port.
 const SEND_BUFFER: usize = 256 << 10;
 /// Calls at a time.
@@ -39,6 +40,8 @@ where
         .max_frame_size(FRAME)
         .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(MAX_STREAMS)
+        // Callers that leave in crowds are no attack: the host is trusted.
+        .max_pending_accept_reset_streams(MAX_STREAMS as usize)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(calls))
         .await

@@ -1,10 +1,11 @@
-//! heyvm-agent: process 1 of every guest. Brings the guest up, then does what the host asks over one byte stream.
+//! heyvm-agent: process 1 of every guest. Brings the guest up, then does what the host asks over two byte streams:
+//! calls on one, connections to programs on the other.
 //!
 //! ```text
-//! boot ──▶ port (waits for the host) ──▶ connection (HTTP/2) ──▶ service (one method per call)
+//! boot ─┬▶ port (waits for the host) ──▶ net::streams (HTTP/2): connections to programs
+//!       └▶ port (waits for the host) ──▶ connection (HTTP/2) ──▶ service (one method per call)
 //!                                                                  ├─ personalize   this clone becomes a sandbox
 //!                                                                  ├─ exec, main_command ──▶ process
-//!                                                                  ├─ net           ports
 //!                                                                  ├─ files
 //!                                                                  ├─ mounts        directories of the host
 //!                                                                  ├─ disk
@@ -26,7 +27,7 @@ mod main_command;
 pub mod memory_guard;
 mod metrics;
 mod mounts;
-mod net;
+pub mod net;
 mod oom;
 mod personalize;
 mod pit;

@@ -1,8 +1,8 @@
 //! heyvm-agent: process 1 of every guest.
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{path::Path, process::ExitCode, sync::Arc, time::Duration};
 
-use heyvm_agent::{Reaper, boot, connection, console, memory_guard, port, service::Service};
+use heyvm_agent::{Reaper, boot, connection, console, memory_guard, net, port, service::Service};
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
@@ -38,13 +38,30 @@ async fn run(booted: boot::Booted) -> ! {
     tokio::spawn(memory_guard::watch());
     let service = Arc::new(Service::new(reaper, booted.cgroup));
     console::say(format_args!("ready"));
+    let streams = {
+        let service = Arc::clone(&service);
+        move |stream| {
+            let service = Arc::clone(&service);
+            async move { net::streams::serve(stream, || service.is_sandbox()).await }
+        }
+    };
+    let calls = move |stream| connection::serve(stream, Arc::clone(&service));
+    tokio::join!(serve(&booted.streams, streams), serve(&booted.calls, calls)).1
+}
+
+/// Serves one host after the other at a port, without end.
+async fn serve<F, R>(path: &Path, conversation: F) -> !
+where
+    F: Fn(port::Port) -> R,
+    R: Future<Output = std::io::Result<()>> + Send + 'static,
+{
     loop {
-        match port::wait_for_host(&booted.port).await {
+        match port::wait_for_host(path).await {
             // A connection that breaks is the host's business; it comes again.
-            Ok(stream) => drop(tokio::spawn(connection::serve(stream, Arc::clone(&service))).await),
+            Ok(stream) => drop(tokio::spawn(conversation(stream)).await),
             // Not while the guest is on its way out, and nothing to die of at any other time.
             Err(error) => {
-                console::say(format_args!("{}: {error}", booted.port.display()));
+                console::say(format_args!("{}: {error}", path.display()));
                 tokio::time::sleep(PORT_RETRY).await;
             }
         }

@@ -93,6 +93,11 @@ impl Service {
         service
     }
 
+    /// Whether this guest is a sandbox by now.
+    pub fn is_sandbox(&self) -> bool {
+        self.sandbox().is_ok()
+    }
+
     fn become_sandbox(&self, sandbox: Sandbox) {
         *self.sandbox.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(sandbox));
     }
@@ -292,13 +297,14 @@ impl Agent for Service {
     }
 
     async fn start_main(&self, request: Request<StartMainRequest>) -> Result<Response<StartMainReply>, Status> {
-        let start = request.into_inner().start.ok_or_else(|| Status::invalid_argument("there is no command"))?;
+        let StartMainRequest { start, stop_signal } = request.into_inner();
+        let start = start.ok_or_else(|| Status::invalid_argument("there is no command"))?;
         if start.pty.is_some() || start.stdin || !start.session.is_empty() || start.detach {
             let what = "a start command has neither terminal nor input nor session";
             return Err(Status::invalid_argument(what));
         }
         let (launcher, main, oom_kills) = (self.launcher()?, Arc::clone(&self.main), Arc::clone(&self.oom_kills));
-        let pid = self.look(move || main.start(&oom_kills, || launcher.start(&start))).await??;
+        let pid = self.look(move || main.start(&oom_kills, stop_signal, || launcher.start(&start))).await??;
         Ok(Response::new(StartMainReply { pid }))
     }
 
@@ -308,8 +314,8 @@ impl Agent for Service {
     }
 
     async fn dial(&self, request: Request<Streaming<DialInput>>) -> Result<Replies<DialOutput>, Status> {
-        self.sandbox()?;
-        Ok(stream(net::dial::dial(request.into_inner()).await?))
+        drop(request);
+        Err(Status::unimplemented("ports have a connection of their own"))
     }
 
     async fn port_status(&self, request: Request<PortStatusRequest>) -> Result<Response<PortStatusReply>, Status> {
@@ -351,8 +357,8 @@ impl Agent for Service {
     }
 
     async fn unpack(&self, request: Request<Streaming<UnpackInput>>) -> Result<Response<UnpackReply>, Status> {
-        self.sandbox()?;
-        Ok(Response::new(archive::unpack(request.into_inner()).await?))
+        let sandbox = self.sandbox()?;
+        Ok(Response::new(archive::unpack(request.into_inner(), &sandbox.user).await?))
     }
 
     async fn pack(&self, request: Request<PackRequest>) -> Result<Replies<FileChunk>, Status> {
@@ -383,7 +389,7 @@ impl Agent for Service {
         };
         // Whoever waits to write could not be ended.
         let _ = self.stillness.end();
-        shutdown::end_processes(Duration::from_millis(request.get_ref().grace_ms)).await;
+        shutdown::end_processes(Duration::from_millis(request.get_ref().grace_ms), self.main.stops_by()).await;
         shutdown::write_back().await;
         self.mounts.close().await;
         shutdown::close_disk(old_root);

@@ -6,11 +6,11 @@ use nix::{
     libc::{SIGHUP, SIGKILL, SIGTERM},
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::reboot::{RebootMode, reboot},
-    unistd::sync,
+    unistd::{Pid, getpgid, sync},
 };
 use tokio::time::{Instant, sleep};
 
-use crate::{console, personalize::OldRoot, process::ended};
+use crate::{console, main_command::StopSignal, personalize::OldRoot, process::ended};
 
 /// Processes that have been killed are gone after this, or hang in the kernel.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
@@ -21,10 +21,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// For the last answer to leave.
 const FAREWELL: Duration = Duration::from_millis(20);
 
-/// Ends every process but this one: with a grace first, when there is one.
-pub async fn end_processes(grace: Duration) {
+/// Ends every process but this one: with a grace first, when there is one. `main` gets its own signal then.
+pub async fn end_processes(grace: Duration, main: Option<StopSignal>) {
     if !grace.is_zero() {
-        let _ = ended::kill(-1, SIGTERM);
+        match main {
+            None => drop(ended::kill(-1, SIGTERM)),
+            Some(main) => end_around(main),
+        }
         // A shell at its prompt ignores SIGTERM, but not that its terminal is gone.
         for pid in leaders_of_terminals() {
             let _ = ended::kill(pid, SIGHUP);
@@ -37,6 +40,18 @@ pub async fn end_processes(grace: Duration) {
     if !all_gone(KILL_DEADLINE).await {
         console::say(format_args!("some processes could not be ended"));
     }
+}
+
+/// Its own children are the main command's to end, as where there is nothing else: their group is left alone.
+fn end_around(main: StopSignal) {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    for pid in processes.filter_map(|process| process.file_name().to_str()?.parse().ok()).filter(|pid| *pid != 1) {
+        let is_its = getpgid(Some(Pid::from_raw(pid))) == Ok(Pid::from_raw(main.pid));
+        if !is_its {
+            let _ = ended::kill(pid, SIGTERM);
+        }
+    }
+    let _ = ended::kill(main.pid, main.signal);
 }
 
 fn leaders_of_terminals() -> impl Iterator<Item = i32> {

@@ -38,4 +38,7 @@ pub struct AccountArchive {
     pub size_bytes: u64,
     /// When it was asked for.
     pub created_at: DateTime<Utc>,
+    /// Names of the sandboxes that were made from it and are not removed; only where all archives are listed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub used_by: Vec<String>,
 }

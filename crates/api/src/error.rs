@@ -20,6 +20,8 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 pub enum ErrorCode {
     /// A field, flag or header is malformed; the message names it.
     InvalidArgument,
+    /// A field is larger, or has more entries, than allowed; the message names the limit.
+    LimitExceeded,
     /// The request's path or framing is none that is served.
     BadRequest,
     /// The request names no host, or two.
@@ -105,8 +107,8 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         use ErrorCode::*;
         match self {
-            InvalidArgument | BadRequest | BadHost | InvalidName | InvalidPort | UnknownSizeClass | UnknownRegion
-            | InvalidDirectory => 400,
+            InvalidArgument | LimitExceeded | BadRequest | BadHost | InvalidName | InvalidPort | UnknownSizeClass
+            | UnknownRegion | InvalidDirectory => 400,
             Unauthorized => 401,
             QuotaExceeded => 402,
             Forbidden => 403,
@@ -128,6 +130,7 @@ impl ErrorCode {
         use ErrorCode::*;
         match self {
             InvalidArgument | BadRequest => "`heyvm COMMAND --help` and GET /openapi.json describe what is accepted",
+            LimitExceeded => "stay within the limit that the message names",
             BadHost => "use a host name of `urls`, as `heyvm get` prints it",
             InvalidName => "use lower-case letters, digits and dashes",
             InvalidPort => "use a port from 1 to 65535",

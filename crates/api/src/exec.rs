@@ -40,7 +40,7 @@ pub struct ExecRequest {
     /// A named session keeps its directory and exported environment from call to call.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session: Option<String>,
-    /// The whole process group is killed after this many seconds; exit code 124.
+    /// All that the command began is killed after this many seconds, whatever session it went to; exit code 124.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout_seconds: Option<f64>,
     /// Streaming form only: whether standard input will be sent (else /dev/null).
@@ -49,6 +49,17 @@ pub struct ExecRequest {
     /// Streaming form only: a pseudo-terminal instead of pipes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pty: Option<PtySize>,
+    /// One-answer form only: answer as soon as it runs. It goes on without the client, with no input, its output in
+    /// /dev/null unless it redirects that itself; `timeout_seconds` holds all the same.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub detach: bool,
+}
+
+/// Answer of `POST /sandboxes/{id}/execute` with `detach`, once the command runs.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct DetachedResponse {
+    /// Its process id in the sandbox, which is that of its process group as well.
+    pub pid: i32,
 }
 
 /// Size of a pseudo-terminal in characters.
@@ -73,6 +84,9 @@ pub struct ExecResponse {
     pub stderr: String,
     /// Whether the time-out ended it.
     pub timed_out: bool,
+    /// Whether there was more output than is kept: what is here is its beginning.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub truncated: bool,
     /// Standard output, when it is not UTF-8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdout_base64: Option<String>,
@@ -120,6 +134,9 @@ pub enum ServerControl {
         /// Why it could not be started, for exit codes 126 and 127.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         message: Option<String>,
+        /// Bytes of standard input that the command has read, of all that were sent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stdin_read: Option<u64>,
     },
     /// It could not be run at all; the last frame.
     Error {

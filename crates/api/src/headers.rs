@@ -12,3 +12,12 @@ pub const PORT_STREAM: &str = "heyvm-stream";
 
 /// The value of [`ACCOUNT`] that stands for all.
 pub const EVERY_ACCOUNT: &str = "*";
+
+/// In an answer that is one page of a list: where the next page begins. Absent on the last page.
+pub const NEXT_CURSOR: &str = "heyvm-next-cursor";
+
+/// In the answer to a list: what to send as `since` to get what changes from then on. Absent while pages are left.
+pub const REVISION: &str = "heyvm-revision";
+
+/// Present: the caller showed no credentials, as any local user may over TCP. It reaches sandboxes, never the host.
+pub const RESTRICTED: &str = "heyvm-restricted";

@@ -29,6 +29,24 @@ pub struct PullRequest {
     pub image: String,
 }
 
+/// Body of `POST /images/prune`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PruneRequest {
+    /// Also those that no registry can give again: imported ones.
+    #[serde(default)]
+    pub all: bool,
+}
+
+/// Answer of `POST /images/prune`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+pub struct PruneResponse {
+    /// Names of the images that are gone.
+    pub removed: Vec<String>,
+    /// Bytes that are free again.
+    pub freed_bytes: u64,
+}
+
 /// Body of `POST /images/import`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

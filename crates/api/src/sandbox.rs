@@ -6,6 +6,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::start_command::StartCommand;
+
 /// Memory and processor share of a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -149,6 +151,14 @@ pub enum ReasonCode {
     GuestPanic,
     /// The guest powered itself off.
     GuestShutdown,
+    /// The guest halted its processors without powering off.
+    GuestHalted,
+    /// The guest's port sends something else than the agent's protocol: its agent was replaced.
+    AgentReplaced,
+    /// KVM could not run the guest's code any further.
+    KvmFailed,
+    /// The daemon failed while it looked after the sandbox; its log has the details.
+    Internal,
     /// The start command ended.
     StartCommandExited,
     /// The VM's process ended and nobody knows why.
@@ -170,6 +180,10 @@ pub struct Endpoint {
     pub hostname: String,
     /// For example `http://abc123.localhost:8480`.
     pub url: String,
+    /// The same place for programs on the daemon's host that cannot resolve `*.localhost`; for example
+    /// `http://127.0.0.1:20123`, the same as long as the port is bound. Absent in a cloud.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_url: Option<String>,
     /// Port in the sandbox.
     pub port: u16,
     /// Whether it answers without credentials.
@@ -197,6 +211,9 @@ pub struct RouteInfo {
     pub is_public: bool,
     /// Whose it is; empty: the owner of the daemon's machine.
     pub account_id: String,
+    /// How long its app may take until the head of an answer; absent: the proxy's own time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_timeout_seconds: Option<u32>,
 }
 
 /// Body of `POST /sandboxes/{id}/replace-mount`.
@@ -298,7 +315,7 @@ pub struct CreateRequest {
     /// URL-safe; the slugified name when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slug: Option<String>,
-    /// `shell`, `python` or `node`: what the image must be able to run.
+    /// `shell`, `python`, `node` or `full` (compilers): what the image must be able to run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox_type: Option<String>,
     /// Image reference; `ubuntu:24.04` when absent.
@@ -313,26 +330,30 @@ pub struct CreateRequest {
     /// Seconds from creation until it is destroyed; absent: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttl_seconds: Option<i64>,
-    /// Run with `sh -c` in the working directory, supervised; when it ends, the sandbox ends.
+    /// Run in the working directory, supervised; when it ends, the sandbox ends. A string is a script for `sh -c`, an array
+    /// a program and its arguments, which needs no shell.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub start_command: Option<String>,
-    /// `/workspace` when absent.
+    pub start_command: Option<StartCommand>,
+    /// The image's own (WORKDIR) when absent, else `/workspace`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub working_directory: Option<String>,
-    /// Ports to bind.
+    /// Ports to bind, up to 32.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 32)]
     pub open_ports: Vec<i64>,
     /// Whether the ports are bound without authentication; default true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub is_public: Option<bool>,
-    /// Environment of every command.
+    /// Environment of every command; names and values together up to 128 KiB.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub env_vars: BTreeMap<String, String>,
-    /// Run in order with `sh -c` after the archive is unpacked, before the start command.
+    /// Run in order with `sh -c` after the archive is unpacked, before the start command; up to 32 of up to 64 KiB each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 32)]
     pub setup_hooks: Vec<String>,
     /// Directories of the daemon's host that the sandbox sees, live, up to 16.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 16)]
     pub mounts: Vec<Mount>,
     /// `micro` … `xlarge`; `small` when absent. A string, so that an unknown one gets its own error code.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -353,6 +374,9 @@ pub struct CreateRequest {
     /// How long that may take; 120 when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health_timeout_seconds: Option<f64>,
+    /// Seconds that the app may take until the head of an answer, 1 to 86400; the proxy's `timeout_seconds` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response_timeout_seconds: Option<i64>,
     /// Keep the half-made sandbox when a step fails.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub keep_on_failure: bool,
@@ -408,10 +432,16 @@ pub struct SandboxInfo {
     pub ttl_seconds: Option<i64>,
     /// When the time-to-live runs out.
     pub expires_at: Option<DateTime<Utc>>,
-    /// Environment of every command.
+    /// Environment of every command. Values are `[redacted]` for callers that may not run commands.
     pub env_vars: BTreeMap<String, String>,
     /// The start command.
-    pub start_command: Option<String>,
+    pub start_command: Option<StartCommand>,
+    /// What the image runs by itself, where there is no start command.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image_command: Vec<String>,
+    /// TCP ports that the image says it listens on. They are bound when that is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exposed_ports: Vec<u16>,
     /// Default directory of commands.
     pub working_directory: String,
     /// Commands that ran before the start command.
@@ -419,6 +449,9 @@ pub struct SandboxInfo {
     /// Directories of the host that it sees.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// How long its apps may take until the head of an answer, where that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_timeout_seconds: Option<u32>,
     /// The reason's message, for clients that know only this field.
     pub error_message: Option<String>,
     /// Why it is not running.
@@ -451,6 +484,17 @@ pub struct SandboxInfo {
 pub enum AgentState {
     /// It does not answer: exec, files and ports wait. It is asked again until it does.
     Unresponsive,
+}
+
+/// Stands for the value of an environment variable where the caller may see its name alone.
+pub const REDACTED: &str = "[redacted]";
+
+impl SandboxInfo {
+    /// With the names of its environment, and [`REDACTED`] for each value.
+    pub fn without_values(mut self) -> Self {
+        self.env_vars.values_mut().for_each(|value| REDACTED.clone_into(value));
+        self
+    }
 }
 
 /// Query of `GET /sandboxes`.

@@ -154,3 +154,13 @@ async fn errors_name_the_server_and_keep_secrets() {
     assert_eq!((ours.code, ours.message.as_str()), (ErrorCode::NotFound, "nothing"));
     assert_eq!(client.clone().with_bearer("a\nb").unwrap_err().code, ErrorCode::Unauthorized);
 }
+
+/// As a stopped process does: the kernel takes connections for it.
+#[tokio::test]
+async fn server_that_takes_connections_and_says_nothing_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+    let client = Client::new(Server::Remote(Remote { url, tls: None }));
+    let error = client.get::<serde_json::Value>("/sandboxes").await.unwrap_err();
+    assert!(error.code == ErrorCode::DaemonUnavailable && error.message.ends_with("does not answer"), "{error}");
+}

@@ -5,21 +5,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use flate2::read::MultiGzDecoder;
-use heyvm_images::archive;
+use heyvm_bounded_tar::{MAX_HEADER, entries};
 use tar::EntryType;
 
-use crate::{
-    Error,
-    check::{MAX_HEADER, broken},
-};
+use crate::{Error, check::broken, compression};
 
-/// Whether everything in a tar.gz lies below `directory`, counted from the root: `workspace/app.py` does for
+/// Whether everything in an archive lies below `directory`, counted from the root: `workspace/app.py` does for
 /// `/workspace`. Reads as far as it must to know.
-pub fn lies_below(tar_gz: impl Read, directory: &Path) -> Result<bool, Error> {
+pub fn lies_below(archive: impl Read + Send, directory: &Path) -> Result<bool, Error> {
     let directory: PathBuf = directory.strip_prefix("/").unwrap_or(directory).components().collect();
     let (mut all, mut some) = (true, false);
-    archive::entries(MultiGzDecoder::new(tar_gz), MAX_HEADER, broken, |entry| {
+    entries(compression::tar_of(archive).map_err(broken)?, MAX_HEADER, broken, |entry| {
         let path = entry.path().map_err(broken)?;
         let path = path.strip_prefix(".").unwrap_or(&path);
         let kind = entry.header().entry_type();

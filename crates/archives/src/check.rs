@@ -1,19 +1,13 @@
-//! What an archive must be before it is kept: a whole tar.gz of files, directories and links that stay within it, and
-//! that unpacks to no more than allowed. Every byte is somebody else's.
+//! What an archive must be before it is kept: a whole tar.gz or tar.zst of files, directories and links that unpacks to
+//! no more than allowed. Every byte is someone else's. Names and hard links stay within it; symbolic links may lead
+//! anywhere, since they mean the sandbox's files, and no unpacker follows them out.
 
-use std::{
-    io::{self, Read},
-    path::{Component, Path},
-};
+use std::io::{self, Read};
 
-use flate2::read::MultiGzDecoder;
-use heyvm_images::archive;
-use tar::EntryType;
+use heyvm_bounded_tar::{EntryType, MAX_HEADER, MAX_HOLES, entries, inside};
 
-use crate::Error;
+use crate::{Error, compression};
 
-/// A header, with a long name or extended attributes in front of it, may be this large. It is held in memory.
-pub(crate) const MAX_HEADER: u64 = 1 << 20;
 /// Bytes an entry may take beside its content: its header, its padding, a long name.
 const AROUND_ENTRY: u64 = 2 << 10;
 
@@ -31,6 +25,8 @@ pub struct Limits {
 impl Limits {
     /// Those that hold when nobody says otherwise.
     pub const STANDARD: Self = Self { compressed: 1 << 30, unpacked: 8 << 30, entries: 500_000 };
+    /// For the owner of the machine: what the disk holds.
+    pub const NONE: Self = Self { compressed: u64::MAX, unpacked: u64::MAX, entries: u64::MAX };
 }
 
 impl Default for Limits {
@@ -39,20 +35,25 @@ impl Default for Limits {
     }
 }
 
-/// Reads a tar.gz to its end. Refuses what would leave its directory, is no file, directory or link, unpacks to more
-/// than allowed, or is not whole. (`limits.compressed` is for whoever sends the bytes to keep.)
-pub fn check(tar_gz: impl Read, limits: &Limits) -> Result<(), Error> {
+/// Reads a tar.gz or tar.zst to its end. Refuses what would leave its directory, is no file, directory or link, unpacks
+/// to more than allowed, or is not whole. (`limits.compressed` is for whoever sends the bytes to keep.)
+pub fn check(archive: impl Read + Send, limits: &Limits) -> Result<(), Error> {
     let too_much = || {
         let gib = limits.unpacked >> 30;
         Error::Refused(format!("it unpacks to more than {gib} GiB or {} entries", limits.entries))
     };
     let most = limits.unpacked.saturating_add(limits.entries.saturating_mul(AROUND_ENTRY));
-    let mut stream = MultiGzDecoder::new(tar_gz).take(most.saturating_add(1));
-    let (mut count, mut bytes) = (0, 0_u64);
-    archive::entries(&mut stream, MAX_HEADER, broken, |entry| {
+    let mut stream = compression::tar_of(archive).map_err(broken)?.take(most.saturating_add(1));
+    let (mut count, mut bytes, mut holes) = (0, 0_u64, 0_u64);
+    entries(&mut stream, MAX_HEADER, broken, |entry| {
         count += 1;
-        bytes = bytes.saturating_add(entry.size());
-        if count > limits.entries || bytes > limits.unpacked {
+        let stored = match entry.header().entry_type() {
+            EntryType::GNUSparse => entry.header().entry_size().map_err(broken)?.min(entry.size()),
+            _ => entry.size(),
+        };
+        bytes = bytes.saturating_add(stored);
+        holes = holes.saturating_add(entry.size() - stored);
+        if count > limits.entries || bytes > limits.unpacked || holes > MAX_HOLES {
             return Err(too_much());
         }
         check_entry(entry).map(|()| true)
@@ -66,46 +67,31 @@ pub fn check(tar_gz: impl Read, limits: &Limits) -> Result<(), Error> {
 }
 
 pub(crate) fn broken(error: io::Error) -> Error {
-    Error::Refused(format!("it is no whole tar.gz: {error}"))
+    Error::Refused(format!("it is no whole tar.gz or tar.zst: {error}"))
 }
 
 fn check_entry(entry: &tar::Entry<'_, impl Read>) -> Result<(), Error> {
     let path = entry.path().map_err(|error| Error::Refused(format!("an entry has no readable name: {error}")))?;
     let shown = path.display();
-    if !stays_inside(&path) {
+    if inside(&path).is_none() {
         return Err(Error::Refused(format!("{shown} leaves its directory")));
     }
+    let target = || entry.link_name().ok().flatten().filter(|target| !target.as_os_str().is_empty());
     match entry.header().entry_type() {
-        EntryType::Regular | EntryType::Directory | EntryType::XGlobalHeader => Ok(()),
-        kind @ (EntryType::Symlink | EntryType::Link) => {
-            let target = entry.link_name().ok().flatten().unwrap_or_default();
-            // A hard link's target counts from the top, a symbolic link's from where it stands.
-            let base = if kind == EntryType::Symlink { path.parent().unwrap_or(Path::new("")) } else { Path::new("") };
-            if target.as_os_str().is_empty() || !stays_inside(&base.join(&target)) {
-                let target = target.display();
-                return Err(Error::Refused(format!("{shown} leads to {target}, outside of its directory")));
-            }
-            Ok(())
+        EntryType::Regular
+        | EntryType::Continuous
+        | EntryType::GNUSparse
+        | EntryType::Directory
+        | EntryType::XGlobalHeader => Ok(()),
+        EntryType::Symlink if target().is_some() => Ok(()),
+        // It counts from the top.
+        EntryType::Link if target().is_some_and(|target| inside(&target).is_some()) => Ok(()),
+        EntryType::Symlink | EntryType::Link => {
+            let target = target().unwrap_or_default();
+            Err(Error::Refused(format!("{shown} leads to {}, outside of its directory", target.display())))
         }
         kind => Err(Error::Refused(format!("{shown} is a {kind:?}, which cannot be deployed"))),
     }
-}
-
-/// Relative, and never above where it began.
-fn stays_inside(path: &Path) -> bool {
-    let mut depth = 0_i64;
-    for part in path.components() {
-        depth += match part {
-            Component::Normal(_) => 1,
-            Component::CurDir => 0,
-            Component::ParentDir => -1,
-            Component::RootDir | Component::Prefix(_) => return false,
-        };
-        if depth < 0 {
-            return false;
-        }
-    }
-    true
 }
 
 #[cfg(test)]
@@ -158,6 +144,8 @@ mod tests {
             raw(builder, "src/", EntryType::Directory, "");
             raw(builder, "src/a", EntryType::Regular, "");
             raw(builder, "src/b", EntryType::Symlink, "../top");
+            raw(builder, "python", EntryType::Symlink, "/usr/bin/python3");
+            raw(builder, "up", EntryType::Symlink, "../../x");
             raw(builder, "c", EntryType::Link, "src/a");
             long(builder, EntryType::Regular, 2 << 20);
             long(builder, EntryType::GNULongName, 200);
@@ -172,8 +160,8 @@ mod tests {
             ("../a", EntryType::Regular, ""),
             ("a/../../b", EntryType::Regular, ""),
             ("/etc/passwd", EntryType::Regular, ""),
-            ("link", EntryType::Symlink, "/etc"),
-            ("a/link", EntryType::Symlink, "../../etc"),
+            ("link", EntryType::Symlink, ""),
+            ("link", EntryType::Link, "/etc/passwd"),
             ("link", EntryType::Link, "../etc/passwd"),
             ("device", EntryType::Char, ""),
             ("pipe", EntryType::Fifo, ""),
@@ -187,7 +175,7 @@ mod tests {
     #[test]
     fn neither_do_nonsense_and_nothing() {
         let error = check(&b"not a gzip file"[..], &Limits::default()).unwrap_err();
-        assert!(error.to_string().contains("it is no whole tar.gz"), "{error:?}");
+        assert!(error.to_string().contains("it is no whole tar.gz or tar.zst"), "{error:?}");
         assert_eq!(refusal(|_| {}, &Limits::default()), "it is empty");
     }
 
@@ -212,6 +200,52 @@ mod tests {
             let why = refusal(|builder| long(builder, kind, 64 << 20), &limits);
             assert!(why.ends_with("a header is too large"), "{kind:?}: {why}");
         }
+    }
+
+    #[test]
+    fn zstd_is_read_too_whole_and_within_its_window() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = Header::new_gnu();
+        header.set_path("long").unwrap();
+        header.set_size(5000);
+        header.set_cksum();
+        builder.append(&header, io::repeat(b'x').take(5000)).unwrap();
+        let tar = builder.into_inner().unwrap();
+        let packed = |log: u32| {
+            let mut packing = zstd::Encoder::new(Vec::new(), 1).unwrap();
+            packing.include_checksum(true).unwrap();
+            packing.window_log(log).unwrap();
+            io::copy(&mut tar.as_slice(), &mut packing).unwrap();
+            packing.finish().unwrap()
+        };
+        let whole = packed(20);
+        check(whole.as_slice(), &Limits::default()).unwrap();
+        for length in 0..whole.len() {
+            assert!(check(&whole[..length], &Limits::default()).is_err(), "{length} of {} bytes", whole.len());
+        }
+        // It would take as much memory as the window.
+        assert!(check(packed(27).as_slice(), &Limits::default()).is_err());
+    }
+
+    #[test]
+    fn holes_count_as_holes() {
+        let sparse = |size: u64| {
+            archive(|builder| {
+                let mut header = Header::new_gnu();
+                header.set_path("holes").unwrap();
+                header.set_entry_type(EntryType::GNUSparse);
+                header.set_size(0);
+                let gnu = header.as_gnu_mut().unwrap();
+                gnu.set_real_size(size);
+                gnu.sparse[0].set_offset(size);
+                gnu.sparse[0].set_length(0);
+                header.set_cksum();
+                builder.append(&header, io::empty()).unwrap();
+            })
+        };
+        let small = Limits { unpacked: 1 << 20, entries: 10, ..Limits::default() };
+        check(sparse(2 << 20).as_slice(), &small).unwrap();
+        check(sparse(1 << 60).as_slice(), &small).unwrap_err();
     }
 
     #[test]

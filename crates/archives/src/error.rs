@@ -90,7 +90,10 @@ impl From<Error> for ApiError {
                 .hint("pack a directory of files, directories and links within it")
                 .step("archive"),
             Error::TooLarge { .. } => ApiError::new(ErrorCode::TooLarge, text)
-                .hint("leave files out with .heyvmignore, or fetch them in a setup hook")
+                .hint(
+                    "Leave files out with .heyvmignore, copy large ones with `heyvm cp` once the sandbox runs, or mount the \
+                     directory with --mount (locally).",
+                )
                 .step("archive"),
             Error::BrokenOff(_) | Error::StoodStill(_) => {
                 ApiError::new(ErrorCode::ArchiveInvalid, text).hint("send it again").step("archive")

@@ -14,8 +14,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, fchmod, futimens, linkat, mkdirat,
-        openat, openat2, symlinkat, unlinkat, utimensat,
+        AtFlags, CWD, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT, Uid, chownat, fchmod, fchown,
+        futimens, linkat, mkdirat, openat, openat2, symlinkat, unlinkat, utimensat,
     },
     io::Errno,
 };
@@ -42,6 +42,7 @@ pub struct Options {
     entries: u64,
     links: Links,
     modes: u32,
+    owner: Option<(Uid, Gid)>,
 }
 
 /// Which symbolic links are made.
@@ -57,7 +58,7 @@ pub enum Links {
 impl Options {
     /// For a guest: everything is kept.
     pub fn for_a_guest() -> Self {
-        Self { root: PathBuf::new(), bytes: u64::MAX, entries: u64::MAX, links: Links::Any, modes: 0o7777 }
+        Self { root: PathBuf::new(), bytes: u64::MAX, entries: u64::MAX, links: Links::Any, modes: 0o7777, owner: None }
     }
 
     /// For a directory of the host: no link leads out of it, and no file lends the rights of its owner.
@@ -69,6 +70,11 @@ impl Options {
     pub fn limits(self, bytes: u64, entries: u64) -> Self {
         let or_none = |limit| if limit == 0 { u64::MAX } else { limit };
         Self { bytes: or_none(bytes), entries: or_none(entries), ..self }
+    }
+
+    /// Gives what is unpacked, and the directory that it is unpacked to, to a user.
+    pub fn owned_by(self, uid: u32, gid: u32) -> Self {
+        Self { owner: Some((Uid::from_raw(uid), Gid::from_raw(gid))), ..self }
     }
 
     /// Only what lies below this directory of the archive, named from there.
@@ -139,6 +145,7 @@ impl Error {
 pub fn unpack<R: Read>(dir: &Path, options: &Options, archive: R) -> Result<(Done, R), Error> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = openat(CWD, dir, flags, Mode::empty()).map_err(|errno| Error::io(dir)(errno.into()))?;
+    own(&root, options.owner).map_err(|errno| Error::io(dir)(errno.into()))?;
     let mut unpacking = Unpacking {
         root,
         options,
@@ -156,6 +163,15 @@ pub fn unpack<R: Read>(dir: &Path, options: &Options, archive: R) -> Result<(Don
         return Err(Error::Refused { path: options.root.clone(), why: "is no directory of the archive".into() });
     }
     Ok((unpacking.done, rest))
+}
+
+fn own(file: &OwnedFd, owner: Option<(Uid, Gid)>) -> Result<(), Errno> {
+    owner.map_or(Ok(()), |(user, group)| fchown(file, Some(user), Some(group)))
+}
+
+fn own_at(dir: &OwnedFd, name: &OsStr, owner: Option<(Uid, Gid)>) -> Result<(), Errno> {
+    let chown = |(user, group)| chownat(dir, name, Some(user), Some(group), AtFlags::SYMLINK_NOFOLLOW);
+    owner.map_or(Ok(()), chown)
 }
 
 struct Unpacking<'a> {
@@ -177,6 +193,7 @@ struct Unpacking<'a> {
 #[derive(Debug, Clone, Copy)]
 struct Attributes {
     mode: Mode,
+    owner: Option<(Uid, Gid)>,
     /// Zero stands for no time: archives of none are of now, since caches and zip files make nothing good of 1970.
     mtime: u64,
 }
@@ -189,6 +206,8 @@ impl Attributes {
     }
 
     fn apply(self, file: &OwnedFd) -> Result<(), Errno> {
+        // A change of the owner takes the set-user-id bit away.
+        own(file, self.owner)?;
         fchmod(file, self.mode)?;
         self.times().map_or(Ok(()), |times| futimens(file, &times))
     }
@@ -212,7 +231,7 @@ impl Unpacking<'_> {
         let link = entry.link_name_bytes().map(|link| PathBuf::from(OsStr::from_bytes(&link)));
         let link = || link.ok_or_else(|| Error::refused(path, "leads nowhere"));
         let mode = Mode::from_raw_mode(entry.header().mode().unwrap_or(0o644) & self.options.modes);
-        let attributes = Attributes { mode, mtime: entry.header().mtime().unwrap_or(0) };
+        let attributes = Attributes { mode, owner: self.options.owner, mtime: entry.header().mtime().unwrap_or(0) };
         let made = match kind {
             Regular | Continuous | GNUSparse => return self.file(path, attributes, kind == GNUSparse, entry),
             Directory => self.directory(path, attributes),
@@ -327,6 +346,7 @@ impl Unpacking<'_> {
         }
         self.replacing(path, |parent, name| symlinkat(target, parent, name))?;
         let (parent, name) = self.parent_of(path)?;
+        own_at(parent, name, attributes.owner)?;
         // A link whose time cannot be set is as good.
         if let Some(times) = attributes.times() {
             let _ = utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW);
@@ -390,7 +410,10 @@ impl Unpacking<'_> {
                 Err(Errno::NOENT) => {
                     match mkdirat(above.as_ref().unwrap_or(&self.root), part, Mode::from_raw_mode(0o755)) {
                         Err(Errno::EXIST) => {}
-                        made => made?,
+                        made => {
+                            made?;
+                            own_at(above.as_ref().unwrap_or(&self.root), part, self.options.owner)?;
+                        }
                     }
                     open(&path)
                 }

@@ -1,6 +1,6 @@
 //! Archives on their way to a region, and what is made from them.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use heyvm_api::{
     ApiError, ErrorCode,
@@ -13,12 +13,12 @@ use heyvm_control_plane::ProgressSink;
 use heyvm_store::{ArchiveRow, ContentRow};
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use crate::{Cloud, Region};
+use crate::{Cloud, Region, lifecycle::Operation};
 
 impl Cloud {
     /// Puts an archive's content in place of a directory of a running sandbox.
     pub async fn replace_mount(
-        &self,
+        self: &Arc<Self>,
         account: &str,
         who: &str,
         request: ReplaceMountRequest,
@@ -33,16 +33,19 @@ impl Cloud {
         };
         let archive_id = heyvm_control_plane::archive_id(&stored.hash);
         let request = ReplaceMountRequest { archive_id, archive_root, ..request };
-        let (client, path) = (place.client()?, place.path("/replace-mount"));
-        let mut outcome = client.post(&path, &request).await;
-        if matches!(&outcome, Err(error) if error.code == ErrorCode::ArchiveNotFound) {
-            self.bring(place.region, account, &stored).await?;
-            outcome = client.post(&path, &request).await;
+        let operation = || Operation::ReplaceMount(request.clone());
+        let replaced = match self.operate(self.place(place.row.clone())?, operation(), None).await {
+            Err(error) if error.code == ErrorCode::ArchiveNotFound => {
+                self.bring(place.region, account, &stored).await?;
+                self.operate(self.place(place.row.clone())?, operation(), None).await
+            }
+            outcome => outcome,
+        }?;
+        if directory.trim_end_matches('/') != working_directory {
+            return Ok(replaced);
         }
-        if outcome.is_ok() && directory.trim_end_matches('/') == working_directory {
-            place.row.archive_id = Some(row.id);
-        }
-        self.settled(&place, outcome).await
+        place.row.archive_id = Some(row.id);
+        self.answer(&place, replaced).await
     }
 
     /// Images that are ready in the default region.

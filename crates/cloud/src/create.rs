@@ -15,7 +15,10 @@ use heyvm_api::{
     sandbox::{CreateRequest, Reason, ReasonCode, SandboxInfo, Status},
 };
 use heyvm_control_plane::{DEFAULT_WORKING_DIRECTORY, ProgressSink};
-use heyvm_store::{ContentRow, KeyRow, placements::PlacementRow};
+use heyvm_store::{
+    ContentRow, KeyRow,
+    placements::{Placed, PlacementRow},
+};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -94,10 +97,14 @@ impl Cloud {
     ) -> Result<Begun, ApiError> {
         let asking = heyvm_control_plane::Account::of_cloud(account)?;
         heyvm_control_plane::check(&request, &asking)?;
-        let fingerprint = heyvm_control_plane::fingerprint(&request);
-        if let Some(known) = self.begun_before(account, key, &fingerprint, &request).await? {
-            return Ok(known);
+        let key = key.map(|key| Key::new(account, key, &request));
+        if let Some(key) = &key
+            && let Some(known) = self.store.key(&key.key).await?
+            && let Some(begun) = self.begun_before(account, key, &known, &request).await?
+        {
+            return Ok(begun);
         }
+        let asked = key.is_some().then(|| request.clone());
         let quotas = self.quotas_of(account).await?;
         if request.ttl_seconds.is_none() && quotas.max_ttl_seconds.is_some() {
             tracing::debug!(account, "the account's ceiling stands in for a time-to-live");
@@ -117,13 +124,17 @@ impl Cloud {
         if let Some(old) = &replaces {
             row.slug.clone_from(request.slug.as_ref().unwrap_or(&old.slug));
         }
-        self.insert(&mut row, &request, quotas).await?;
+        if let Some(known) = self.insert(&mut row, &request, quotas, key.as_ref()).await? {
+            // Another request with this key was faster.
+            return match (&key, &asked) {
+                (Some(key), Some(asked)) => {
+                    self.begun_before(account, key, &known, asked).await?.ok_or_else(gone_already)
+                }
+                _ => Err(gone_already()),
+            };
+        }
         request.slug = Some(row.slug.clone());
         request.region = None;
-        if let Some(key) = key {
-            let stands_for = KeyRow { request: fingerprint, sandbox_id: row.id.clone() };
-            self.store.add_key(&account_key(account, key), &stands_for, row.created_at).await?;
-        }
         Ok(Begun { row, request, archive, replaces })
     }
 
@@ -131,19 +142,13 @@ impl Cloud {
     async fn begun_before(
         &self,
         account: &str,
-        key: Option<&str>,
-        fingerprint: &str,
+        key: &Key,
+        known: &KeyRow,
         request: &CreateRequest,
     ) -> Result<Option<Begun>, ApiError> {
-        let Some(key) = key else { return Ok(None) };
-        let key = account_key(account, key);
-        let Some(known) = self.store.key(&key).await? else { return Ok(None) };
         let row = self.store.placement(&known.sandbox_id).await?.filter(|row| !row.gone);
-        let Some(row) = row else {
-            self.store.remove_keys(&known.sandbox_id).await?;
-            return Ok(None);
-        };
-        if known.request != fingerprint {
+        let Some(row) = row else { return Ok(None) };
+        if known.request != key.fingerprint {
             let message = "this idempotency key came with another request";
             return Err(ApiError::new(ErrorCode::IdempotencyKeyReused, message).hint("use a new key for a new request"));
         }
@@ -151,7 +156,12 @@ impl Cloud {
         request.ttl_seconds = self.quotas_of(account).await?.ttl(request.ttl_seconds)?;
         let archive = self.archive_of(account, &mut request).await?;
         (request.name, request.slug, request.region) = (Some(row.name.clone()), Some(row.slug.clone()), None);
-        Ok(Some(Begun { row, request, archive, replaces: None }))
+        // Without its name yet, it is still to take another one's place.
+        let replaces = match request.replace && !row.holds_name {
+            true => self.store.placement_named(account, &row.name).await?.filter(|old| old.holds_name),
+            false => None,
+        };
+        Ok(Some(Begun { row, request, archive, replaces }))
     }
 
     /// The archive's content; the request then names it as the region does.
@@ -179,20 +189,24 @@ impl Cloud {
         }
     }
 
-    /// Into the store, which knows whose name and slug are taken, and how much the account has. A slug that nobody asked
-    /// for gives way.
+    /// Into the store, which knows whose name and slug are taken, how much the account has, and what the key stands for
+    /// already: that is returned. A slug that was not asked for gives way.
     async fn insert(
         &self,
         row: &mut PlacementRow,
         request: &CreateRequest,
         quotas: crate::Quotas,
-    ) -> Result<(), ApiError> {
+        key: Option<&Key>,
+    ) -> Result<Option<KeyRow>, ApiError> {
         let made_up = row.slug.clone();
+        let stands_for = key.map(|key| KeyRow { request: key.fingerprint.clone(), sandbox_id: row.id.clone() });
+        let with_key = key.zip(stands_for.as_ref()).map(|(key, row)| (key.key.as_str(), row));
         for _ in 0..SLUG_TRIES {
-            row.info = serde_json::to_string(&provisional(row, request)).unwrap_or_default();
-            match self.store.place(row, &quotas.limits()).await {
-                Ok(None) => return Ok(()),
-                Ok(Some(usage)) => return Err(quotas::refused(usage, needs(request)?, quotas)),
+            row.info = serde_json::to_string(&provisional(row, request).without_values()).unwrap_or_default();
+            match self.store.place(row, &quotas.limits(), with_key).await {
+                Ok(Placed::Added) => return Ok(None),
+                Ok(Placed::Known(known)) => return Ok(Some(known)),
+                Ok(Placed::Full(usage)) => return Err(quotas::refused(usage, needs(request)?, quotas)),
                 Err(heyvm_store::Error::SlugTaken) if request.slug.is_none() => {
                     row.slug = names::another_slug(&made_up, rand::random());
                 }
@@ -276,9 +290,23 @@ impl Cloud {
     }
 }
 
-/// A key is its account's own.
-fn account_key(account: &str, key: &str) -> String {
-    format!("{account} {key}")
+/// An idempotency key and the request that it came with.
+struct Key {
+    /// As it stands in the store: accounts do not share keys.
+    key: String,
+    fingerprint: String,
+}
+
+impl Key {
+    fn new(account: &str, key: &str, request: &CreateRequest) -> Self {
+        Self { key: format!("{account} {key}"), fingerprint: heyvm_control_plane::fingerprint(request) }
+    }
+}
+
+/// The sandbox of a key was removed between two questions to the store.
+fn gone_already() -> ApiError {
+    ApiError::new(ErrorCode::InvalidState, "the sandbox of this idempotency key was removed at this moment")
+        .hint("send the request again")
 }
 
 fn needs(request: &CreateRequest) -> Result<Needs, ApiError> {
@@ -334,12 +362,15 @@ pub(crate) fn provisional(row: &PlacementRow, request: &CreateRequest) -> Sandbo
         expires_at: ttl.and_then(|ttl| created_at.checked_add_signed(ttl)),
         env_vars: request.env_vars.clone(),
         start_command: request.start_command.clone(),
+        image_command: Vec::new(),
+        exposed_ports: Vec::new(),
         working_directory: request.working_directory.clone().unwrap_or_else(|| DEFAULT_WORKING_DIRECTORY.into()),
         setup_hooks: request.setup_hooks.clone(),
         error_message: None,
         reason: None,
         urls: Vec::new(),
         mounts: Vec::new(),
+        response_timeout_seconds: request.response_timeout_seconds.and_then(|seconds| u32::try_from(seconds).ok()),
         checkpoint_at: None,
         warnings: Vec::new(),
         agent: None,

@@ -18,6 +18,8 @@ mod quotas;
 mod regions;
 mod routes;
 mod sync;
+#[cfg(test)]
+mod tests;
 mod tls;
 
 use std::sync::Arc;
@@ -28,7 +30,7 @@ use heyvm_api::{
 };
 use heyvm_store::{Store, placements::PlacementRow};
 
-pub use placements::Place;
+pub use placements::{ListQuery, Place};
 pub use quotas::Quotas;
 pub use regions::{Region, RegionConfig, Way};
 pub use routes::Destination;
@@ -93,6 +95,7 @@ impl Cloud {
     fn url(&self, endpoint: Endpoint) -> Endpoint {
         let hostname = format!("{}.{}", endpoint.subdomain, self.urls.base_domain);
         let url = format!("{}://{hostname}{}", self.urls.scheme, self.urls.port);
-        Endpoint { hostname, url, ..endpoint }
+        // The region's loopback is not the client's.
+        Endpoint { hostname, url, local_url: None, ..endpoint }
     }
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use heyvm_api::{
     ApiError, ErrorCode,
-    client::{Client, Remote, Server},
+    client::{Client, Page, Remote, Server},
     headers,
 };
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -81,6 +81,15 @@ impl Region {
     pub(crate) async fn ask<T: DeserializeOwned>(&self, account: &str, path: &str) -> Result<T, ApiError> {
         let client = self.client(account)?;
         match tokio::time::timeout(ANSWER, client.get(path)).await {
+            Ok(answer) => answer.map_err(|error| self.explain(error)),
+            Err(_) => Err(self.unavailable(&format!("it has not answered for {} s", ANSWER.as_secs()))),
+        }
+    }
+
+    /// One page of a list of an account's sandboxes.
+    pub(crate) async fn page<T: DeserializeOwned>(&self, account: &str, path: &str) -> Result<Page<T>, ApiError> {
+        let client = self.client(account)?;
+        match tokio::time::timeout(ANSWER, client.page(path)).await {
             Ok(answer) => answer.map_err(|error| self.explain(error)),
             Err(_) => Err(self.unavailable(&format!("it has not answered for {} s", ANSWER.as_secs()))),
         }

@@ -2,18 +2,26 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use heyvm_api::{ApiError, ErrorCode, client::Connection, headers, sandbox::RouteInfo};
 
+use tokio::sync::Semaphore;
+
 use crate::{Cloud, Region};
 
 /// What a region has told of a subdomain counts this long: a port that is unbound or made private is so by then.
 const FRESH: Duration = Duration::from_secs(1);
-/// Subdomains that are remembered at a time.
+/// Nobody guesses a subdomain before it is bound, so one that no region knows stays unknown.
+const FRESH_UNKNOWN: Duration = Duration::from_secs(120);
+/// Subdomains that are remembered at a time, of those that lead somewhere and of the others.
 const REMEMBERED: usize = 10_000;
+/// Subdomains unknown to the store that regions are asked for at a time: clients can make up any number of them.
+const UNKNOWN_AT_A_TIME: usize = 16;
+/// How long one more waits for its turn.
+const TURN: Duration = Duration::from_secs(5);
 
 /// Where a subdomain leads.
 #[derive(Debug, Clone)]
@@ -25,17 +33,31 @@ pub struct Destination {
 }
 
 /// What has just been asked.
-#[derive(Default)]
-pub(crate) struct Recent(Mutex<HashMap<String, (Instant, Option<Destination>)>>);
+pub(crate) struct Recent {
+    known: Mutex<HashMap<String, (Instant, Option<Destination>)>>,
+    /// Apart, so that made-up subdomains never crowd out those that lead somewhere.
+    unknown: Mutex<HashMap<String, Instant>>,
+    turns: Semaphore,
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        Self { known: Mutex::default(), unknown: Mutex::default(), turns: Semaphore::new(UNKNOWN_AT_A_TIME) }
+    }
+}
 
 impl Recent {
     fn get(&self, subdomain: &str) -> Option<Option<Destination>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let unknown = lock(&self.unknown).get(subdomain).is_some_and(|at| at.elapsed() < FRESH_UNKNOWN);
+        if unknown {
+            return Some(None);
+        }
+        let known = lock(&self.known);
         known.get(subdomain).filter(|(at, _)| at.elapsed() < FRESH).map(|(_, found)| found.clone())
     }
 
     fn put(&self, subdomain: &str, found: Option<Destination>) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.known);
         if known.len() >= REMEMBERED {
             known.retain(|_, (at, _)| at.elapsed() < FRESH);
         }
@@ -43,6 +65,22 @@ impl Recent {
             known.insert(subdomain.to_owned(), (Instant::now(), found));
         }
     }
+
+    /// No region knows it.
+    fn put_unknown(&self, subdomain: &str) {
+        let mut unknown = lock(&self.unknown);
+        if unknown.len() >= REMEMBERED {
+            unknown.retain(|_, at| at.elapsed() < FRESH_UNKNOWN);
+        }
+        if unknown.len() >= REMEMBERED {
+            unknown.clear();
+        }
+        unknown.insert(subdomain.to_owned(), Instant::now());
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Cloud {
@@ -54,10 +92,22 @@ impl Cloud {
         let known = self.store.region_behind(subdomain).await?;
         let found = match known.as_deref().map(|name| self.region_of(name)) {
             Some(region) => ask(region?, subdomain).await?,
-            // Bound while no server looked: whoever knows it, says so.
+            // Bound while no server looked: a region that knows it says so.
             None => {
+                let Ok(Ok(_turn)) = tokio::time::timeout(TURN, self.recent.turns.acquire()).await else {
+                    return Err(ApiError::new(
+                        ErrorCode::RegionUnavailable,
+                        "too many unknown addresses are asked for",
+                    )
+                    .hint("Try again in a moment."));
+                };
                 let all = self.regions.iter().map(|region| ask(region, subdomain));
-                futures::future::join_all(all).await.into_iter().flatten().flatten().next()
+                let answers = futures::future::join_all(all).await;
+                if answers.iter().all(|answer| matches!(answer, Ok(None))) {
+                    self.recent.put_unknown(subdomain);
+                    return Ok(None);
+                }
+                answers.into_iter().flatten().flatten().next()
             }
         };
         self.recent.put(subdomain, found.clone());
@@ -84,5 +134,30 @@ async fn ask(region: &Region, subdomain: &str) -> Result<Option<Destination>, Ap
             Ok(None)
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn made_up_subdomains_crowd_no_one_out() {
+        let recent = Recent::default();
+        for number in 0..3 * REMEMBERED {
+            recent.put_unknown(&format!("made-up-{number}"));
+        }
+        assert!(lock(&recent.unknown).len() <= REMEMBERED);
+        let last = format!("made-up-{}", 3 * REMEMBERED - 1);
+        assert!(matches!(recent.get(&last), Some(None)));
+        let route = RouteInfo {
+            sandbox_id: "a".into(),
+            port: 80,
+            is_public: true,
+            account_id: String::new(),
+            response_timeout_seconds: None,
+        };
+        recent.put("real", Some(Destination { region: "US".into(), route }));
+        assert!(matches!(recent.get("real"), Some(Some(_))));
     }
 }

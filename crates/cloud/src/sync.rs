@@ -1,11 +1,17 @@
 //! What the regions run, written down every few seconds: for lists while a region is cut off, for quotas, for sandboxes
 //! that ended by themselves, and for those of which a server that has died did not live to hear.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use chrono::Utc;
 use heyvm_api::{
-    ApiError, headers,
+    ApiError,
+    client::Page,
+    headers,
     sandbox::{SandboxInfo, Status},
 };
 use heyvm_store::placements::PlacementRow;
@@ -21,6 +27,20 @@ const UNHEARD: Duration = Duration::from_secs(120);
 const REMEMBERED: Duration = Duration::from_secs(24 * 3600);
 /// How often those told of for so long are looked for.
 const FORGET_EVERY: Duration = Duration::from_secs(600);
+
+/// How often a region is asked for everything, rather than for changes.
+const WHOLE_EVERY: Duration = Duration::from_secs(60);
+/// A revision that every sandbox is newer than.
+const BEGINNING: &str = "00000000-0";
+
+/// What has been seen of a region.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// Changes up to here.
+    revision: Option<String>,
+    /// When everything was last seen.
+    whole_at: Option<Instant>,
+}
 
 impl Cloud {
     /// Asks every region, and forgets what is over, until the end.
@@ -42,15 +62,16 @@ impl Cloud {
     }
 
     async fn sync_region(&self, region: &Region, ending: &CancellationToken) {
-        let mut cut_off = false;
+        let mut unreachable = false;
+        let mut seen = Seen::default();
         loop {
-            let outcome = self.sync(region).await;
+            let outcome = self.sync(region, &mut seen).await;
             match &outcome {
-                Ok(()) if cut_off => tracing::info!(region = region.name, "the region answers again"),
-                Err(error) if !cut_off => tracing::warn!(region = region.name, %error, "the region is cut off"),
+                Ok(()) if unreachable => tracing::info!(region = region.name, "the region answers again"),
+                Err(error) if !unreachable => tracing::warn!(region = region.name, %error, "the region is unreachable"),
                 Ok(()) | Err(_) => {}
             }
-            cut_off = outcome.is_err();
+            unreachable = outcome.is_err();
             tokio::select! {
                 () = tokio::time::sleep(EVERY) => {}
                 () = ending.cancelled() => return,
@@ -58,14 +79,57 @@ impl Cloud {
         }
     }
 
-    /// Asks one region what it runs, and writes down what has changed.
-    pub async fn sync(&self, region: &Region) -> Result<(), ApiError> {
-        let found: Vec<SandboxInfo> = region.ask(headers::EVERY_ACCOUNT, "/sandboxes?filter=all").await?;
-        for row in self.store.placements_in(&region.name).await? {
-            match found.iter().find(|info| info.id == row.id) {
-                Some(info) if differs(&row, info) => self.learned(&row, info).await?,
-                None if age(&row) > UNHEARD => self.lost(&row).await?,
-                _ => {}
+    /// Asks one region what has changed since it was last asked, page by page, and records it. Once a minute it asks for
+    /// everything, so that nothing stays wrong.
+    pub(crate) async fn sync(&self, region: &Region, seen: &mut Seen) -> Result<(), ApiError> {
+        let began = Instant::now();
+        let is_whole = seen.whole_at.is_none_or(|at| began.duration_since(at) >= WHOLE_EVERY);
+        // A revision of before: what is asked for first is everything.
+        let mut since = seen.revision.clone().filter(|_| !is_whole).unwrap_or_else(|| BEGINNING.into());
+        let mut known = HashSet::new();
+        loop {
+            let path = format!("/sandboxes?filter=all&since={since}");
+            let page: Page<SandboxInfo> = region.page(headers::EVERY_ACCOUNT, &path).await?;
+            for info in page.entries {
+                self.record_change(region, &info).await?;
+                known.insert(info.id);
+            }
+            match (page.next, page.revision) {
+                // Progress survives a page that cannot be had.
+                (Some(next), _) => since = next,
+                (None, revision) => {
+                    seen.revision = revision;
+                    break;
+                }
+            }
+            if !is_whole {
+                seen.revision = Some(since.clone());
+            }
+        }
+        if is_whole {
+            self.find_lost(region, &known).await?;
+            seen.whole_at = Some(began);
+        }
+        Ok(())
+    }
+
+    async fn record_change(&self, region: &Region, info: &SandboxInfo) -> Result<(), ApiError> {
+        let row = self.store.placement(&info.id).await?.filter(|row| !row.gone && row.region == region.name);
+        match row {
+            Some(row) if differs(&row, info) => self.learned(&row, info).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Those that the region should know and does not.
+    async fn find_lost(&self, region: &Region, known: &HashSet<String>) -> Result<(), ApiError> {
+        let before = Utc::now().timestamp_millis() - millis(UNHEARD);
+        for id in self.store.placements_unheard(&region.name, before).await? {
+            if known.contains(&id) {
+                continue;
+            }
+            if let Some(row) = self.store.placement(&id).await?.filter(|row| !row.gone) {
+                self.lost(&row).await?;
             }
         }
         Ok(())
@@ -73,7 +137,7 @@ impl Cloud {
 
     /// Those that have been gone for long enough.
     async fn forget(&self) -> Result<(), ApiError> {
-        let before = Utc::now().timestamp_millis() - i64::try_from(REMEMBERED.as_millis()).unwrap_or(i64::MAX);
+        let before = Utc::now().timestamp_millis() - millis(REMEMBERED);
         self.store.forget_placements(before).await.map_err(Into::into)
     }
 
@@ -98,7 +162,6 @@ fn differs(row: &PlacementRow, info: &SandboxInfo) -> bool {
         || without_time(&row.info) != without_time(&next.info)
 }
 
-fn age(row: &PlacementRow) -> Duration {
-    let millis = Utc::now().timestamp_millis().saturating_sub(row.created_at.max(row.changed_at));
-    Duration::from_millis(u64::try_from(millis).unwrap_or_default())
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

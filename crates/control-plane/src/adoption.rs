@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, RwLock},
+    sync::{Arc, OnceLock, RwLock},
     time::Duration,
 };
 
@@ -18,6 +18,7 @@ use heyvm_vm::{Driver, Vm};
 use crate::{
     Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, orphans,
     record::{self, Record},
+    supervised,
 };
 
 /// Opening waits this long until every sandbox is settled. One that takes longer holds up nobody but those who want
@@ -51,6 +52,7 @@ impl ControlPlane {
             }
             sandboxes.insert(record.id.clone(), Sandbox::new(record));
         }
+        let pulls = crate::Pulls::new(&config.images);
         let plane = Arc::new(Self {
             unread,
             store_id,
@@ -60,11 +62,17 @@ impl ControlPlane {
             images,
             sandboxes: RwLock::new(sandboxes),
             endpoints: RwLock::default(),
+            listeners: OnceLock::new(),
+            local_ports: RwLock::default(),
             keys: tokio::sync::Mutex::default(),
-            reloading: tokio::sync::Mutex::default(),
+            binding: tokio::sync::Mutex::default(),
+            book: Default::default(),
             image_use: tokio::sync::Mutex::default(),
+            pulls,
+            substitutions: std::sync::Mutex::default(),
         });
-        plane.reload_endpoints().await?;
+        plane.all().iter().for_each(|sandbox| plane.book.noted(sandbox));
+        plane.load_endpoints().await?;
         archives::prepare(&plane.config.home)
             .and_then(|()| logs::prepare(&plane.config.home, &rows, &vms))
             .map_err(|error| errors::io("preparing archives and logs", &error))?;
@@ -89,7 +97,9 @@ impl ControlPlane {
     /// Brings one sandbox from whatever the last daemon left to a state that is true.
     async fn settle(self: Arc<Self>, sandbox: Arc<Sandbox>) {
         let mut pause = FIRST_PAUSE;
-        while let Err(error) = self.try_to_settle(&sandbox).await {
+        loop {
+            let settled = supervised::run("settling a sandbox", self.try_to_settle(&sandbox)).await;
+            let Err(error) = settled.map_err(|panicked| errors::internal(&panicked)).flatten() else { return };
             tracing::error!(%error, id = sandbox.record().id, "what another daemon has left is looked at again later");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -146,7 +156,9 @@ impl ControlPlane {
         self.watch_agent(sandbox, &vm);
         self.resume_log(sandbox);
         self.resume_mounts(sandbox, &vm);
-        let main = sandbox.record().start_command.is_some().then(|| self.follow(sandbox, &vm));
+        let record = sandbox.snapshot();
+        let has_main = record.start_command.is_some() || record.runs_the_images_command();
+        let main = has_main.then(|| self.follow(sandbox, &vm));
         self.watch(sandbox, vm, main);
     }
 

@@ -20,12 +20,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 impl ControlPlane {
     /// Asks until the agent has answered once: from then on calls show by themselves whether it does.
     pub(crate) fn watch_agent(&self, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>) {
-        let (sandbox, vm) = (Arc::clone(sandbox), Arc::clone(vm));
+        let (book, sandbox, vm) = (Arc::clone(&self.book), Arc::clone(sandbox), Arc::clone(vm));
         tokio::spawn(async move {
             let mut pause = FIRST_PAUSE;
             loop {
                 let answers = tokio::time::timeout(DEADLINE, answers(&vm.agent())).await.unwrap_or(false);
                 sandbox.agent_is_silent.store(!answers, Ordering::Relaxed);
+                book.changes.stamp(&sandbox.changed_at);
                 sandbox.changed.send_replace(());
                 if answers {
                     return;

@@ -1,8 +1,8 @@
-//! Archives: tar.gz files by content hash, looked through before they are kept, and kept as long as a sandbox names them
-//! or a day has not passed since they were used. Every byte is somebody else's.
+//! Archives: tar.gz and tar.zst files by content hash, looked through while they come, and kept as long as a sandbox names
+//! them or a day has not passed since they were used. Every byte is someone else's.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
@@ -11,18 +11,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use flate2::read::MultiGzDecoder;
 use futures::{StreamExt, stream::BoxStream};
 use heyvm_api::{ApiError, ErrorCode, archives::AccountArchive, sandbox::Status, system::ArchiveInfo};
-use heyvm_archives::Limits;
-use sha2::{Digest, Sha256};
+use heyvm_archives::{Content, Limits};
+use tokio::sync::mpsc;
 
-use crate::{ControlPlane, errors};
+use crate::{Account, ControlPlane, errors};
 
-/// How much an archive may be.
-pub const LIMITS: Limits = Limits::STANDARD;
 /// Bytes in which it is passed on.
-const PIECE: usize = 64 << 10;
+const PIECE: usize = 256 << 10;
+/// Pieces that may wait for the disk.
+const WAITING: usize = 16;
 /// An archive that no sandbox was made from is kept this long after it was last sent or used.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
 /// How long the rest of an upload is listened to that has failed.
@@ -39,10 +38,11 @@ const MAX_PATH: usize = 4096;
 const ID_DIGITS: usize = 32;
 
 impl ControlPlane {
-    /// Takes a tar.gz: checks it (paths, kinds, unpacked size), stores it by content hash.
+    /// Takes an archive: checks it (paths, kinds, unpacked size) while it comes, stores it by content hash.
     /// With a name it is kept until it is removed.
     pub async fn put_archive(
         &self,
+        account: &Account,
         name: Option<String>,
         mut body: BoxStream<'static, io::Result<Bytes>>,
     ) -> Result<ArchiveInfo, ApiError> {
@@ -51,7 +51,7 @@ impl ControlPlane {
         }
         let dir = directory(&self.config.home);
         let half = Half(dir.join(format!("{HALF}{}", uuid::Uuid::new_v4())));
-        let received = receive(&half.0, &mut body).await;
+        let received = receive(&half.0, limits(account), &mut body).await;
         if received.is_err() {
             // Who is still sending does not hear an answer: the rest is taken and thrown away.
             let _ = tokio::time::timeout(REST, body.for_each(async |_| {})).await;
@@ -64,8 +64,6 @@ impl ControlPlane {
             if to.exists() {
                 touch(&to);
             } else {
-                let kept = File::open(&from).map_err(|error| errors::io("reading the archive", &error))?;
-                heyvm_archives::check(kept, &LIMITS)?;
                 fs::rename(&from, &to).map_err(|error| errors::io("keeping the archive", &error))?;
             }
             if let Some(name) = name {
@@ -78,11 +76,13 @@ impl ControlPlane {
         Ok(ArchiveInfo { archive_id, size_bytes: size })
     }
 
-    /// Those with a name, newest first.
-    pub async fn archives(&self) -> Result<Vec<AccountArchive>, ApiError> {
+    /// Those with a name, or `all`, newest first.
+    pub async fn archives(&self, all: bool) -> Result<Vec<AccountArchive>, ApiError> {
         let dir = directory(&self.config.home);
-        let listed =
-            tokio::task::spawn_blocking(move || named(&dir)).await.map_err(|error| errors::internal(&error))?;
+        let used = if all { self.archives_in_use() } else { HashMap::new() };
+        let listed = tokio::task::spawn_blocking(move || list(&dir, all, &used))
+            .await
+            .map_err(|error| errors::internal(&error))?;
         listed.map_err(|error| errors::io("listing the archives", &error))
     }
 
@@ -104,13 +104,24 @@ impl ControlPlane {
     /// Removes archives that nobody needs any more, for as long as the daemon runs.
     pub(crate) async fn tidy_archives_forever(self: Arc<Self>) {
         loop {
-            let records = self.all().into_iter().map(|sandbox| sandbox.snapshot());
-            let living = records.filter(|record| record.status != Status::Removed);
-            let named: HashSet<_> = living.filter_map(|record| record.archive_id).collect();
+            let named = self.archives_in_use().into_keys().collect();
             let dir = directory(&self.config.home);
             let _ = tokio::task::spawn_blocking(move || remove_unused(&dir, &named)).await;
             tokio::time::sleep(TIDYING).await;
         }
+    }
+}
+
+impl ControlPlane {
+    /// Ids of the archives that sandboxes were made from which are not removed, and the sandboxes' names.
+    fn archives_in_use(&self) -> HashMap<String, Vec<String>> {
+        let mut used: HashMap<String, Vec<String>> = HashMap::new();
+        for record in self.all().into_iter().map(|sandbox| sandbox.snapshot()) {
+            if let (Some(id), true) = (record.archive_id, record.status != Status::Removed) {
+                used.entry(id).or_default().push(record.name);
+            }
+        }
+        used
     }
 }
 
@@ -119,21 +130,46 @@ pub fn id_of(hash: &str) -> String {
     format!("ar-{}", hash.get(..ID_DIGITS).unwrap_or(hash))
 }
 
-/// Writes what comes to a new file; its SHA-256, in hex, and its size.
-async fn receive(path: &Path, body: &mut BoxStream<'static, io::Result<Bytes>>) -> Result<(String, u64), ApiError> {
-    let made = File::options().create_new(true).write(true).open(path);
-    let mut file = made.map_err(|error| errors::io("making a file", &error))?;
-    let (mut hash, mut size) = (Sha256::new(), 0);
-    while let Some(piece) = body.next().await {
-        let piece = piece.map_err(heyvm_archives::Error::BrokenOff)?;
-        size += piece.len() as u64;
-        if size > LIMITS.compressed {
-            return Err(heyvm_archives::Error::TooLarge { limit: LIMITS.compressed }.into());
+/// How much an archive may be: the owner of the machine uses the disk as far as it goes.
+pub fn limits(account: &Account) -> Limits {
+    if account.is_owner() { Limits::NONE } else { Limits::STANDARD }
+}
+
+/// Writes what comes to a new file, checked on the way; its SHA-256, in hex, and its size.
+async fn receive(
+    path: &Path,
+    limits: Limits,
+    body: &mut BoxStream<'static, io::Result<Bytes>>,
+) -> Result<(String, u64), ApiError> {
+    let (pieces, receiver) = mpsc::channel(WAITING);
+    let path = path.to_owned();
+    let writing = tokio::task::spawn_blocking(move || write(&path, receiver));
+    let checked = async {
+        let mut content = Content::new(limits);
+        while let Some(piece) = body.next().await {
+            let piece = piece.map_err(heyvm_archives::Error::BrokenOff)?;
+            content.pass(&piece).await?;
+            // A writer that has failed says why in its result.
+            if pieces.send(piece).await.is_err() {
+                break;
+            }
         }
-        hash.update(&piece);
-        file.write_all(&piece).map_err(|error| errors::io("writing the archive", &error))?;
+        drop(pieces);
+        content.finish().await
+    };
+    let checked = checked.await;
+    // Also after a failure: what it still makes must be there to be removed.
+    let written = writing.await.map_err(|error| errors::internal(&error))?;
+    written.map_err(|error| errors::io("writing the archive", &error))?;
+    Ok(checked?)
+}
+
+fn write(path: &Path, mut pieces: mpsc::Receiver<Bytes>) -> io::Result<()> {
+    let mut file = File::options().create_new(true).write(true).open(path)?;
+    while let Some(piece) = pieces.blocking_recv() {
+        file.write_all(&piece)?;
     }
-    Ok((hex::encode(hash.finalize()), size))
+    Ok(())
 }
 
 fn check_name(name: &str) -> Result<(), ApiError> {
@@ -144,19 +180,26 @@ fn check_name(name: &str) -> Result<(), ApiError> {
         .hint(format!("use 1 to {MAX_NAME} bytes without control characters")))
 }
 
-fn named(dir: &Path) -> io::Result<Vec<AccountArchive>> {
+fn list(dir: &Path, all: bool, used: &HashMap<String, Vec<String>>) -> io::Result<Vec<AccountArchive>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        let archive = path.with_extension("");
-        let (Some(id), Ok(meta)) = (archive.file_name().and_then(|name| name.to_str()), fs::metadata(&archive)) else {
+        let id = path.file_name().and_then(|name| name.to_str()).filter(|name| is_id(name));
+        // One that has just been removed is not there.
+        let (Some(id), Ok(meta)) = (id, fs::metadata(&path)) else { continue };
+        let beside = path.with_extension(NAME);
+        let name = fs::read_to_string(&beside).ok();
+        if name.is_none() && !all {
             continue;
-        };
-        if path.extension().is_some_and(|extension| extension == NAME) {
-            let name = fs::read_to_string(&path)?;
-            let created_at = fs::metadata(&path)?.modified()?.into();
-            found.push(AccountArchive { id: id.to_owned(), name: Some(name), size_bytes: meta.len(), created_at });
         }
+        let made = if name.is_some() { fs::metadata(&beside)?.modified()? } else { meta.modified()? };
+        found.push(AccountArchive {
+            id: id.to_owned(),
+            name,
+            size_bytes: meta.len(),
+            created_at: made.into(),
+            used_by: used.get(id).cloned().unwrap_or_default(),
+        });
     }
     found.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.id.cmp(&b.id)));
     Ok(found)
@@ -209,9 +252,12 @@ impl Drop for Half {
 }
 
 fn path_of(home: &Path, id: &str) -> Option<PathBuf> {
-    let digits = id.strip_prefix("ar-")?;
-    let good = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-    good.then(|| directory(home).join(id))
+    is_id(id).then(|| directory(home).join(id))
+}
+
+fn is_id(id: &str) -> bool {
+    let digits = id.strip_prefix("ar-").unwrap_or_default();
+    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Whether there is an archive of this id. Whoever asks is about to use it.
@@ -242,7 +288,8 @@ pub fn root(text: &str) -> Result<String, ApiError> {
 pub fn read(home: &Path, id: &str) -> Result<impl Read + Send + use<>, ApiError> {
     check(home, id)?;
     let path = path_of(home, id).unwrap_or_default();
-    Ok(MultiGzDecoder::new(File::open(path).map_err(|error| errors::io("opening the archive", &error))?))
+    let opened = File::open(path).and_then(heyvm_archives::tar_of);
+    opened.map_err(|error| errors::io("opening the archive", &error))
 }
 
 /// Passes a stream on in pieces until it ends or `take` wants no more.
@@ -259,6 +306,24 @@ pub fn feed(mut from: impl Read, mut take: impl FnMut(Vec<u8>) -> bool) -> io::R
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nameless_archives_are_listed_among_all_with_who_uses_them() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, content) in
+            [("ar-aa", "12"), ("ar-bb", "123"), ("ar-bb.name", "mine"), (".half-x", ""), ("other", "")]
+        {
+            fs::write(dir.path().join(name), content).unwrap();
+        }
+        let used = HashMap::from([("ar-aa".to_owned(), vec!["web".to_owned()])]);
+        let ids =
+            |all| -> Vec<_> { list(dir.path(), all, &used).unwrap().into_iter().map(|archive| archive.id).collect() };
+        assert_eq!(ids(false), ["ar-bb"]);
+        assert_eq!(HashSet::from_iter(ids(true)), HashSet::from(["ar-aa".to_owned(), "ar-bb".to_owned()]));
+        let all = list(dir.path(), true, &used).unwrap();
+        let nameless = all.iter().find(|archive| archive.name.is_none()).unwrap();
+        assert_eq!((nameless.size_bytes, &nameless.used_by[..]), (2, &["web".to_owned()][..]));
+    }
 
     #[test]
     fn an_id_is_no_path() {

@@ -1,9 +1,13 @@
-//! Ports with URLs. A map in memory, in step with the store, answers the proxy without a query.
+//! Ports with URLs. A table in memory, in step with the store, answers the proxy without a query. Each change writes its
+//! own rows, to the store first: what a change costs does not grow with the number of bound ports.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use heyvm_api::{
-    ApiError, ErrorCode, names,
+    ApiError, ErrorCode, limits, names,
     sandbox::{BindRequest, BoundPort, Endpoint, RouteInfo, Status},
 };
 use heyvm_store::EndpointRow;
@@ -33,6 +37,48 @@ pub enum ConnectError {
     Unreachable(String),
 }
 
+/// Every bound port, by subdomain and by sandbox.
+#[derive(Debug, Default)]
+pub(crate) struct Endpoints {
+    by_subdomain: HashMap<String, EndpointRow>,
+    by_sandbox: HashMap<String, BTreeMap<u16, String>>,
+}
+
+impl Endpoints {
+    fn of(rows: Vec<EndpointRow>) -> Self {
+        let mut all = Self::default();
+        rows.into_iter().for_each(|row| all.put(row));
+        all
+    }
+
+    fn put(&mut self, row: EndpointRow) {
+        self.remove(&row.sandbox_id, row.port);
+        self.by_sandbox.entry(row.sandbox_id.clone()).or_default().insert(row.port, row.subdomain.clone());
+        self.by_subdomain.insert(row.subdomain.clone(), row);
+    }
+
+    fn remove(&mut self, sandbox_id: &str, port: u16) {
+        let Some(ports) = self.by_sandbox.get_mut(sandbox_id) else { return };
+        if let Some(subdomain) = ports.remove(&port) {
+            self.by_subdomain.remove(&subdomain);
+        }
+        if ports.is_empty() {
+            self.by_sandbox.remove(sandbox_id);
+        }
+    }
+
+    fn remove_all(&mut self, sandbox_id: &str) {
+        for subdomain in self.by_sandbox.remove(sandbox_id).unwrap_or_default().into_values() {
+            self.by_subdomain.remove(&subdomain);
+        }
+    }
+
+    fn of_sandbox(&self, sandbox_id: &str) -> Vec<EndpointRow> {
+        let subdomains = self.by_sandbox.get(sandbox_id).into_iter().flat_map(BTreeMap::values);
+        subdomains.filter_map(|subdomain| self.by_subdomain.get(subdomain)).cloned().collect()
+    }
+}
+
 impl ControlPlane {
     /// Gives a port a URL. Binding a bound port gives the same URL, and makes it public or private where that is said.
     pub async fn bind(self: &Arc<Self>, who: &Who, request: BindRequest) -> Result<BoundPort, ApiError> {
@@ -59,24 +105,27 @@ impl ControlPlane {
     }
 
     async fn bind_port_now(&self, id: &str, port: u16, is_public: Option<bool>) -> Result<(), ApiError> {
-        let bound = self.rows_of(id).into_iter().find(|row| row.port == port);
-        if bound.as_ref().is_some_and(|row| is_public.is_none_or(|asked| asked == row.is_public)) {
-            return Ok(());
-        }
-        if bound.is_none() {
-            let is_public = is_public.unwrap_or(true);
-            let row = EndpointRow { subdomain: subdomain(), sandbox_id: id.to_owned(), port, is_public };
-            match self.store.add_endpoint(&row, chrono::Utc::now().timestamp_millis()).await {
-                Ok(()) => return self.reload_endpoints().await,
-                // Bound by another request at the same time.
-                Err(heyvm_store::Error::Exists) => {}
-                Err(error) => return Err(errors::store(error)),
+        // Store and table change together: of a bind and an unbind at once, both have the same one last.
+        let _one_at_a_time = self.binding.lock().await;
+        let bound = self.rows_of(id);
+        match bound.iter().find(|row| row.port == port) {
+            Some(row) if is_public.is_none_or(|asked| asked == row.is_public) => return Ok(()),
+            Some(row) => {
+                let is_public = is_public.unwrap_or(row.is_public);
+                self.store.set_endpoint_public(id, port, is_public).await.map_err(errors::store)?;
+                self.endpoints_mut().put(EndpointRow { is_public, ..row.clone() });
+            }
+            None => {
+                limits::PORTS.check(bound.len() + 1)?;
+                let is_public = is_public.unwrap_or(true);
+                let row = EndpointRow { subdomain: subdomain(), sandbox_id: id.to_owned(), port, is_public };
+                self.store.add_endpoint(&row, chrono::Utc::now().timestamp_millis()).await.map_err(errors::store)?;
+                self.endpoints_mut().put(row);
             }
         }
-        if let Some(is_public) = is_public {
-            self.store.set_endpoint_public(id, port, is_public).await.map_err(errors::store)?;
-        }
-        self.reload_endpoints().await
+        self.update_local_ports().await;
+        self.touch(id);
+        Ok(())
     }
 
     /// Takes a port's URL away.
@@ -84,20 +133,47 @@ impl ControlPlane {
         let port = names::check_port(port)?;
         let (plane, record) = (Arc::clone(self), self.find(who)?.snapshot());
         spawn_detached(async move {
-            if plane.store.remove_endpoint(&record.id, port).await.map_err(errors::store)? {
-                return plane.reload_endpoints().await;
+            let _one_at_a_time = plane.binding.lock().await;
+            if !plane.store.remove_endpoint(&record.id, port).await.map_err(errors::store)? {
+                let not_bound = format!("port {port} of {} is not bound", record.name);
+                return Err(ApiError::new(ErrorCode::PortNotBound, not_bound)
+                    .hint(format!("heyvm get {} shows the bound ports", record.name)));
             }
-            Err(ApiError::new(ErrorCode::PortNotBound, format!("port {port} of {} is not bound", record.name))
-                .hint(format!("heyvm get {} shows the bound ports", record.name)))
+            plane.endpoints_mut().remove(&record.id, port);
+            plane.update_local_ports().await;
+            plane.touch(&record.id);
+            Ok(())
         })
         .await
     }
 
     pub(crate) async fn unbind_all(&self, id: &str) {
-        let removed = self.store.remove_endpoints(id).await.map_err(errors::store);
-        if let (Err(error), _) | (_, Err(error)) = (removed, self.reload_endpoints().await) {
+        let _one_at_a_time = self.binding.lock().await;
+        if let Err(error) = self.store.remove_endpoints(id).await.map_err(errors::store) {
             tracing::error!(%error, id, "URLs could not be removed");
         }
+        // Even so they lead nowhere from here on.
+        self.endpoints_mut().remove_all(id);
+        self.update_local_ports().await;
+    }
+
+    /// Every bound port.
+    pub(crate) fn all_rows(&self) -> Vec<EndpointRow> {
+        let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        endpoints.by_subdomain.values().cloned().collect()
+    }
+
+    /// After a replacement in the store: `moved` lead to the new sandbox, and nothing to the old one.
+    pub(crate) fn move_endpoints(&self, old: &str, new: &str, moved: Vec<EndpointRow>) {
+        let mut endpoints = self.endpoints_mut();
+        endpoints.remove_all(old);
+        for row in moved {
+            endpoints.put(EndpointRow { sandbox_id: new.to_owned(), ..row });
+        }
+    }
+
+    fn endpoints_mut(&self) -> std::sync::RwLockWriteGuard<'_, Endpoints> {
+        self.endpoints.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The bound ports.
@@ -117,40 +193,51 @@ impl ControlPlane {
     }
 
     pub(crate) fn rows_of(&self, id: &str) -> Vec<EndpointRow> {
-        let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut rows: Vec<_> = endpoints.values().filter(|row| row.sandbox_id == id).cloned().collect();
+        let mut rows = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner()).of_sandbox(id);
         let order = self.with_id(id).map(|sandbox| sandbox.record().open_ports.clone()).unwrap_or_default();
         rows.sort_by_key(|row| (order.iter().position(|port| *port == row.port).unwrap_or(usize::MAX), row.port));
         rows
     }
 
-    fn url(&self, row: &EndpointRow) -> Endpoint {
+    pub(crate) fn url(&self, row: &EndpointRow) -> Endpoint {
         let hostname = format!("{}.{}", row.subdomain, self.config.base_domain);
         let port = match (self.config.url_scheme.as_str(), self.config.url_port) {
             ("http", 80) | ("https", 443) => String::new(),
             (_, port) => format!(":{port}"),
         };
         let url = format!("{}://{hostname}{port}", self.config.url_scheme);
-        Endpoint { subdomain: row.subdomain.clone(), hostname, url, port: row.port, is_public: row.is_public }
+        let local_url = self.local_url(&row.subdomain);
+        Endpoint {
+            subdomain: row.subdomain.clone(),
+            hostname,
+            url,
+            local_url,
+            port: row.port,
+            is_public: row.is_public,
+        }
     }
 
-    pub(crate) async fn reload_endpoints(&self) -> Result<(), ApiError> {
-        // What is read later must not be overwritten by what was read before.
-        let _one_at_a_time = self.reloading.lock().await;
+    /// Reads the table as a daemon begins.
+    pub(crate) async fn load_endpoints(&self) -> Result<(), ApiError> {
         let rows = self.store.endpoints().await.map_err(errors::store)?;
-        let map: HashMap<_, _> = rows.into_iter().map(|row| (row.subdomain.clone(), row)).collect();
-        *self.endpoints.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = map;
+        *self.endpoints_mut() = Endpoints::of(rows);
         Ok(())
     }
 
     /// Where a subdomain leads, and whom.
     pub fn route(&self, subdomain: &str) -> Result<RouteInfo, ConnectError> {
         let endpoints = self.endpoints.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let row = endpoints.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?;
+        let row = endpoints.by_subdomain.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?;
         drop(endpoints);
-        let account = self.with_id(&row.sandbox_id).map(|sandbox| sandbox.record().account.clone());
-        let account_id = account.ok_or(ConnectError::UnknownSubdomain)?.as_str().to_owned();
-        Ok(RouteInfo { sandbox_id: row.sandbox_id, port: row.port, is_public: row.is_public, account_id })
+        let sandbox = self.with_id(&row.sandbox_id).ok_or(ConnectError::UnknownSubdomain)?;
+        let record = sandbox.record();
+        Ok(RouteInfo {
+            sandbox_id: row.sandbox_id,
+            port: row.port,
+            is_public: row.is_public,
+            account_id: record.account.as_str().to_owned(),
+            response_timeout_seconds: record.response_timeout_seconds,
+        })
     }
 
     /// A byte stream to the port behind a subdomain.
@@ -181,6 +268,24 @@ fn subdomain() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn row(subdomain: &str, sandbox_id: &str, port: u16) -> EndpointRow {
+        EndpointRow { subdomain: subdomain.into(), sandbox_id: sandbox_id.into(), port, is_public: true }
+    }
+
+    #[test]
+    fn both_sides_of_the_table_change_together() {
+        let mut all = Endpoints::of(vec![row("x", "a", 80), row("y", "a", 81), row("z", "b", 80)]);
+        all.put(row("w", "a", 80));
+        assert_eq!(all.of_sandbox("a"), [row("w", "a", 80), row("y", "a", 81)]);
+        assert!(!all.by_subdomain.contains_key("x"));
+        all.remove("a", 81);
+        all.remove("a", 81);
+        assert_eq!(all.of_sandbox("a"), [row("w", "a", 80)]);
+        all.remove_all("a");
+        assert!(all.of_sandbox("a").is_empty());
+        assert_eq!((all.by_subdomain.len(), all.by_sandbox.len()), (1, 1));
+    }
 
     #[test]
     fn subdomains_are_labels_and_differ() {

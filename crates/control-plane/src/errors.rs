@@ -35,6 +35,9 @@ pub fn vm(error: heyvm_vm::Error) -> ApiError {
             .log_tail(console_tail),
         Error::GuestClock(_) => ApiError::new(ErrorCode::VmFailed, error.to_string())
             .hint("try again when the host is less busy; `heyvm doctor` says whether it is fit"),
+        Error::NotResumed { ref console_tail, .. } => ApiError::new(ErrorCode::VmFailed, error.to_string())
+            .hint("try again; `heyvm doctor` says whether this host is fit")
+            .log_tail(console_tail.clone()),
         Error::NoCheckpoint => {
             ApiError::new(ErrorCode::InvalidState, "the sandbox has no checkpoint").hint("heyvm checkpoint makes one")
         }
@@ -59,6 +62,11 @@ pub fn image(error: heyvm_images::Error) -> ApiError {
         Error::Registry { name, why } => {
             ApiError::new(ErrorCode::RegistryUnavailable, format!("no registry gave {name}: {why}"))
                 .hint("name a mirror or credentials under [registries] in config.toml, or: heyvm images import FILE")
+        }
+        Error::RegistryNotAllowed(registry) => {
+            ApiError::new(ErrorCode::Forbidden, format!("images from {registry} are not allowed on this server")).hint(
+                "use an image of an allowed registry; the server's operator lists those in [images] of config.toml",
+            )
         }
         Error::Invalid(why) => ApiError::new(ErrorCode::ImageInvalid, why),
         Error::HostNotReady { what, hint } => ApiError::new(ErrorCode::HostNotReady, what).hint(hint),

@@ -1,17 +1,22 @@
 //! Images and the host's fitness, as the API tells of them.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, PoisonError},
+};
 
 use chrono::{TimeZone, Utc};
 use heyvm_api::{
     ApiError, ErrorCode,
-    images::{ImageInfo, ImportRequest, PullRequest},
+    images::{ImageInfo, ImportRequest, PruneRequest, PruneResponse, PullRequest},
     sandbox::{CreateRequest, Status},
     system::{Check, CheckStatus, DoctorReport},
 };
-use heyvm_images::{Image, Resolved};
+use heyvm_images::{Extent, Image, Prune, Requester, Resolved, Variant, Wanted};
 
-use crate::{Account, ControlPlane, ProgressSink, Sandbox, errors, record::Record, tell, validate};
+use crate::{
+    Account, ControlPlane, GuestDefaults, ProgressSink, Sandbox, errors, record::Record, resolver, tell, validate,
+};
 
 /// Less than this under the home makes sandboxes fail before long.
 const LOW_DISK: u64 = 2 << 30;
@@ -29,15 +34,24 @@ impl ControlPlane {
         }
     }
 
-    /// Images here.
-    pub async fn images(&self) -> Result<Vec<ImageInfo>, ApiError> {
-        Ok(self.images.list().iter().map(|image| self.image_info(image)).collect())
+    /// Images here that an account may run.
+    pub async fn images(&self, account: &Account) -> Result<Vec<ImageInfo>, ApiError> {
+        let all = self.images.list();
+        let may_run = |image: &&Image| account.is_owner() || !image.private || image.name == self.config.default_image;
+        Ok(all.iter().filter(may_run).map(|image| self.image_info(image)).collect())
     }
 
     /// Fetches an image from its registry.
-    pub async fn pull_image(&self, request: PullRequest, progress: ProgressSink) -> Result<ImageInfo, ApiError> {
+    pub async fn pull_image(
+        &self,
+        request: PullRequest,
+        account: &Account,
+        progress: ProgressSink,
+    ) -> Result<ImageInfo, ApiError> {
+        self.pulls.admit(account)?;
         tell(&progress, "image", "pulling");
-        let image = self.images.pull(&request.image, self.forward(&progress, "image")).await.map_err(errors::image)?;
+        let pulled = self.images.pull(&request.image, requester(account), self.forward(&progress, "image")).await;
+        let image = pulled.map_err(errors::image)?;
         self.prune_images().await;
         Ok(self.image_info(&image))
     }
@@ -72,35 +86,69 @@ impl ControlPlane {
     pub(crate) async fn claim_image(
         &self,
         sandbox: &Arc<Sandbox>,
-        asked: &str,
+        request: &CreateRequest,
         progress: &ProgressSink,
     ) -> Result<Resolved, ApiError> {
+        let named = request.image.as_deref();
+        let account = sandbox.record().account.clone();
+        let wanted = Wanted {
+            named: named.map(str::to_owned),
+            default_image: self.config.default_image.clone(),
+            full: request.sandbox_type.as_deref() == Some("full"),
+            requester: requester(&account),
+        };
+        if named.is_some_and(|named| named != wanted.default_image && self.images.get(named).is_none()) {
+            self.pulls.admit(&account)?;
+        }
         loop {
             let forward = self.forward(progress, "image");
-            let resolved =
-                self.images.resolve(asked, &self.config.default_image, forward).await.map_err(errors::image)?;
+            let mut resolved = self.images.resolve(&wanted, forward).await.map_err(errors::image)?;
             let _no_other = self.image_use.lock().await;
             // It may have been removed just now.
             if self.images.with_digest(&resolved.image.digest).is_some() {
                 let digest = resolved.image.digest.clone();
+                self.images.touch(&digest).await;
                 self.save(sandbox, |record| record.image_digest = Some(digest)).await?;
+                resolved.substituted = resolved.substituted.filter(|sentence| self.is_news(sentence));
                 return Ok(resolved);
             }
         }
     }
 
-    /// Removes images that neither a name nor a sandbox means any more.
+    /// Whether a substitution is reported for the first time: `image_requested` says it of each sandbox.
+    fn is_news(&self, sentence: &str) -> bool {
+        let mut reported = self.substitutions.lock().unwrap_or_else(PoisonError::into_inner);
+        reported.insert(sentence.to_owned())
+    }
+
+    /// Removes images that neither a name nor a sandbox means any more, and those beyond the budget.
     pub(crate) async fn prune_images(&self) {
-        let _no_other = self.image_use.lock().await;
-        // What cannot be read, and what no record names, may need any of them.
-        let orphans = match self.images_of_orphans().await {
-            Ok(Some(digests)) if self.unread.is_empty() => digests,
-            _ => return,
-        };
-        let used = self.living().filter_map(|record| record.image_digest).chain(orphans).collect();
-        if let Err(error) = self.images.prune(used).await {
-            tracing::error!(%error, "an image that nobody runs could not be removed");
+        if let Err(error) = self.prune_to(Extent::Budget(self.config.images.budget_bytes)).await {
+            tracing::error!(%error, "images that nobody runs could not be removed");
         }
+    }
+
+    /// Removes images that no sandbox uses.
+    pub async fn prune_unused_images(&self, request: PruneRequest) -> Result<PruneResponse, ApiError> {
+        self.prune_to(if request.all { Extent::All } else { Extent::Unused }).await
+    }
+
+    async fn prune_to(&self, extent: Extent) -> Result<PruneResponse, ApiError> {
+        let mut removed = {
+            let _no_other = self.image_use.lock().await;
+            // What cannot be read, and what no record names, may need any of them.
+            let orphans = match self.images_of_orphans().await? {
+                Some(digests) if self.unread.is_empty() => digests,
+                _ => return Ok(PruneResponse::default()),
+            };
+            let used = self.living().filter_map(|record| record.image_digest).chain(orphans).collect();
+            let built = [Variant::Base, Variant::Full].into_iter().filter_map(|variant| self.images.stand_in(variant));
+            let kept = built.map(|image| image.name).chain([self.config.default_image.clone()]).collect();
+            self.images.prune(Prune { used, kept, extent }).await.map_err(errors::image)?
+        };
+        // Gigabytes may take a while: creates go on meanwhile.
+        removed.delete().await.map_err(errors::image)?;
+        Ok(PruneResponse { removed: std::mem::take(&mut removed.names), freed_bytes: removed.bytes })
     }
 
     fn living(&self) -> impl Iterator<Item = Record> {
@@ -124,6 +172,11 @@ impl ControlPlane {
         Ok(self.image_info(&spec.image))
     }
 
+    /// What every sandbox takes over from the host.
+    pub fn guest_defaults(&self) -> &GuestDefaults {
+        &self.config.guest
+    }
+
     /// Checks of the host.
     pub async fn doctor(&self) -> Result<DoctorReport, ApiError> {
         let kernel = self.images.kernel().await;
@@ -143,6 +196,7 @@ impl ControlPlane {
         });
         checks.push(self.disk_space());
         checks.push(self.orphan_check().await);
+        checks.extend(resolver::check(&self.config.base_domain).await);
         let kvm = checks.iter().any(|check| check.name == "kvm" && check.status == CheckStatus::Ok);
         Ok(DoctorReport {
             ok: checks.iter().all(|check| check.status != CheckStatus::Fail),
@@ -164,6 +218,11 @@ impl ControlPlane {
             Err(error) => failed("disk", errors::io("looking at the disk", &error.into())),
         }
     }
+}
+
+/// An account of a server is a tenant of the host.
+fn requester(account: &Account) -> Requester {
+    if account.is_owner() { Requester::Operator } else { Requester::Tenant }
 }
 
 /// A path as a request names it: what directory the daemon is in means nothing to whoever asks.

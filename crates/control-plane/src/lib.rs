@@ -6,36 +6,47 @@
 //!   archive within one.
 //! - [`lifecycle`]: stop, start, remove, and what happens by itself.  [`restarts`]: what is started again.
 //!   [`adoption`]: what a new daemon finds.
+//! - [`list`]: lists and their pages.  [`changes`]: what has changed since.  [`deadlines`]: what is due by itself.
 //! - [`orphans`]: VMs that no row names.  [`agent_watch`]: whether an adopted VM's agent answers.
 //! - [`mounts`]: directories of this host in a sandbox.
 //! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
+//! - [`image_run`]: what an image runs by itself.  [`pulls`]: limits on images.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
 //!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
+//! - [`supervised`]: panics that end one sandbox alone.
 #![forbid(unsafe_code)]
 
 mod adoption;
 mod agent_watch;
 mod archives;
+mod changes;
 mod checkpoint;
 mod create;
 mod cut;
+mod deadlines;
 mod endpoints;
 mod errors;
 mod guest_command;
 mod hooks;
+mod image_run;
 mod images;
 mod lifecycle;
+mod list;
+mod local_ports;
 mod logs;
 mod main_command;
 mod mounts;
 mod orphans;
+mod pulls;
 mod ready;
 mod record;
 mod replace;
 mod replace_mount;
 mod resize;
+mod resolver;
 mod restarts;
+mod supervised;
 mod validate;
 mod who;
 
@@ -51,15 +62,20 @@ use std::{
 
 use heyvm_api::{ApiError, ErrorCode, names, sandbox::*, system::*};
 use heyvm_mounts::HandleBudget;
-use heyvm_store::{EndpointRow, Store};
+use heyvm_store::Store;
 use heyvm_vm::{AgentConnection, Driver, Vm};
 use tokio::sync::watch;
 
 pub use archives::id_of as archive_id;
+pub use changes::Revision;
 pub use create::Asked;
 pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
+pub use list::{ListQuery, Listing};
+pub use local_ports::{LocalPorts, WantedPort};
 pub use logs::LogChunk;
+pub use pulls::ImageLimits;
+use pulls::Pulls;
 use record::Record;
 pub use record::fingerprint;
 pub use validate::{DEFAULT_WORKING_DIRECTORY, check, made_up_name};
@@ -80,6 +96,21 @@ pub struct Config {
     pub regions: Vec<String>,
     /// Image of sandboxes that ask for none.
     pub default_image: String,
+    /// Limits on images.
+    pub images: ImageLimits,
+    /// What every sandbox takes over from the host.
+    pub guest: GuestDefaults,
+}
+
+/// What every sandbox takes over from the host.
+#[derive(Debug, Clone, Default)]
+pub struct GuestDefaults {
+    /// Certificate authorities, in PEM.
+    pub certificates: String,
+    /// Environment of every command; the image's and the sandbox's own come on top.
+    pub env: Vec<(String, String)>,
+    /// What of the host's set-up does not work in sandboxes, in sentences.
+    pub problems: Vec<String>,
 }
 
 /// A VM's end is known this long after its agent's, at most.
@@ -95,15 +126,49 @@ pub struct ControlPlane {
     driver: Arc<dyn Driver>,
     images: Arc<heyvm_images::ImageStore>,
     sandboxes: RwLock<HashMap<String, Arc<Sandbox>>>,
-    endpoints: RwLock<HashMap<String, EndpointRow>>,
+    endpoints: RwLock<endpoints::Endpoints>,
+    listeners: OnceLock<Arc<dyn LocalPorts>>,
+    /// Ports on loopback by subdomain.
+    local_ports: RwLock<HashMap<String, u16>>,
     keys: tokio::sync::Mutex<()>,
-    reloading: tokio::sync::Mutex<()>,
+    /// Held while ports are bound or unbound.
+    binding: tokio::sync::Mutex<()>,
+    book: Arc<Book>,
     /// Held while an image begins to be used, or goes because it is not.
     image_use: tokio::sync::Mutex<()>,
+    pulls: Pulls,
+    /// Images that were named and replaced by another, which has been reported.
+    substitutions: Mutex<HashSet<String>>,
     /// Ids of rows that cannot be read: what they need is not known.
     unread: HashSet<String>,
     /// The store's id, which the note beside each disk names.
     store_id: String,
+}
+
+/// What is noted of every change of a sandbox: lists of changes and what is due by itself are made from it.
+#[derive(Default)]
+struct Book {
+    changes: changes::Changes,
+    deadlines: deadlines::Deadlines,
+}
+
+impl Book {
+    /// Puts what the store has into memory, for everyone who looks or waits.
+    fn publish(&self, sandbox: &Sandbox, record: Record) {
+        *sandbox.record() = record;
+        self.noted(sandbox);
+        sandbox.changed.send_replace(());
+    }
+
+    /// Notes a change of a sandbox.
+    fn noted(&self, sandbox: &Sandbox) {
+        let (id, deadline) = {
+            let record = sandbox.record();
+            (record.id.clone(), record.deadline())
+        };
+        self.deadlines.set(&id, deadline);
+        self.changes.stamp(&sandbox.changed_at);
+    }
 }
 
 /// One sandbox: its record, its VM while it has one, and the lock that makes its transitions one at a time.
@@ -115,6 +180,8 @@ struct Sandbox {
     saving: Arc<tokio::sync::Mutex<()>>,
     /// Rings at every change, for those who wait for an end.
     changed: watch::Sender<()>,
+    /// Its last change, in the order of all.
+    changed_at: AtomicU64,
     /// What it is to be instead of what it is becoming: the caller waits for the lock.
     cut: watch::Sender<Option<cut::Cut>>,
     /// What its create or start is doing.
@@ -141,6 +208,7 @@ impl Sandbox {
             transition: tokio::sync::Mutex::default(),
             saving: Arc::default(),
             changed: watch::channel(()).0,
+            changed_at: AtomicU64::new(0),
             cut: watch::channel(None).0,
             step: Mutex::default(),
             expiring: AtomicBool::new(false),
@@ -170,22 +238,14 @@ impl Sandbox {
 }
 
 impl ControlPlane {
-    /// Sandboxes of one account, or of all; newest first.
-    pub async fn list(&self, filter: ListFilter, of: Option<&Account>) -> Result<Vec<SandboxInfo>, ApiError> {
-        let mut records: Vec<Record> = self.all().iter().map(|sandbox| sandbox.snapshot()).collect();
-        records.retain(|record| of.is_none_or(|account| record.account == *account));
-        records.retain(|record| match filter {
-            ListFilter::Living => record.holds_its_name(),
-            ListFilter::Stopped => matches!(record.status, Status::Stopped | Status::Failed),
-            ListFilter::All => !record.waiting_to_replace,
-        });
-        records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.id.cmp(&b.id)));
-        Ok(records.iter().map(|record| self.info(record)).collect())
-    }
-
     /// One sandbox; also one removed within the last day.
     pub async fn get(&self, who: &Who) -> Result<SandboxInfo, ApiError> {
         Ok(self.info(&self.find(who)?.snapshot()))
+    }
+
+    /// Whether a sandbox sees directories of the host; false where there is no such sandbox.
+    pub fn has_mounts(&self, who: &Who) -> bool {
+        self.find(who).is_ok_and(|sandbox| !sandbox.record().mounts.is_empty())
     }
 
     /// The agent of a running sandbox, for exec and files.
@@ -230,7 +290,7 @@ impl ControlPlane {
 
     /// Ends background work; VMs keep running.
     pub async fn shutdown(&self) {
-        self.driver.let_go_of_reserve().await;
+        self.driver.empty_pool().await;
         self.store.close().await;
     }
 
@@ -240,8 +300,8 @@ impl ControlPlane {
 
     fn add(&self, sandbox: &Arc<Sandbox>) {
         let id = sandbox.record().id.clone();
-        let mut all = self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        all.insert(id, Arc::clone(sandbox));
+        self.sandboxes.write().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(id, Arc::clone(sandbox));
+        self.book.noted(sandbox);
     }
 
     fn drop_from_memory(&self, id: &str) {
@@ -302,17 +362,23 @@ impl ControlPlane {
         let mut next = sandbox.snapshot();
         change(&mut next);
         next.revision += 1;
-        let (store, sandbox) = (self.store.clone(), Arc::clone(sandbox));
+        let (store, sandbox, book) = (self.store.clone(), Arc::clone(sandbox), Arc::clone(&self.book));
         let (driver, store_id) = (Arc::clone(&self.driver), self.store_id.clone());
         spawn_detached(async move {
             let _saving = saving;
             store.update(&next.row()).await.map_err(errors::store)?;
-            *sandbox.record() = next.clone();
-            sandbox.changed.send_replace(());
+            book.publish(&sandbox, next.clone());
             orphans::keep_note(driver.as_ref(), &store_id, &next).await;
             Ok(next)
         })
         .await
+    }
+
+    /// Notes a change that is not in the record.
+    fn touch(&self, id: &str) {
+        if let Some(sandbox) = self.with_id(id) {
+            self.book.changes.stamp(&sandbox.changed_at);
+        }
     }
 }
 

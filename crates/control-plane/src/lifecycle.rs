@@ -1,6 +1,7 @@
 //! Stop, start, remove, and what happens by itself: a start command ends, a guest panics, a time-to-live runs out.
 
 use std::{
+    pin::pin,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -12,24 +13,29 @@ use heyvm_api::{
     sandbox::{Reason, ReasonCode, SandboxInfo, Status},
 };
 use heyvm_vm::{Exit, ExitCause, Vm};
+use tokio::sync::MutexGuard;
 
 use crate::{
     ControlPlane, ProgressSink, Sandbox, Who, begin_step,
     cut::Cut,
     errors,
     guest_command::shown,
-    main_command::Main,
+    main_command::{Followed, Main},
     not_running, ready,
     record::{self, Record},
-    spawn_detached, validate,
+    spawn_detached,
+    supervised::{self, Panicked},
+    validate,
 };
 
 /// What processes get to end in order.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
-/// How often expired and long removed sandboxes are looked for, at least.
-const SWEEP: Duration = Duration::from_secs(30);
-/// How long a removed sandbox is told of.
-const REMEMBERED: chrono::Duration = chrono::Duration::days(1);
+/// A transition that is under way gets this long before it is ended for a stop.
+const BEFORE_STOP: Duration = Duration::from_secs(30);
+/// The same for a removal, which leaves nothing of what it does.
+const BEFORE_REMOVAL: Duration = Duration::from_secs(2);
+/// What could not be done about a sandbox by itself is tried again after this.
+pub(crate) const AGAIN: chrono::Duration = chrono::Duration::seconds(1);
 
 impl ControlPlane {
     /// Ends the VM, keeps the disk. Stopping a stopped one succeeds.
@@ -37,7 +43,7 @@ impl ControlPlane {
         let (plane, sandbox) = (Arc::clone(self), self.find(who)?);
         spawn_detached(async move {
             sandbox.cut_by_stop(record::reason(ReasonCode::Stopped, "stopped by a request"));
-            let _one_transition = sandbox.lock_once_made().await;
+            let _one_transition = plane.seize(&sandbox, BEFORE_STOP, sandbox.lock_once_made()).await?;
             // A removal that is asked for as well waits for the lock, and goes on.
             if let Some(Cut::Stop(_)) = sandbox.cut_now() {
                 sandbox.take_cut_back();
@@ -52,6 +58,28 @@ impl ControlPlane {
             plane.stop_now(&sandbox).await
         })
         .await
+    }
+
+    /// Takes the transition lock within a bounded time. A transition that holds it for long may be waiting for a guest that
+    /// never answers: the VM is ended then, and with it the wait. One that is being made or started was cut short already,
+    /// and its VM is ended here only where it is to be removed.
+    async fn seize<'s>(
+        &self,
+        sandbox: &'s Sandbox,
+        patience: Duration,
+        lock: impl Future<Output = MutexGuard<'s, ()>>,
+    ) -> Result<MutexGuard<'s, ()>, ApiError> {
+        let mut lock = pin!(lock);
+        if let Ok(free) = tokio::time::timeout(patience, &mut lock).await {
+            return Ok(free);
+        }
+        let record = sandbox.snapshot();
+        let is_cut_short = record.status == Status::Provisioning && !matches!(sandbox.cut_now(), Some(Cut::Remove(_)));
+        if let Some(vm) = sandbox.vm().filter(|_| !is_cut_short) {
+            tracing::warn!(id = record.id, "a transition takes long; the VM is ended, so that the next one can begin");
+            vm.stop(Duration::ZERO).await.map_err(errors::vm)?;
+        }
+        Ok(lock.await)
     }
 
     /// The transition lock is held.
@@ -122,7 +150,9 @@ impl ControlPlane {
         }
         self.save(sandbox, |record| record.enter(Status::Provisioning, None)).await?;
         let started = tokio::select! {
-            started = self.start_again(sandbox, progress) => started,
+            started = supervised::run("starting a sandbox", self.start_again(sandbox, progress)) => {
+                started.map_err(|panicked| errors::internal(&panicked)).flatten()
+            }
             cut = sandbox.cut_asked() => {
                 match &cut {
                     Cut::Remove(reason) => self.destroy(sandbox, reason.clone()).await?,
@@ -200,7 +230,7 @@ impl ControlPlane {
     /// Cuts short what goes on with it, then destroys it.
     pub(crate) async fn remove_for(&self, sandbox: &Arc<Sandbox>, reason: Reason) -> Result<(), ApiError> {
         sandbox.cut(Cut::Remove(reason.clone()));
-        let _one_transition = sandbox.transition.lock().await;
+        let _one_transition = self.seize(sandbox, BEFORE_REMOVAL, sandbox.transition.lock()).await?;
         if sandbox.record().status == Status::Removed {
             return Ok(());
         }
@@ -243,20 +273,40 @@ impl ControlPlane {
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
         self.forget_mounts(&record.id);
-        self.save(sandbox, |record| record.enter(Status::Removed, record.reason.clone())).await?;
+        self.save(sandbox, |record| {
+            record.enter(Status::Removed, record.reason.clone());
+            record.drop_content();
+        })
+        .await?;
         self.prune_images().await;
         self.store.remove_keys(&record.id).await.map_err(errors::store)
     }
 
     /// Follows a running VM to its end: its start command, its process.
     pub(crate) fn watch(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>, main: Option<Main>) {
+        vm.live();
         let (plane, sandbox) = (Arc::clone(self), Arc::clone(sandbox));
         tokio::spawn(async move {
             let mut main = main;
-            let ended = tokio::select! {
-                exit = vm.exited() => Ended::Vm(exit),
-                exit = ready::ended(main.as_mut()) => Ended::Main(exit),
-            };
+            let watched = supervised::run("watching a sandbox", async {
+                loop {
+                    let ended = tokio::select! {
+                        exit = vm.exited() => Ended::Vm(exit),
+                        followed = ready::ended(main.as_mut()) => match followed {
+                            Followed::Exited(exit) => Ended::Main(exit),
+                            Followed::Lost(panicked) => Ended::Unwatched(panicked),
+                        },
+                    };
+                    match ended {
+                        // A sandbox is more than what its image runs by itself.
+                        Ended::Main(exit) if exit.code == 0 && sandbox.record().runs_the_images_command() => {
+                            main = None;
+                        }
+                        ended => break ended,
+                    }
+                }
+            });
+            let ended = watched.await.unwrap_or_else(Ended::Unwatched);
             let _one_transition = sandbox.transition.lock().await;
             // Whoever ended it on purpose has said so already.
             if !sandbox.vm().is_some_and(|now| Arc::ptr_eq(&now, &vm)) {
@@ -276,6 +326,10 @@ impl ControlPlane {
                 let (status, reason) = match ended {
                     Ended::Vm(exit) => judge(exit, log_tail),
                     Ended::Main(exit) => judge_main(&exit, log_tail),
+                    Ended::Unwatched(panicked) => (
+                        Status::Failed,
+                        Reason { log_tail, ..record::reason(ReasonCode::Internal, panicked.to_string()) },
+                    ),
                 };
                 self.end(sandbox, status, reason).await
             }
@@ -291,29 +345,28 @@ impl ControlPlane {
     /// Removes what has expired and forgets what was removed a day ago, for as long as the daemon runs.
     pub(crate) async fn sweep_forever(self: Arc<Self>) {
         loop {
-            self.sweep().await;
-            tokio::time::sleep(self.until_next_expiry()).await;
+            self.book.deadlines.wait().await;
+            // One sandbox that makes it panic is not to keep the others alive.
+            let _ = supervised::run("looking for what is due", self.sweep()).await;
         }
     }
 
     pub(crate) async fn sweep(self: &Arc<Self>) {
         let now = Utc::now();
-        let (mut expired, mut past) = (Vec::new(), Vec::new());
-        for sandbox in self.all() {
+        for id in self.book.deadlines.take_due(now) {
+            let Some(sandbox) = self.with_id(&id) else { continue };
             let record = sandbox.snapshot();
-            if record.status == Status::Removed {
-                past.extend(Some(record).filter(|record| now - record.status_changed_at > REMEMBERED));
-            } else if record.expires_at().is_some_and(|at| at <= now) {
-                expired.push(sandbox);
-            }
-        }
-        for record in past {
-            self.forget(&record).await;
-        }
-        self.start_due();
-        // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
-        for sandbox in expired {
-            if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+            let (deadline, expires_at) = (record.deadline(), record.expires_at());
+            if deadline.is_none_or(|at| at > now) {
+                self.book.deadlines.set(&id, deadline);
+            } else if record.status == Status::Removed {
+                self.forget(&id).await;
+            } else if expires_at.is_none_or(|at| at > now) {
+                // Its start may take a while, and its time may run out meanwhile.
+                self.book.deadlines.set(&id, expires_at);
+                self.start_if_due(&sandbox);
+            } else if !sandbox.expiring.swap(true, Ordering::Relaxed) {
+                // Each on its own: one that is slow to end keeps no other alive, nor those whose time runs out meanwhile.
                 tokio::spawn(Arc::clone(self).expire(sandbox));
             }
         }
@@ -321,33 +374,40 @@ impl ControlPlane {
 
     async fn expire(self: Arc<Self>, sandbox: Arc<Sandbox>) {
         let reason = record::reason(ReasonCode::TtlExpired, "its time-to-live ran out");
-        if let Err(error) = self.remove_for(&sandbox, reason).await {
+        let removed = supervised::run("removing an expired sandbox", self.remove_for(&sandbox, reason)).await;
+        if let Ok(Err(error)) = removed {
             tracing::error!(%error, "a sandbox whose time ran out could not be removed");
         }
         sandbox.expiring.store(false, Ordering::Relaxed);
-    }
-
-    async fn forget(&self, record: &Record) {
-        if self.store.forget(&record.id).await.is_ok() {
-            self.drop_from_memory(&record.id);
-            self.remove_log(&record.id);
+        // What could not be removed is tried again, and so is what got another deadline meanwhile.
+        let (id, removed) = {
+            let record = sandbox.record();
+            (record.id.clone(), record.status == Status::Removed)
+        };
+        if !removed {
+            self.book.deadlines.set(&id, Some(Utc::now() + AGAIN));
         }
     }
 
-    fn until_next_expiry(&self) -> Duration {
-        let now = Utc::now();
-        let all = self.all();
-        let living = all.iter().map(|sandbox| sandbox.snapshot()).filter(|record| record.status != Status::Removed);
-        let next = living.filter_map(|record| record.expires_at()).min();
-        let wait = next.and_then(|at| (at - now).to_std().ok()).unwrap_or(SWEEP);
-        // One that is asked for meanwhile may expire sooner than any that is known now.
-        wait.clamp(Duration::from_millis(20), Duration::from_millis(500))
+    async fn forget(&self, id: &str) {
+        match self.store.forget(id).await {
+            Ok(()) => {
+                self.drop_from_memory(id);
+                self.remove_log(id);
+            }
+            Err(error) => {
+                tracing::error!(%error, id, "a removed sandbox could not be forgotten");
+                self.book.deadlines.set(id, Some(Utc::now() + AGAIN));
+            }
+        }
     }
 }
 
 enum Ended {
     Vm(Exit),
     Main(MainExit),
+    /// A fault of ours: what cannot be watched is not left running.
+    Unwatched(Panicked),
 }
 
 /// Why a VM ended, and what the sandbox is now.
@@ -355,6 +415,11 @@ pub(crate) fn judge(exit: Exit, log_tail: Vec<String>) -> (Status, Reason) {
     let (status, code, message) = match exit.cause {
         ExitCause::GuestShutdown => (Status::Stopped, ReasonCode::GuestShutdown, "the guest powered itself off"),
         ExitCause::GuestPanic => (Status::Failed, ReasonCode::GuestPanic, "the guest's kernel panicked"),
+        ExitCause::GuestHalted => (Status::Failed, ReasonCode::GuestHalted, "the guest halted its processors"),
+        ExitCause::AgentReplaced => {
+            (Status::Failed, ReasonCode::AgentReplaced, "the guest sends garbage in place of its agent's protocol")
+        }
+        ExitCause::Unrunnable => (Status::Failed, ReasonCode::KvmFailed, "KVM could not run the guest any further"),
         ExitCause::OutOfMemory => {
             (Status::Failed, ReasonCode::OutOfMemory, "out of memory: the host ended the VM at its memory limit")
         }

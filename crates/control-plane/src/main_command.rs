@@ -11,7 +11,11 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::{ControlPlane, ProgressSink, Sandbox, begin_step, errors, guest_command::Tail};
+use crate::{
+    ControlPlane, ProgressSink, Sandbox, begin_step, errors,
+    guest_command::Tail,
+    supervised::{self, Panicked},
+};
 
 /// Pause before an agent that did not answer is asked again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -19,25 +23,34 @@ const RETRY: Duration = Duration::from_millis(500);
 const PAST: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(300);
 
+/// How following a start command ended.
+#[derive(Clone)]
+pub(crate) enum Followed {
+    /// With its end.
+    Exited(Exit),
+    /// With a panic of ours: its end will never be known.
+    Lost(Panicked),
+}
+
 /// A start command that is followed for as long as this is kept.
 pub(crate) struct Main {
-    exit: watch::Receiver<Option<Exit>>,
+    end: watch::Receiver<Option<Followed>>,
     _following: AbortOnDropHandle<()>,
 }
 
 impl Main {
     /// Resolves when the start command has ended and all it printed is in the log.
-    pub async fn ended(&mut self) -> Exit {
-        match self.exit.wait_for(Option::is_some).await.map(|exit| exit.clone()) {
-            Ok(Some(exit)) => exit,
-            // Nobody follows it any more: its end is never known.
+    pub async fn ended(&mut self) -> Followed {
+        match self.end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+            Ok(Some(end)) => end,
+            // Its VM is no longer the sandbox's: its end matters to no one.
             _ => std::future::pending().await,
         }
     }
 }
 
 impl ControlPlane {
-    /// Starts the start command, where there is one.
+    /// Starts the start command, or else what the image runs by itself, where there is either.
     pub(crate) async fn run_start_command(
         self: &Arc<Self>,
         sandbox: &Arc<Sandbox>,
@@ -45,28 +58,44 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<Option<Main>, ApiError> {
         let record = sandbox.snapshot();
-        let Some(command) = record.start_command.clone() else { return Ok(None) };
-        begin_step(sandbox, progress, "start_command", &command);
+        let (argv, shell, stop_signal) = match record.start_command.clone() {
+            Some(command) => {
+                begin_step(sandbox, progress, "start_command", &command.to_string());
+                let shell = command.is_script();
+                (command.into_words(), shell, 0)
+            }
+            None if record.runs_the_images_command() => {
+                let image_run = record.image_run.clone();
+                begin_step(sandbox, progress, "start_command", &image_run.command.join(" "));
+                (image_run.command, false, image_run.stop_signal)
+            }
+            None => return Ok(None),
+        };
         let port = record.open_ports.first().filter(|_| !record.env_vars.contains_key("PORT"));
         let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
-        let start = ExecStart { argv: vec![command], shell: true, env, ..ExecStart::default() };
+        let start = ExecStart { argv, shell, env, ..ExecStart::default() };
         let mut client = vm.agent().client().await.map_err(errors::vm)?;
         self.begin_log(sandbox);
-        let request = StartMainRequest { start: Some(start) };
+        let request = StartMainRequest { start: Some(start), stop_signal };
         client.start_main(request).await.map_err(|status| errors::agent(&status).step("start_command"))?;
         Ok(Some(self.follow(sandbox, vm)))
     }
 
     /// Follows the start command from where the log ends.
     pub(crate) fn follow(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: &Arc<dyn Vm>) -> Main {
-        let (ended, exit) = watch::channel(None);
+        let (ended, end) = watch::channel(None);
         let (plane, sandbox, vm) = (Arc::clone(self), Arc::clone(sandbox), Arc::clone(vm));
         let following = tokio::spawn(async move {
-            if let Some(exit) = plane.follow_to_the_end(&sandbox, &vm).await {
-                ended.send_replace(Some(exit));
+            let following = plane.follow_to_the_end(&sandbox, &vm);
+            let followed = match supervised::run("following the start command", following).await {
+                Ok(exit) => exit.map(Followed::Exited),
+                Err(panicked) => Some(Followed::Lost(panicked)),
+            };
+            if followed.is_some() {
+                ended.send_replace(followed);
             }
         });
-        Main { exit, _following: AbortOnDropHandle::new(following) }
+        Main { end, _following: AbortOnDropHandle::new(following) }
     }
 
     /// An agent that does not answer is asked again, as long as its VM is the sandbox's: the next one would answer for

@@ -26,10 +26,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached};
+use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached, supervised};
 
 /// Mounts of one sandbox, at most.
-const MAX_MOUNTS: usize = 16;
+const MAX_MOUNTS: usize = heyvm_api::limits::MOUNTS.most;
 /// Never covered in a sandbox, nor mounted from here.
 const SYSTEM: [&str; 3] = ["/proc", "/sys", "/dev"];
 /// Requests and answers that may wait.
@@ -321,7 +321,8 @@ impl Serving {
         let (mut server, mut pause) = (None, FIRST_PAUSE);
         while self.is_wanted() || mounted.is_some() {
             let began = Instant::now();
-            match self.serve_once(&mut server, &mut mounted).await {
+            let served = supervised::run("serving a mount", self.serve_once(&mut server, &mut mounted)).await;
+            match served.map_err(|panicked| errors::internal(&panicked)).flatten() {
                 Ok(()) => return,
                 Err(error) => match mounted.take() {
                     Some(mounted) => return drop(mounted.send(Err(error))),

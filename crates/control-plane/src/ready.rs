@@ -11,8 +11,8 @@ use heyvm_vm::{AgentConnection, Vm};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, Who, begin_step, lifecycle,
-    main_command::{Main, tail_of_this_run},
+    ControlPlane, ProgressSink, Sandbox, Who, begin_step, errors, lifecycle,
+    main_command::{Followed, Main, tail_of_this_run},
     record::Record,
 };
 
@@ -38,7 +38,8 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<(), ApiError> {
         let record = sandbox.snapshot();
-        if record.start_command.is_none() && record.health_path.is_none() {
+        let images_own = record.runs_the_images_command();
+        if record.start_command.is_none() && !images_own && record.health_path.is_none() {
             return Ok(());
         }
         if record.health_path.is_some() {
@@ -51,7 +52,12 @@ impl ControlPlane {
                 Ok(()) => Ok(()),
                 Err(why) => Err(self.not_ready(&agent, &record, &why).await),
             },
-            exit = ended(main) => Err(exited(&agent, &exit).await),
+            followed = ended(main) => match followed {
+                // A shell or an interpreter without input: the sandbox is there for what is run in it.
+                Followed::Exited(exit) if images_own && exit.code == 0 && record.health_path.is_none() => Ok(()),
+                Followed::Exited(exit) => Err(exited(&agent, &exit).await),
+                Followed::Lost(panicked) => Err(errors::internal(&panicked).step("start_command")),
+            },
             exit = vm.exited() => Err(vm_ended(exit)),
         }
     }
@@ -80,7 +86,9 @@ impl ControlPlane {
 }
 
 async fn until_ready(agent: &AgentConnection, record: &Record, deadline: Instant) -> Result<(), String> {
-    match record.open_ports.first() {
+    // An image's own command listens where the image says; another port is for what will be run in the sandbox.
+    let own = |port: &u16| record.image_run.exposed_ports.contains(port) || record.health_path.is_some();
+    match record.open_ports.first().filter(|port| !record.runs_the_images_command() || own(port)) {
         Some(port) => poll(deadline, |left| check(agent, *port, record.health_path.as_deref(), left)).await,
         None => {
             tokio::time::sleep(SETTLED).await;
@@ -142,7 +150,7 @@ async fn http_status(mut stream: Box<dyn heyvm_vm::agent::PortStream>, path: &st
 }
 
 /// Resolves when the start command has ended; never where there is none.
-pub(crate) async fn ended(main: Option<&mut Main>) -> Exit {
+pub(crate) async fn ended(main: Option<&mut Main>) -> Followed {
     match main {
         Some(main) => main.ended().await,
         None => std::future::pending().await,

@@ -18,14 +18,18 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use heyvm_api::sandbox::{
-    CreateRequest, Endpoint, Mount, Reason, ReasonCode, RestartPolicy, SandboxInfo, SizeClass, Status,
+use heyvm_api::{
+    sandbox::{CreateRequest, Endpoint, Mount, Reason, ReasonCode, RestartPolicy, SandboxInfo, SizeClass, Status},
+    start_command::StartCommand,
 };
 use heyvm_mounts::DirectoryIdentity;
 use heyvm_store::SandboxRow;
 use serde::{Deserialize, Serialize};
 
-use crate::{Account, restarts};
+use crate::{Account, image_run::ImageRun, restarts};
+
+/// How long removed sandboxes stay in the lists.
+const RETENTION: chrono::Duration = chrono::Duration::days(1);
 
 /// One sandbox. Daemons of other versions read it, too: a field that comes later has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,8 +83,11 @@ pub struct Record {
     pub env_vars: BTreeMap<String, String>,
     /// Environment the image brings along.
     pub image_env: Vec<(String, String)>,
+    /// What the image says about running it.
+    #[serde(default)]
+    pub image_run: ImageRun,
     /// What it is there for.
-    pub start_command: Option<String>,
+    pub start_command: Option<StartCommand>,
     /// Where commands run.
     pub working_directory: String,
     /// What ran before the start command.
@@ -89,6 +96,9 @@ pub struct Record {
     pub health_path: Option<String>,
     /// How long that may take, in milliseconds.
     pub health_timeout_ms: u64,
+    /// How long its apps may take until the head of an answer; the proxy's own time where it is not said.
+    #[serde(default)]
+    pub response_timeout_seconds: Option<u32>,
     /// Ports whose readiness counts, in the order asked for.
     pub open_ports: Vec<u16>,
     /// Whether they answer everyone, where that was said.
@@ -138,6 +148,11 @@ impl Record {
         (self.is_living() || self.next_start_at.is_some()) && !self.waiting_to_replace
     }
 
+    /// Whether it runs what the image runs by itself.
+    pub fn runs_the_images_command(&self) -> bool {
+        self.start_command.is_none() && !self.image_run.command.is_empty()
+    }
+
     /// Whether its making is behind it.
     pub fn started_before(&self) -> bool {
         self.has_run
@@ -147,6 +162,22 @@ impl Record {
     pub fn expires_at(&self) -> Option<DateTime<Utc>> {
         let ttl = chrono::Duration::try_seconds(self.ttl_seconds?)?;
         self.created_at.checked_add_signed(ttl)
+    }
+
+    /// When something is to be done about it by itself: its removal or its next start, and once it is removed, its end in
+    /// the lists.
+    pub fn deadline(&self) -> Option<DateTime<Utc>> {
+        match self.status {
+            Status::Removed => self.status_changed_at.checked_add_signed(RETENTION),
+            _ => self.expires_at().into_iter().chain(self.next_start_at).min(),
+        }
+    }
+
+    /// Drops what clients sent and no one needs once it is removed: it may be large, and holds secrets.
+    pub fn drop_content(&mut self) {
+        self.env_vars.clear();
+        self.image_env.clear();
+        self.setup_hooks.clear();
     }
 
     /// Moves on, with the reason where it no longer runs.
@@ -222,8 +253,14 @@ impl Record {
             env_vars: self.env_vars.clone(),
             start_command: self.start_command.clone(),
             working_directory: self.working_directory.clone(),
+            image_command: match self.runs_the_images_command() {
+                true => self.image_run.command.clone(),
+                false => Vec::new(),
+            },
+            exposed_ports: self.image_run.exposed_ports.clone(),
             setup_hooks: self.setup_hooks.clone(),
             mounts: self.mounts.clone(),
+            response_timeout_seconds: self.response_timeout_seconds,
             error_message: self.reason.as_ref().map(|reason| reason.message.clone()),
             reason: self.reason.clone(),
             urls,

@@ -47,24 +47,21 @@ impl ControlPlane {
         old_record.enter(Status::Stopping, Some(reason.clone()));
         new_record.waiting_to_replace = false;
         new_record.run();
+        let _no_port_is_bound_meanwhile = self.binding.lock().await;
         let mut moved = self.rows_of(&old_record.id);
         moved.retain(|row| new_record.open_ports.contains(&row.port));
         // A private one is not opened by leaving it out.
         moved.iter_mut().for_each(|row| row.is_public = new_record.ports_are_public.unwrap_or(row.is_public));
         (old_record.revision, new_record.revision) = (old_record.revision + 1, new_record.revision + 1);
         self.store.replace(&old_record.row(), &new_record.row(), &moved).await.map_err(errors::store)?;
-        *old.record() = old_record.clone();
-        *new.record() = new_record.clone();
-        // The store has the change already: it is not taken back by a failing read, which the next change makes up for.
-        if let Err(error) = self.reload_endpoints().await {
-            tracing::error!(%error, "the URLs in memory could not be brought up to date");
-        }
+        self.move_endpoints(&old_record.id, &new_record.id, moved);
+        self.book.publish(old, old_record.clone());
+        self.book.publish(new, new_record.clone());
+        self.update_local_ports().await;
         for record in [&old_record, &new_record] {
             orphans::keep_note(self.driver.as_ref(), &self.store_id, record).await;
         }
         drop(saving);
-        old.changed.send_replace(());
-        new.changed.send_replace(());
         let (plane, old) = (Arc::clone(self), Arc::clone(old));
         tokio::spawn(async move {
             tokio::time::sleep(LAST_ANSWERS).await;

@@ -39,7 +39,7 @@ impl ControlPlane {
         let vm = sandbox.vm().filter(|_| record.status == Status::Running).ok_or_else(|| not_running(&record))?;
         archives::check(&self.config.home, &request.archive_id)?;
         let root = request.archive_root.as_deref().map(archives::root).transpose()?;
-        self.unpack(&vm, &request.archive_id, root.as_deref(), &path, true).await?;
+        self.unpack(&vm, &record.account, &request.archive_id, root.as_deref(), &path, true).await?;
         let is_the_apps = path == record.working_directory;
         let record = self
             .save(sandbox, |record| {

@@ -15,7 +15,7 @@ use heyvm_api::{
     sandbox::{ReasonCode, RestartPolicy, SandboxInfo, Status},
 };
 
-use crate::{ControlPlane, Sandbox, Who, not_running, record::Record, validate};
+use crate::{ControlPlane, Sandbox, Who, lifecycle::AGAIN, not_running, record::Record, validate};
 
 /// First and longest pause before one is started again.
 const FIRST_PAUSE: Duration = Duration::seconds(1);
@@ -55,13 +55,11 @@ impl ControlPlane {
         Ok(self.info(&record))
     }
 
-    /// Starts in the background what is due, each once.
-    pub(crate) fn start_due(self: &Arc<Self>) {
-        for sandbox in self.all() {
-            let due = sandbox.record().next_start_at.is_some_and(|at| at <= Utc::now());
-            if due && !sandbox.is_starting_again.swap(true, Ordering::Relaxed) {
-                tokio::spawn(Arc::clone(self).start_again_by_itself(sandbox));
-            }
+    /// Starts one that is due in the background, once.
+    pub(crate) fn start_if_due(self: &Arc<Self>, sandbox: &Arc<Sandbox>) {
+        let due = sandbox.record().next_start_at.is_some_and(|at| at <= Utc::now());
+        if due && !sandbox.is_starting_again.swap(true, Ordering::Relaxed) {
+            tokio::spawn(Arc::clone(self).start_again_by_itself(Arc::clone(sandbox)));
         }
     }
 
@@ -75,6 +73,10 @@ impl ControlPlane {
             self.put_off(&sandbox).await;
         }
         sandbox.is_starting_again.store(false, Ordering::Relaxed);
+        // What could not be done is tried again.
+        let record = sandbox.snapshot();
+        let deadline = record.deadline().map(|at| at.max(Utc::now() + AGAIN));
+        self.book.deadlines.set(&record.id, deadline);
     }
 
     /// A start that was refused before it began, as where its name is another one's by now, is tried again later.

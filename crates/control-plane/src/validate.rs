@@ -2,7 +2,7 @@
 
 use chrono::Utc;
 use heyvm_api::{
-    ApiError, ErrorCode, names,
+    ApiError, ErrorCode, limits, names,
     sandbox::{CreateRequest, ResizeRequest, RestartPolicy, SizeClass, Status},
 };
 use rand::seq::IndexedRandom;
@@ -13,11 +13,13 @@ const DEFAULT_DISK_GIB: u32 = 10;
 /// Where commands run and archives go when nobody says otherwise.
 pub const DEFAULT_WORKING_DIRECTORY: &str = "/workspace";
 const DEFAULT_HEALTH_TIMEOUT: f64 = 120.0;
+const MAX_RESPONSE_TIMEOUT: u32 = 86_400;
 const MAX_HEALTH_TIMEOUT: f64 = 24.0 * 3600.0;
-const TYPES: [&str; 3] = ["shell", "python", "node"];
+const TYPES: [&str; 4] = ["shell", "python", "node", "full"];
 
 /// A record in its first state; nothing has been done yet.
 pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Result<Record, ApiError> {
+    limits::check_create(request)?;
     let name = match &request.name {
         Some(name) => {
             names::check_name(name)?;
@@ -78,11 +80,13 @@ pub fn record(request: &CreateRequest, account: &Account, config: &Config) -> Re
         ttl_seconds: ttl(request)?,
         env_vars: request.env_vars.clone(),
         image_env: Vec::new(),
-        start_command: request.start_command.clone().filter(|command| !command.trim().is_empty()),
+        image_run: Default::default(),
+        start_command: request.start_command.clone().filter(|command| !command.is_empty()),
         working_directory,
         setup_hooks: request.setup_hooks.clone(),
         health_path: request.health_path.clone(),
         health_timeout_ms: health_timeout(request)?,
+        response_timeout_seconds: request.response_timeout_seconds.map(response_timeout).transpose()?,
         open_ports: ports,
         ports_are_public: request.is_public,
         fingerprint: String::new(),
@@ -108,6 +112,8 @@ pub fn check(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
         url_port: 0,
         regions: request.region.clone().into_iter().collect(),
         default_image: String::new(),
+        images: Default::default(),
+        guest: Default::default(),
     };
     record(request, account, &nowhere).map(drop)
 }
@@ -124,7 +130,7 @@ fn supported(request: &CreateRequest, account: &Account) -> Result<(), ApiError>
     check_privacy(request.is_public, account)?;
     check_restart(request.restart.unwrap_or_default(), account)?;
     if let Some(kind) = request.sandbox_type.as_deref().filter(|kind| !TYPES.contains(kind)) {
-        return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python or node"));
+        return Err(invalid(format!("there is no sandbox type {kind:?}"), "use shell, python, node or full"));
     }
     Ok(())
 }
@@ -214,6 +220,15 @@ fn health_timeout(request: &CreateRequest) -> Result<u64, ApiError> {
     Ok((seconds * 1000.0) as u64)
 }
 
+fn response_timeout(seconds: i64) -> Result<u32, ApiError> {
+    u32::try_from(seconds).ok().filter(|seconds| (1..=MAX_RESPONSE_TIMEOUT).contains(seconds)).ok_or_else(|| {
+        invalid(
+            format!("response_timeout_seconds {seconds} is out of range"),
+            "use a whole number of seconds, 1 to 86400",
+        )
+    })
+}
+
 /// Three words that nobody has to remember, as long as they are different.
 pub fn made_up_name() -> String {
     const HOW: [&str; 16] = [
@@ -243,12 +258,15 @@ mod tests {
             url_port: 8480,
             regions: vec!["US".into()],
             default_image: "ubuntu:24.04".into(),
+            images: Default::default(),
+            guest: Default::default(),
         }
     }
 
     #[test]
     fn every_bad_field_has_its_code() {
-        let bad: [(CreateRequest, ErrorCode); 11] = [
+        let bad: [(CreateRequest, ErrorCode); 12] = [
+            (CreateRequest { open_ports: (1..=33).collect(), ..Default::default() }, ErrorCode::LimitExceeded),
             (CreateRequest { archive_root: Some("a/../..".into()), ..Default::default() }, ErrorCode::InvalidArgument),
             (CreateRequest { name: Some("a b".into()), ..Default::default() }, ErrorCode::InvalidName),
             (CreateRequest { slug: Some("A".into()), ..Default::default() }, ErrorCode::InvalidName),

@@ -43,7 +43,16 @@ impl Registry {
 
     /// Puts an image with one layer of these files into it and gives its reference.
     pub fn push(&self, name: &str, root: &Path) -> String {
+        self.push_configured(name, root, &[])
+    }
+
+    /// The same with a configuration, as arguments of `umoci config`.
+    pub fn push_configured(&self, name: &str, root: &Path, configuration: &[&str]) -> String {
         let layout = oci_layout(&self.directory, root);
+        if !configuration.is_empty() {
+            let image = format!("{}:latest", layout.display());
+            Ran::of(Command::new("umoci").args(["config", "--image", &image]).args(configuration), b"").succeeded();
+        }
         let reference = format!("{}/{name}", self.address);
         Ran::of(
             Command::new("skopeo")

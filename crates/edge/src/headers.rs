@@ -2,7 +2,7 @@
 
 use http::{
     HeaderMap, HeaderName, HeaderValue,
-    header::{CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, FORWARDED, HOST, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE},
     request,
 };
 
@@ -47,8 +47,6 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
 pub fn to_sandbox(head: &mut request::Parts, visitor: Visitor, authority: &str, upgrade: Option<HeaderValue>) {
     let wants_trailers = tokens(&head.headers, &TE).any(|token| token.eq_ignore_ascii_case("trailers"));
     strip(&mut head.headers);
-    // The edge has answered "100 Continue" by the time it reads the body.
-    head.headers.remove(EXPECT);
     join_cookies(&mut head.headers);
     if wants_trailers {
         head.headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -73,6 +71,24 @@ pub fn to_visitor(headers: &mut HeaderMap, authority: &str, upgraded: bool) {
         headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(UPGRADE, protocol);
     }
+}
+
+/// Whether the client waits for "100 Continue" before it sends its body. The edge says it when the app has.
+pub fn expects_continue(headers: &HeaderMap) -> bool {
+    headers.get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// The head of "103 Early Hints" as a client by HTTP/1.1 gets it.
+pub fn early_hints(headers: &HeaderMap) -> Vec<u8> {
+    let mut headers = headers.clone();
+    strip(&mut headers);
+    headers.remove(SET_COOKIE);
+    let mut head = b"HTTP/1.1 103 Early Hints\r\n".to_vec();
+    for (name, value) in &headers {
+        head.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+    }
+    head.extend(b"\r\n");
+    head
 }
 
 /// HTTP/2 knows no connection headers, but keeps `te: trailers`.
@@ -170,6 +186,7 @@ mod tests {
         assert_eq!(
             names,
             [
+                "expect",
                 "forwarded",
                 "host",
                 "x-forwarded-for",

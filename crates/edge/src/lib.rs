@@ -7,13 +7,15 @@
 //! - [`Doorkeeper`] (`door`): who may come in at a private endpoint.  `cookies`: what stays within one sandbox's host.
 //! - [`Site`] (`site`): hosts of our own.  [`Visitor`] (`visitor`): who asks.  `websocket`: WebSocket over HTTP/2.
 //! - `pool`: connections that are kept for later requests.  `body`: bodies on their way.  `tunnel`: upgraded connections.
-//! - `limits`: what one sandbox may take of the host.  `refusal`: what is answered where no sandbox does.
+//! - `client_io`: interim answers, and clients that take nothing.  `local`: a listener for one port of a sandbox.
+//! - `limits`: what one sandbox or client may take of the host.  `refusal`: what is answered where no sandbox does.
 //!
 //! Nothing is buffered: a body's piece goes on as soon as it comes, and no faster than its reader takes it.
 //! Visitors and sandboxes are both hostile input. Where a subdomain leads is asked of [`Upstreams`] for each request.
 #![forbid(unsafe_code)]
 
 mod body;
+mod client_io;
 mod connection;
 mod cookies;
 mod door;
@@ -21,6 +23,7 @@ mod forward;
 mod headers;
 mod host;
 mod limits;
+mod local;
 mod pool;
 mod redirect;
 mod refusal;
@@ -36,9 +39,10 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-pub use connection::serve_connection;
+pub use connection::{Patience, serve_connection};
 pub use door::{Access, Doorkeeper, TOKEN_COOKIE, Verdict};
 pub use ipnet::IpNet;
+pub use local::LocalPort;
 pub use site::{BodyError, Site, SiteBody};
 pub use tls::{AcmeSettings, LETS_ENCRYPT, Tls, TlsError, TlsSettings};
 pub use visitor::Visitor;
@@ -56,6 +60,8 @@ pub struct Route {
     pub port: u16,
     /// Who may use it.
     pub access: Access,
+    /// How long its app may take until the head of its answer, where that is not [`Settings::response_timeout`].
+    pub response_timeout: Option<Duration>,
 }
 
 /// Why a request could not reach a sandbox.
@@ -95,8 +101,10 @@ pub struct Settings {
     pub response_timeout: Duration,
     /// How long a visitor may take for the head of a request.
     pub header_timeout: Duration,
-    /// A visitor may be slow, but one who sends nothing of a body for this long holds a place that others want.
+    /// A visitor may be slow, but one who sends or takes nothing of a body for this long holds a place that others want.
     pub body_timeout: Duration,
+    /// How long an HTTP/2 connection may be without any request.
+    pub idle_timeout: Duration,
     /// How long a visitor may take for a TLS handshake.
     pub handshake_timeout: Duration,
     /// TLS handshakes at a time.
@@ -107,6 +115,10 @@ pub struct Settings {
     pub requests_per_sandbox: usize,
     /// Visitors' connections in all.
     pub connections: usize,
+    /// Connections of one visitor: an IPv4 address, or a /64 network of IPv6. Trusted proxies have as many as they want.
+    pub connections_per_client: usize,
+    /// Connections beyond [`connections`](Self::connections) for the site's hosts alone.
+    pub connections_for_site: usize,
     /// Idle connections kept for one port of a sandbox.
     pub idle_per_route: usize,
     /// How long an idle connection is kept.
@@ -123,13 +135,17 @@ impl Default for Settings {
             response_timeout: Duration::from_secs(60),
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(300),
+            idle_timeout: Duration::from_secs(120),
             handshake_timeout: Duration::from_secs(10),
             handshakes: 512,
             tunnel_idle: Duration::from_secs(60 * 60),
             requests_per_sandbox: 512,
             connections: 4096,
-            idle_per_route: 16,
-            idle_time: Duration::from_secs(60),
+            connections_per_client: 1024,
+            connections_for_site: 256,
+            idle_per_route: 64,
+            // Node's servers end a connection that was idle for five seconds.
+            idle_time: Duration::from_secs(4),
             grace: Duration::from_secs(5),
         }
     }
@@ -145,7 +161,10 @@ pub struct Edge {
     settings: Settings,
     pool: Arc<pool::Pool>,
     limits: limits::Limits,
+    answers: limits::Stallables<body::FromSandbox>,
     visitors: Arc<tokio::sync::Semaphore>,
+    visitors_of_site: Arc<tokio::sync::Semaphore>,
+    clients: limits::Counts<limits::Client>,
     handshakes: Arc<tokio::sync::Semaphore>,
     /// Listeners that are served.
     listeners: std::sync::atomic::AtomicUsize,
@@ -189,7 +208,13 @@ impl Edge {
         Self {
             pool: pool::Pool::new(settings.idle_per_route, settings.idle_time),
             limits: limits::Limits::new(settings.requests_per_sandbox),
+            answers: limits::Stallables::new(),
             visitors: Arc::new(tokio::sync::Semaphore::new(settings.connections)),
+            visitors_of_site: Arc::new(tokio::sync::Semaphore::new(match site {
+                Some(_) => settings.connections_for_site,
+                None => 0,
+            })),
+            clients: limits::Counts::new(),
             handshakes: Arc::new(tokio::sync::Semaphore::new(settings.handshakes)),
             listeners: std::sync::atomic::AtomicUsize::new(0),
             ending: tokio_util::sync::CancellationToken::new(),

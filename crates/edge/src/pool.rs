@@ -5,22 +5,32 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
+use http::{HeaderMap, HeaderName};
 use hyper::client::conn::{http1, http2};
-use tokio::time::Instant;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
 
-use crate::{Route, body::RequestBody};
+use crate::{ByteStream, Route, body::RequestBody};
 
-/// The sending half of an HTTP/1.1 connection.
-pub type Sender1 = http1::SendRequest<RequestBody>;
 /// The sending half of an HTTP/2 connection.
 pub type Sender2 = http2::SendRequest<RequestBody>;
 
 /// How long a connection may take to become ready after its answer has ended.
 const SETTLE: Duration = Duration::from_secs(2);
+/// A connection is given up this long before the app says that it will.
+const MARGIN: Duration = Duration::from_secs(1);
 
 /// Idle connections.
 pub struct Pool {
@@ -31,14 +41,84 @@ pub struct Pool {
 
 #[derive(Default)]
 struct Kept {
-    http1: HashMap<Route, Vec<(Sender1, Instant)>>,
+    http1: HashMap<Route, Vec<Idle>>,
     http2: HashMap<Route, (Sender2, Instant)>,
+}
+
+struct Idle {
+    connection: Connection1,
+    until: Instant,
+}
+
+/// An HTTP/1.1 connection to an app.
+pub struct Connection1 {
+    /// Its sending half.
+    pub sender: http1::SendRequest<RequestBody>,
+    answered: Arc<AtomicBool>,
+}
+
+impl Connection1 {
+    /// A connection whose stream notes in `answered` that something came.
+    pub fn new(sender: http1::SendRequest<RequestBody>, answered: Arc<AtomicBool>) -> Self {
+        Self { sender, answered }
+    }
+
+    /// Whether a byte has come from the app since the connection was taken from the pool.
+    pub fn has_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+/// A stream to an app that notes whether a byte has come.
+pub struct Watched {
+    /// The stream.
+    pub inner: Box<dyn ByteStream>,
+    /// Set with the first byte.
+    pub answered: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut *self.inner).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
+            self.answered.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.inner).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.inner).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.inner).poll_shutdown(cx)
+    }
 }
 
 /// An HTTP/1.1 connection that is in use. Dropping it ends the connection.
 pub struct Lease {
-    sender: Sender1,
+    connection: Connection1,
     route: Route,
+    idle_time: Duration,
     pool: Weak<Pool>,
 }
 
@@ -49,12 +129,14 @@ impl Pool {
     }
 
     /// An idle connection: the one last used.
-    pub fn take(&self, route: &Route) -> Option<Sender1> {
+    pub fn take(&self, route: &Route) -> Option<Connection1> {
         let mut kept = self.lock();
         let idle = kept.http1.get_mut(route)?;
-        while let Some((sender, since)) = idle.pop() {
-            if sender.is_ready() && since.elapsed() < self.idle_time {
-                return Some(sender);
+        let now = Instant::now();
+        while let Some(Idle { connection, until }) = idle.pop() {
+            if connection.sender.is_ready() && now < until {
+                connection.answered.store(false, Ordering::Relaxed);
+                return Some(connection);
             }
         }
         None
@@ -77,27 +159,32 @@ impl Pool {
         self.lock().http2.insert(route.clone(), (sender, Instant::now()));
     }
 
-    /// Lends a connection to a request.
-    pub fn lend(self: &Arc<Self>, sender: Sender1, route: &Route) -> Lease {
-        Lease { sender, route: route.clone(), pool: Arc::downgrade(self) }
+    /// Lends a connection to a request, whose answer has `headers`.
+    pub fn lend(self: &Arc<Self>, connection: Connection1, route: &Route, headers: &HeaderMap) -> Lease {
+        let announced = announced_idle_time(headers).map(|time| time.saturating_sub(MARGIN));
+        let idle_time = announced.map_or(self.idle_time, |time| time.min(self.idle_time));
+        Lease { connection, route: route.clone(), idle_time, pool: Arc::downgrade(self) }
     }
 
     /// Ends connections that have been idle for too long.
     pub fn sweep(&self) {
         let mut kept = self.lock();
+        let now = Instant::now();
         for idle in kept.http1.values_mut() {
-            idle.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < self.idle_time);
+            idle.retain(|idle| !idle.connection.sender.is_closed() && now < idle.until);
         }
         kept.http1.retain(|_, idle| !idle.is_empty());
         kept.http2.retain(|_, (sender, used)| !sender.is_closed() && used.elapsed() < self.idle_time);
     }
 
-    fn keep(&self, route: Route, sender: Sender1) {
+    fn keep(&self, route: Route, connection: Connection1, idle_time: Duration) {
         let mut kept = self.lock();
         let idle = kept.http1.entry(route).or_default();
-        idle.retain(|(sender, _)| !sender.is_closed());
-        if idle.len() < self.idle_per_route {
-            idle.push((sender, Instant::now()));
+        if idle.len() >= self.idle_per_route {
+            idle.retain(|idle| !idle.connection.sender.is_closed());
+        }
+        if idle.len() < self.idle_per_route && !idle_time.is_zero() {
+            idle.push(Idle { connection, until: Instant::now() + idle_time });
         }
     }
 
@@ -106,21 +193,28 @@ impl Pool {
     }
 }
 
+/// `Keep-Alive: timeout=5`: how long the app keeps an idle connection.
+fn announced_idle_time(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(HeaderName::from_static("keep-alive"))?.to_str().ok()?;
+    let seconds = value.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
+    seconds.trim().parse().ok().map(Duration::from_secs)
+}
+
 impl Lease {
     /// Keeps the connection for the next request, once it is ready for one.
     pub fn give_back(self) {
-        let Self { mut sender, route, pool } = self;
-        if sender.is_ready() {
+        let Self { mut connection, route, idle_time, pool } = self;
+        if connection.sender.is_ready() {
             if let Some(pool) = pool.upgrade() {
-                pool.keep(route, sender);
+                pool.keep(route, connection, idle_time);
             }
             return;
         }
         tokio::spawn(async move {
-            if let Ok(Ok(())) = tokio::time::timeout(SETTLE, sender.ready()).await
+            if let Ok(Ok(())) = tokio::time::timeout(SETTLE, connection.sender.ready()).await
                 && let Some(pool) = pool.upgrade()
             {
-                pool.keep(route, sender);
+                pool.keep(route, connection, idle_time);
             }
         });
     }

@@ -28,10 +28,14 @@ pub enum Refusal {
     Forbidden,
     /// A private endpoint, and another site's page that uses its visitor's cookie.
     ForeignPage,
+    /// A page in a browser that uses the address for programs.
+    PageAtLocalPort,
     /// No way to the sandbox.
     NoConnection(ConnectError),
     /// The sandbox has as many requests as it may.
     Busy,
+    /// There are as many connections as there may be.
+    Full,
     /// The sandbox took too long.
     TimedOut,
     /// The visitor took too long.
@@ -106,6 +110,11 @@ impl Refusal {
                 let text = "A page of another address asked for this private one.";
                 (StatusCode::FORBIDDEN, "foreign_page", sentence(text), hint)
             }
+            Self::PageAtLocalPort => {
+                let hint = "use the sandbox's URL in browsers; `heyvm get` shows it";
+                let text = "This address is for programs: pages of all ports of 127.0.0.1 share their cookies.";
+                (StatusCode::FORBIDDEN, "page_at_local_port", sentence(text), hint)
+            }
             Self::NoConnection(UnknownSubdomain) => {
                 let hint = "`heyvm list` shows every sandbox with its URLs";
                 (StatusCode::NOT_FOUND, "unknown_subdomain", sentence("No sandbox has this address."), hint)
@@ -126,6 +135,10 @@ impl Refusal {
             Self::Busy => {
                 let hint = "try again in a moment";
                 (StatusCode::SERVICE_UNAVAILABLE, "busy", sentence("The sandbox has too many requests at once."), hint)
+            }
+            Self::Full => {
+                let hint = "try again in a moment";
+                (StatusCode::SERVICE_UNAVAILABLE, "too_many_connections", sentence("Too many clients at once."), hint)
             }
             Self::TimedOut => {
                 let hint = "`heyvm logs` shows what the app is doing";
@@ -167,7 +180,7 @@ impl Refusal {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert("heyvm-error", HeaderValue::from_static(code));
         match self {
-            Self::Busy => {
+            Self::Busy | Self::Full => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             Self::Unauthorized { shown, .. } => {

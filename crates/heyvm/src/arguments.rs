@@ -9,7 +9,7 @@ use clap::{
 use heyvm_api::{ApiError, ErrorCode};
 
 use crate::{
-    cli::Cli,
+    cli::{Cli, Command},
     output::{self, Format},
 };
 
@@ -23,46 +23,55 @@ pub struct Refused {
     format: Format,
 }
 
-/// Reads the arguments. A `--format json` at the end, behind the command behind `--`, is ours, unless `--format` stands
-/// before `--`.
+/// Reads the arguments. A `--format json` at the end of a command of `exec` is ours, unless `--format` stands before the
+/// command.
 pub fn parse(arguments: Vec<OsString>) -> Result<Cli, Refused> {
-    let arguments = with_format_in_front(arguments);
     let format = format_of(&arguments);
     if arguments.len() == 1 {
         // Who types the name alone wants to know what there is.
         let shown = Cli::command().render_help().to_string();
         return Err(Refused { error: Cli::command().error(ErrorKind::DisplayHelp, shown), format });
     }
-    let cli = Cli::try_parse_from(arguments).map_err(|error| Refused { error, format })?;
+    let mut cli = Cli::try_parse_from(&arguments).map_err(|error| Refused { error, format })?;
     if cli.command.is_none() && !cli.serve.api {
         let error = Cli::command().error(ErrorKind::MissingSubcommand, "a command is missing");
         return Err(Refused { error, format });
     }
+    if let Some(Command::Exec(args)) = &mut cli.command {
+        let before = arguments.len().saturating_sub(args.command.len());
+        if !arguments[..before].iter().any(|argument| is_format_flag(argument))
+            && let Some(format) = take_format(&mut args.command)
+        {
+            cli.global.format = format;
+        }
+    }
     Ok(cli)
 }
 
-fn with_format_in_front(mut arguments: Vec<OsString>) -> Vec<OsString> {
-    let Some(dashes) = arguments.iter().position(|argument| argument == "--") else { return arguments };
-    let (ours, behind) = arguments.split_at(dashes);
-    if ours.iter().any(|argument| is_format_flag(argument)) {
-        return arguments;
+/// Takes the format off the end of a command. Something must be left of the command itself.
+fn take_format(command: &mut Vec<String>) -> Option<Format> {
+    let (words, format) = trailing_format(command)?;
+    if command.len() <= words {
+        return None;
     }
-    let words = match behind {
-        // Something must be left of the command itself.
-        [_, _, .., flag, value] if flag == "--format" && format_named(value).is_some() => 2,
-        [_, _, .., flag] if joined_format(flag).is_some() => 1,
-        _ => return arguments,
-    };
-    let format = arguments.split_off(arguments.len() - words);
-    arguments.splice(dashes..dashes, format);
-    arguments
+    command.truncate(command.len() - words);
+    Some(format)
+}
+
+fn trailing_format<T: AsRef<OsStr>>(words: &[T]) -> Option<(usize, Format)> {
+    match words {
+        [.., flag, value] if flag.as_ref() == "--format" => Some((2, format_named(value.as_ref())?)),
+        [.., flag] => Some((1, joined_format(flag.as_ref())?)),
+        [] => None,
+    }
 }
 
 /// The format that was asked for, as far as it can be told before the arguments are understood.
 fn format_of(arguments: &[OsString]) -> Format {
     let ours = arguments.split(|argument| argument == "--").next().unwrap_or_default();
     let separate = ours.windows(2).filter(|two| two[0] == "--format").find_map(|two| format_named(&two[1]));
-    separate.or_else(|| ours.iter().find_map(|argument| joined_format(argument))).unwrap_or(Format::Text)
+    let joined = || ours.iter().find_map(|argument| joined_format(argument));
+    separate.or_else(joined).or_else(|| Some(trailing_format(arguments)?.1)).unwrap_or(Format::Text)
 }
 
 fn is_format_flag(argument: &OsStr) -> bool {
@@ -108,7 +117,6 @@ impl Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Command;
 
     fn parsed(line: &[&str]) -> Result<Cli, Refused> {
         parse(["heyvm"].iter().chain(line).map(OsString::from).collect())
@@ -171,11 +179,49 @@ mod tests {
     }
 
     #[test]
+    fn dashes_before_the_command_are_needed_by_none_but_a_first_word_with_one() {
+        let words = |line: &[&str]| exec(line).1;
+        assert_eq!(words(&["exec", "a", "echo", "x"]), ["echo", "x"]);
+        assert_eq!(words(&["exec", "-it", "a", "bash"]), ["bash"]);
+        assert_eq!(
+            words(&["exec", "a", "--timeout", "2s", "ls", "-la", "--timeout", "x"]),
+            ["ls", "-la", "--timeout", "x"]
+        );
+        assert_eq!(words(&["exec", "a", "sh", "-c", "x", "--", "y"]), ["sh", "-c", "x", "--", "y"]);
+        assert_eq!(words(&["exec", "a", "--", "-x"]), ["-x"]);
+        assert_eq!(
+            exec(&["exec", "a", "echo", "x", "--format", "json"]),
+            (Format::Json, vec!["echo".into(), "x".into()])
+        );
+        assert_eq!(exec(&["exec", "--format", "text", "a", "b", "--format", "json"]).1.len(), 3);
+        assert!(parsed(&["exec", "a"]).is_err() && parsed(&["exec", "a", "-x"]).is_err());
+    }
+
+    #[test]
+    fn flags_of_exec_are_those_that_users_of_docker_know() {
+        let cli =
+            parsed(&["exec", "-it", "-e", "A=1", "-e", "B=2", "-w", "/srv", "-u", "web", "a", "sh", "-i"]).unwrap();
+        let Some(Command::Exec(args)) = cli.command else { panic!("not exec") };
+        assert!(args.interactive && args.tty && !args.no_stdin && !args.detach);
+        assert_eq!(
+            (args.env, args.cwd, args.user),
+            (vec!["A=1".into(), "B=2".into()], Some("/srv".into()), Some("web".into()))
+        );
+        assert_eq!(args.command, ["sh", "-i"]);
+        for refused in
+            [&["exec", "-in", "a", "b"][..], &["exec", "-dt", "a", "b"], &["exec", "-d", "--session", "s", "a", "b"]]
+        {
+            assert!(parsed(refused).is_err(), "{refused:?}");
+        }
+    }
+
+    #[test]
     fn refusals_follow_the_format_that_was_asked_for() {
         for line in [
             &["list", "--nonsense", "--format", "json"][..],
             &["--format=json"],
-            &["exec", "a", "b", "--format", "json"],
+            &["exec", "a", "--nonsense", "--", "b", "--format", "json"],
+            &["exec", "a", "--format", "json"],
         ] {
             let refused = parsed(line).unwrap_err();
             assert_eq!(refused.format, Format::Json, "{line:?}");

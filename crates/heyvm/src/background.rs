@@ -23,6 +23,8 @@ use nix::{
     fcntl::{Flock, FlockArg},
 };
 
+/// A daemon that does not say how it is for this long stands still.
+const HEALTH_DEADLINE: Duration = Duration::from_secs(20);
 /// A daemon that is not there after this will not come.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
@@ -53,31 +55,68 @@ pub fn socket(home: &Path) -> PathBuf {
     home.join("run/daemon.sock")
 }
 
-/// A client of the running daemon, and what that says of itself.
-pub async fn running(home: &Path) -> Option<(Client, Health)> {
+/// What is known of the daemon.
+pub enum Daemon {
+    /// It answers.
+    Running {
+        /// A client of it.
+        client: Box<Client>,
+        /// What it says of itself.
+        health: Health,
+    },
+    /// It takes connections and does not answer.
+    Silent,
+    /// There is none.
+    Absent,
+}
+
+/// Asks the daemon how it is.
+pub async fn daemon(home: &Path) -> Daemon {
     let client = Client::new(Server::Socket(socket(home)));
-    let health: Health = client.get("/health").await.ok()?;
-    Some((client, health))
+    match tokio::time::timeout(HEALTH_DEADLINE, client.get::<Health>("/health")).await {
+        Ok(Ok(health)) => Daemon::Running { client: Box::new(client), health },
+        Ok(Err(_)) => Daemon::Absent,
+        Err(_) => Daemon::Silent,
+    }
+}
+
+/// The error for a daemon that does not answer.
+pub fn silent(home: &Path) -> ApiError {
+    let (process, hint) = match pid(home) {
+        Some(pid) => (
+            format!(" (process {pid})"),
+            format!("Run `kill -9 {pid}` to end it: sandboxes keep running, and the next command starts another."),
+        ),
+        None => (String::new(), "Run `heyvm daemon status`.".into()),
+    };
+    ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon{process} does not answer")).hint(hint)
 }
 
 /// A client of the daemon, which is started when there is none.
 pub async fn ensure(home: &Path, debug: bool) -> Result<Client, ApiError> {
-    match fitting(home).await {
-        Ok(client) => {
-            say(debug, || format!("the daemon runs at {}", socket(home).display()));
-            Ok(client)
-        }
-        Err(_) => start(home, debug).await,
+    if let Fit::Ours(client) = fitting(home).await? {
+        say(debug, || format!("the daemon runs at {}", socket(home).display()));
+        return Ok(*client);
     }
+    start(home, debug).await
 }
 
-/// A client of the running daemon if it speaks our API, whatever its version; else what the running one says of itself.
-async fn fitting(home: &Path) -> Result<Client, Option<Health>> {
-    match running(home).await {
-        Some((client, health)) if health.compatibility == COMPATIBILITY => Ok(client),
-        Some((_, health)) => Err(Some(health)),
-        None => Err(None),
-    }
+/// Whether a daemon runs that this program can use.
+enum Fit {
+    /// One that speaks our API, whatever its version.
+    Ours(Box<Client>),
+    /// One that does not.
+    Other(Health),
+    None,
+}
+
+async fn fitting(home: &Path) -> Result<Fit, ApiError> {
+    Ok(match daemon(home).await {
+        Daemon::Running { client, health } if health.compatibility == COMPATIBILITY => Fit::Ours(client),
+        Daemon::Running { health, .. } => Fit::Other(health),
+        Daemon::Silent => return Err(silent(home)),
+        Daemon::Absent => Fit::None,
+    })
 }
 
 /// What is being done, where `--debug` asks for it.
@@ -92,18 +131,15 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(&run).map_err(|error| unusable(&run, &error))?;
     // Of many commands at once one starts the daemon; the others find it running.
     let lock = File::create(run.join("start.lock")).map_err(|error| unusable(&run, &error))?;
-    let _lock = tokio::task::spawn_blocking(move || Flock::lock(lock, FlockArg::LockExclusive))
-        .await
-        .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
-        .map_err(|(_, errno)| unusable(&run, &errno.into()))?;
-    match fitting(home).await {
-        Ok(client) => return Ok(client),
-        Err(Some(health)) => {
+    let _lock = exclusive(lock, &run).await?;
+    match fitting(home).await? {
+        Fit::Ours(client) => return Ok(*client),
+        Fit::Other(health) => {
             let own = env!("CARGO_PKG_VERSION");
             say(debug, || format!("ending the daemon of version {}, whose API is not that of {own}", health.version));
             stop(home)?;
         }
-        Err(None) => {}
+        Fit::None => {}
     }
     say(debug, || format!("starting the daemon; its log is {}", home.join("daemon.log").display()));
     let log_path = home.join("daemon.log");
@@ -117,8 +153,8 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     let mut child = spawn(home, log, debug).map_err(cannot_start)?;
     let deadline = Instant::now() + START_DEADLINE;
     loop {
-        if let Some((client, _)) = running(home).await {
-            return Ok(client);
+        if let Daemon::Running { client, .. } = daemon(home).await {
+            return Ok(*client);
         }
         let ended = child.try_wait().map_err(cannot_start)?;
         if ended.is_some() || Instant::now() > deadline {
@@ -131,6 +167,26 @@ async fn start(home: &Path, debug: bool) -> Result<Client, ApiError> {
     }
 }
 
+/// Waits for a lock that another command holds while it starts the daemon, no longer than that may take.
+async fn exclusive(mut lock: File, run: &Path) -> Result<Flock<File>, ApiError> {
+    let deadline = Instant::now() + 2 * START_DEADLINE;
+    loop {
+        lock = match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Ok(held),
+            Err((lock, Errno::EWOULDBLOCK)) if Instant::now() < deadline => lock,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                return Err(ApiError::new(
+                    ErrorCode::DaemonUnavailable,
+                    "another command does not finish starting the daemon",
+                )
+                .hint(format!("End the process that holds {}.", run.join("start.lock").display())));
+            }
+            Err((_, errno)) => return Err(unusable(run, &errno.into())),
+        };
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 fn cannot_start(error: io::Error) -> ApiError {
     ApiError::new(ErrorCode::DaemonUnavailable, format!("the daemon cannot be started: {error}"))
         .hint("has heyvm been moved or removed, or is the machine out of memory or processes?")
@@ -138,12 +194,13 @@ fn cannot_start(error: io::Error) -> ApiError {
 
 fn spawn(home: &Path, log: File, debug: bool) -> io::Result<Child> {
     let own_path = std::env::var_os("PATH").unwrap_or_default();
-    let mut command = daemon(home, &std::env::current_exe()?, &own_path, debug);
+    let mut command = daemon_command(home, &std::env::current_exe()?, &own_path, debug);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
 }
 
-fn daemon(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool) -> Command {
+fn daemon_command(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool) -> Command {
     let mut command = Command::new(program);
+    heyvm_jail::environment::keep(command.env_clear(), is_for_the_daemon);
     command.args(["daemon", "run"]).env("HEYO_HOME", home).current_dir("/").process_group(0);
     // mkfs.ext4, nft and modprobe lie where an ordinary user's PATH does not lead.
     let mut path = own_path.as_ref().to_owned();
@@ -156,6 +213,20 @@ fn daemon(home: &Path, program: &Path, own_path: impl AsRef<OsStr>, debug: bool)
         command.env("HEYVM_LOG", "debug");
     }
     command
+}
+
+/// What the daemon reads of the environment, and what programs that it runs do. It outlives the command that starts it,
+/// whose secrets (`JWT_SECRET`, tokens, those of other programs) are not for it.
+fn is_for_the_daemon(name: &str) -> bool {
+    const OWN: [&str; 4] = ["DOCKER_CONFIG", "HEYVM_AGENT", "HEYVM_LOG", "RUST_BACKTRACE"];
+    const SYSTEM: [&str; 9] =
+        ["HOME", "LANG", "LANGUAGE", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER", "XDG_RUNTIME_DIR"];
+    const TRUST: [&str; 5] =
+        ["CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"];
+    const PROXIES: [&str; 4] = ["all_proxy", "http_proxy", "https_proxy", "no_proxy"];
+    [&OWN[..], &SYSTEM, &TRUST].iter().any(|names| names.contains(&name))
+        || PROXIES.contains(&name.to_ascii_lowercase().as_str())
+        || ["LC_", "HEYVM_TEST_"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn log_tail(path: &Path, from: u64) -> Vec<String> {
@@ -198,7 +269,7 @@ pub fn pid(home: &Path) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, os::unix::fs::PermissionsExt};
 
     use super::*;
 
@@ -226,12 +297,13 @@ mod tests {
         ] {
             let home = tempfile::tempdir().unwrap();
             answering(home.path(), health);
-            match fitting(home.path()).await {
-                Ok(_) => assert!(fits, "{health}"),
-                Err(found) => assert!(!fits && found.is_some(), "{health}"),
+            match fitting(home.path()).await.unwrap() {
+                Fit::Ours(_) => assert!(fits, "{health}"),
+                Fit::Other(_) => assert!(!fits, "{health}"),
+                Fit::None => panic!("{health}"),
             }
         }
-        assert!(fitting(tempfile::tempdir().unwrap().path()).await.is_err_and(|found| found.is_none()));
+        assert!(matches!(fitting(tempfile::tempdir().unwrap().path()).await, Ok(Fit::None)));
     }
 
     #[test]
@@ -249,13 +321,49 @@ mod tests {
         assert_eq!(pid(home.path()), Some(4711));
     }
 
+    #[tokio::test]
+    async fn daemon_that_stands_still_is_no_absent_one() {
+        let home = tempfile::tempdir().unwrap();
+        assert!(matches!(daemon(home.path()).await, Daemon::Absent));
+        fs::create_dir(home.path().join("run")).unwrap();
+        // Takes connections, as a stopped process does, and says nothing.
+        let _listener = std::os::unix::net::UnixListener::bind(socket(home.path())).unwrap();
+        let error = ensure(home.path(), false).await.err().unwrap();
+        assert!(error.code == ErrorCode::DaemonUnavailable && error.message.contains("does not answer"), "{error}");
+    }
+
+    #[test]
+    fn secrets_of_the_command_are_not_for_the_daemon() {
+        for name in ["PATH", "HOME", "LC_ALL", "HTTPS_PROXY", "no_proxy", "HEYVM_LOG", "HEYVM_AGENT"] {
+            assert!(is_for_the_daemon(name), "{name}");
+        }
+        for name in [
+            "JWT_SECRET",
+            "HEYO_API_KEY",
+            "HEYO_ARCHIVE_TOKEN",
+            "HEYVM_SERVER_SECRET",
+            "HEYVM_STORE",
+            "AWS_SECRET_ACCESS_KEY",
+        ] {
+            assert!(!is_for_the_daemon(name), "{name}");
+        }
+        let home = tempfile::tempdir().unwrap();
+        let program = home.path().join("show");
+        fs::write(&program, "#!/bin/sh\nenv\n").unwrap();
+        fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
+        let printed = daemon_command(home.path(), &program, "/bin", false).output().unwrap();
+        let names = String::from_utf8(printed.stdout).unwrap();
+        // What cargo gives a test is there to be left out.
+        assert!(!names.contains("CARGO_") && names.contains("PATH="), "{names}");
+    }
+
     #[test]
     fn the_daemon_finds_what_administrators_have() {
         let home = tempfile::tempdir().unwrap();
         for (own, expected) in
             [("/home/me/bin:/bin", format!("/home/me/bin:/bin:{SYSTEM_PATH}")), ("", SYSTEM_PATH.into())]
         {
-            let command = daemon(home.path(), Path::new("/heyvm"), own, false);
+            let command = daemon_command(home.path(), Path::new("/heyvm"), own, false);
             let path = command.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
             assert_eq!(path, Some(OsStr::new(&expected)));
         }

@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     commands::{
-        archives::{ArchiveArgs, ArchiveDirArgs, DeleteArchiveArgs, UpdateArgs},
+        archives::{ArchiveArgs, ArchiveDirArgs, DeleteArchiveArgs, ListArchivesArgs, UpdateArgs},
         bind::{BindArgs, UnbindArgs},
         completions::{self, CompletionsArgs},
         cp::CpArgs,
@@ -19,6 +19,7 @@ use crate::{
         login::LoginArgs,
         logs::LogsArgs,
         mount::MountAddArgs,
+        port_forward::PortForwardArgs,
         server::ServerArgs,
         set::{EditTtlArgs, SetArgs},
         wait_for::WaitForArgs,
@@ -75,7 +76,7 @@ pub struct Serve {
     /// Address of the REST API; one that others can reach needs JWT_SECRET in the environment, or --allow-remote
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", requires = "api")]
     pub listen: IpAddr,
-    /// Let whoever reaches the REST API do everything, without credentials
+    /// Let whoever reaches the REST API use every sandbox, without credentials
     #[arg(long, requires = "api")]
     pub allow_remote: bool,
 }
@@ -107,6 +108,9 @@ pub enum Command {
     /// Take a port's URL away
     #[command(after_help = UNBIND_EXAMPLES)]
     Unbind(UnbindArgs),
+    /// Lead ports of this machine to ports of a sandbox, for databases, debuggers and the like
+    #[command(after_help = PORT_FORWARD_EXAMPLES)]
+    PortForward(PortForwardArgs),
     /// Show what the start command has printed
     #[command(after_help = LOGS_EXAMPLES)]
     Logs(LogsArgs),
@@ -160,7 +164,10 @@ pub enum Command {
     ArchiveDir(ArchiveDirArgs),
     /// List archives
     #[command(after_help = LIST_ARCHIVES_EXAMPLES)]
-    ListArchives,
+    ListArchives(ListArchivesArgs),
+    /// Remove archives that have no name and that no sandbox uses
+    #[command(after_help = PRUNE_ARCHIVES_EXAMPLES)]
+    PruneArchives,
     /// Remove an archive; sandboxes that were made from it go on
     #[command(after_help = DELETE_ARCHIVE_EXAMPLES)]
     DeleteArchive(DeleteArchiveArgs),
@@ -228,14 +235,22 @@ Examples:
   heyvm exec \"$(heyvm create --print-id)\" -- python3 --version";
 const EXEC_EXAMPLES: &str = "\
 A command of one word is a script for sh; several words are a program and its arguments, as they are.
-A --format json at the very end, behind the command, is heyvm's own, unless --format stands before the --.
+Flags for heyvm stand before the command. A --format json at the very end is heyvm's own as well, unless
+--format stands before the command.
+Standard input goes to the command, as with ssh: use -n in a loop that reads a pipe itself, or the command
+takes the loop's input. Of a file only what the command reads is taken.
 Exit status: the command's own; 124 after --timeout, 126 or 127 if it cannot be started, 128 + N for signal N.
+What the command leaves in the background goes on when it ends by itself; --timeout, and heyvm's own end,
+kill all of it, also what went to a session of its own. --detach starts what is meant to stay.
 
 Examples:
-  heyvm exec web -- ls -l /workspace
+  heyvm exec web ls -l /workspace
+  heyvm exec -it web bash
   heyvm exec web --format json --timeout 30s -- ./run-tests.sh
   heyvm exec web --session work -- 'cd /etc && export COLOUR=blue'
-  tar c . | heyvm exec web -- tar x -C /srv";
+  tar c . | heyvm exec web -- tar x -C /srv
+  while read -r host; do heyvm exec -n web -- ping -c 1 \"$host\"; done < hosts
+  heyvm exec --detach web -- sh -c 'exec ./worker > worker.log 2>&1'";
 const LIST_EXAMPLES: &str = "\
 Examples:
   heyvm list
@@ -255,6 +270,11 @@ Example:
 const UNBIND_EXAMPLES: &str = "\
 Example:
   heyvm unbind web 3000";
+const PORT_FORWARD_EXAMPLES: &str = "\
+Examples:
+  heyvm port-forward web 5432
+  heyvm port-forward web 15432:5432 0:6379 --format json
+It goes on until SIGINT or SIGTERM. The port needs no URL, and its program may listen on 127.0.0.1.";
 const LOGS_EXAMPLES: &str = "\
 Examples:
   heyvm logs web
@@ -306,11 +326,14 @@ const PULL_EXAMPLES: &str = "\
 Example:
   heyvm pull ubuntu:24.04";
 const CP_EXAMPLES: &str = "\
-A target that is a directory gets a copy in it; any other target becomes the copy.
+A target that is a directory gets a copy in it; any other target becomes the copy. Links are copied as links,
+sockets and FIFOs left out; modes, times, hard links and holes are kept. - is the standard input or output.
 
 Examples:
   heyvm cp ./data web:/workspace/data
-  heyvm cp web:/var/log/app.log .";
+  heyvm cp web:/var/log/app.log .
+  pg_dump shop | heyvm cp - web:/srv/shop.sql
+  heyvm cp web:/srv/report.csv - | head";
 const MOUNT_ADD_EXAMPLES: &str = "\
 What the sandbox writes belongs to the directory's owner. A stopped sandbox has it when it starts.
 
@@ -326,12 +349,20 @@ Example:
   heyvm archive-dir ./my-app --name my-app";
 const LIST_ARCHIVES_EXAMPLES: &str = "\
 Example:
+  heyvm list-archives --all
   heyvm list-archives --format json";
+const PRUNE_ARCHIVES_EXAMPLES: &str = "\
+Each deploy keeps its archive for as long as its sandbox is there, and for a day. This removes the others at
+once.
+
+Example:
+  heyvm prune-archives";
 const DELETE_ARCHIVE_EXAMPLES: &str = "\
 Example:
   heyvm delete-archive ar-0123456789abcdef0123456789abcdef";
 const UPDATE_EXAMPLES: &str = "\
-All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay.
+All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay. Refused where a
+mount lies at, above or below the directory: files of this machine are never removed.
 
 Example:
   heyvm update web --archive ar-0123456789abcdef0123456789abcdef";

@@ -3,6 +3,7 @@
 //! - [`cli`]: what can be asked for.  [`arguments`]: from words to that.  [`commands`]: one module per command.
 //! - [`background`]: finding or starting the daemon.  [`service`]: starting it at boot.
 //! - [`credentials`], [`password`]: of a heyvm server.  [`archive`]: a directory as an archive.
+//! - [`outgoing`]: bytes that are sent while they are made.
 //! - [`output`]: text and JSON.  [`spool`]: output too large for memory.  [`progress`]: on a terminal.
 #![forbid(unsafe_code)]
 
@@ -12,6 +13,7 @@ mod background;
 mod cli;
 mod commands;
 mod credentials;
+mod outgoing;
 mod output;
 mod password;
 mod progress;

@@ -6,8 +6,7 @@ use std::{
     path::Path,
 };
 
-use heyvm_bounded_tar::Metered;
-pub use heyvm_bounded_tar::entries;
+use heyvm_bounded_tar::{Metered, entries};
 use tar::Entry;
 
 use crate::Error;

@@ -11,10 +11,24 @@ use std::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::Deserialize;
 
-use crate::Error;
+use crate::{Error, Requester};
 
 /// Where images come from when nothing else is said.
 const DOCKER: &str = "docker.io";
+/// Registries that a server's accounts may pull from when the operator does not say which.
+pub const ALLOWED: [&str; 9] = [
+    DOCKER,
+    "ghcr.io",
+    "quay.io",
+    "gcr.io",
+    "mcr.microsoft.com",
+    "public.ecr.aws",
+    "registry.gitlab.com",
+    "registry.k8s.io",
+    "registry.access.redhat.com",
+];
+/// Allows every registry at a public address.
+const ANY: &str = "*";
 
 /// What the user says about registries, by registry name (`docker.io`).
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -24,6 +38,9 @@ pub struct RegistryConfig {
     /// Docker's config.json; where it is for this user when not set.
     #[serde(skip)]
     docker_config: Option<PathBuf>,
+    /// Registries for accounts; [`ALLOWED`] when not set.
+    #[serde(skip)]
+    allowed: Option<Vec<String>>,
 }
 
 /// One registry.
@@ -34,6 +51,8 @@ pub struct Registry {
     mirrors: Vec<String>,
     /// Speak plain HTTP to the registry itself.
     insecure: bool,
+    /// Hosts of its token service, where that is at another site.
+    realms: Vec<String>,
     /// Name to log in with; Docker's own credentials are used where none is given.
     username: Option<String>,
     /// The password or access token that goes with it.
@@ -54,6 +73,8 @@ pub struct Host {
     pub name: String,
     /// Whether it speaks HTTP without TLS.
     pub plain: bool,
+    /// Whether the operator has named it: then it may be in a private network.
+    pub trusted: bool,
 }
 
 /// Name and password at a registry.
@@ -79,6 +100,13 @@ impl RegistryConfig {
         self
     }
 
+    /// Lets accounts pull from these registries alone; `*` allows all at public addresses.
+    #[must_use]
+    pub fn allowing(mut self, registries: Vec<String>) -> Self {
+        self.allowed = Some(registries);
+        self
+    }
+
     /// A sentence for the user when passwords of this configuration, which was read from `file`, are open to others.
     pub fn exposed_by(&self, file: &Path) -> Option<String> {
         let secret = self.registries.values().any(|registry| registry.password.is_some());
@@ -86,12 +114,32 @@ impl RegistryConfig {
     }
 
     /// The mirrors of a registry in their order, then the registry itself.
-    pub fn hosts(&self, registry: &str) -> Result<Vec<Host>, Error> {
+    pub fn hosts(&self, registry: &str, requester: Requester) -> Result<Vec<Host>, Error> {
         let known = self.registries.get(registry);
+        let listed = self.is_allowed(registry);
+        if requester == Requester::Tenant && !listed && !self.is_allowed(ANY) {
+            return Err(Error::RegistryNotAllowed(registry.to_owned()));
+        }
         let mirrors = known.map(|known| known.mirrors.as_slice()).unwrap_or_default();
         let mut hosts = mirrors.iter().map(|mirror| mirror_host(registry, mirror)).collect::<Result<Vec<_>, _>>()?;
-        hosts.push(Host { name: registry.to_owned(), plain: known.is_some_and(|known| known.insecure) });
+        let plain = known.is_some_and(|known| known.insecure);
+        hosts.push(Host { name: registry.to_owned(), plain, trusted: listed || known.is_some() });
         Ok(hosts)
+    }
+
+    fn is_allowed(&self, registry: &str) -> bool {
+        match &self.allowed {
+            Some(allowed) => allowed.iter().any(|known| known == registry),
+            None => ALLOWED.contains(&registry),
+        }
+    }
+
+    /// Hosts at other sites that a registry's token service may be at: those named for it, and registries that accounts
+    /// may pull from.
+    pub fn realms(&self, registry: &str) -> Vec<String> {
+        let named = self.registries.get(registry).map(|known| known.realms.clone()).unwrap_or_default();
+        let allowed = self.allowed.clone().unwrap_or_else(|| ALLOWED.map(str::to_owned).to_vec());
+        named.into_iter().chain(allowed).collect()
     }
 
     /// What we are known by at a host, be it a registry or a mirror: a registry's password is for itself alone.
@@ -115,7 +163,7 @@ fn mirror_host(registry: &str, mirror: &str) -> Result<Host, Error> {
     if name.is_empty() || name.contains(['/', '?', '#']) {
         return Err(Error::invalid(format!("{mirror:?} is no mirror: write http://HOST:PORT or https://HOST")));
     }
-    Ok(Host { name: name.to_owned(), plain })
+    Ok(Host { name: name.to_owned(), plain, trusted: true })
 }
 
 /// Where Docker's own program looks.
@@ -240,9 +288,25 @@ mod tests {
         for host in ["mirror.example.com", "store.example.com", "broken.example.com", "example.com"] {
             assert_eq!(known(host), None, "{host}");
         }
-        let hosts = config.hosts("docker.io").unwrap();
-        let host = |name: &str| Host { name: name.into(), plain: false };
+        let hosts = config.hosts("docker.io", Requester::Operator).unwrap();
+        let host = |name: &str| Host { name: name.into(), plain: false, trusted: true };
         assert_eq!(hosts, [host("mirror.example.com"), host("docker.io")]);
+    }
+
+    #[test]
+    fn accounts_pull_from_allowed_registries_alone() {
+        let names = |config: &RegistryConfig, registry: &str| config.hosts(registry, Requester::Tenant).is_ok();
+        let config = config(json!({"10.0.0.5:5000": {"insecure": true}}));
+        assert!(names(&config, "docker.io") && names(&config, "ghcr.io"));
+        for other in ["10.0.0.5:5000", "169.254.169.254", "localhost:5000", "evil.example.com", "*"] {
+            assert!(!names(&config, other), "{other}");
+            assert!(config.hosts(other, Requester::Operator).is_ok(), "{other}");
+        }
+        let own = config.clone().allowing(vec!["10.0.0.5:5000".into()]);
+        assert!(names(&own, "10.0.0.5:5000") && !names(&own, "docker.io"));
+        let any = config.allowing(vec!["*".into()]);
+        assert!(names(&any, "evil.example.com"));
+        assert!(!any.hosts("127.0.0.1:22", Requester::Tenant).unwrap()[0].trusted, "its address is still checked");
     }
 
     #[test]
@@ -259,7 +323,7 @@ mod tests {
         let mirror = format!("https://user:{SECRET}@mirror.example.com");
         let config =
             config(json!({"registry.example.com": {"username": "me", "password": SECRET, "mirrors": [mirror]}}));
-        let refused = config.hosts("registry.example.com").unwrap_err();
+        let refused = config.hosts("registry.example.com", Requester::Operator).unwrap_err();
         let known = config.credentials("registry.example.com").unwrap();
         for shown in [format!("{config:?}"), format!("{refused} {refused:?}"), format!("{known:?}")] {
             assert!(!shown.contains(SECRET) && !shown.contains("me:"), "{shown}");

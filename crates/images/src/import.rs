@@ -1,11 +1,12 @@
 //! Images from files: `docker save` tars, OCI layouts (directory or tar) and root tars, told apart by what is in them.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -25,12 +26,24 @@ pub struct Parts {
     pub tag: Option<String>,
     /// Digest of its manifest.
     pub digest: Option<String>,
+    /// Whether the operator's credentials were used to get it.
+    pub private: bool,
+    /// What it was built from, where it was built here.
+    pub recipe: Option<String>,
 }
 
 impl Parts {
     /// A root tar, which is its own only layer.
     pub fn root(tar: PathBuf) -> Self {
-        Self { layers: vec![tar], config: ImageConfig::default(), name: None, tag: None, digest: None }
+        Self {
+            layers: vec![tar],
+            config: ImageConfig::default(),
+            name: None,
+            tag: None,
+            digest: None,
+            private: false,
+            recipe: None,
+        }
     }
 }
 
@@ -86,33 +99,50 @@ struct DockerManifest {
     layers: Vec<String>,
 }
 
+/// A part of an image, as its manifest names it.
 #[derive(Deserialize)]
-struct Descriptor {
-    digest: String,
+pub struct Blob {
+    /// `sha256:…`
+    pub digest: String,
+    /// Bytes.
+    #[serde(default)]
+    pub size: u64,
+}
+
+/// An entry of an index.
+#[derive(Deserialize)]
+pub struct Descriptor {
+    /// `sha256:…`
+    pub digest: String,
     #[serde(default)]
     platform: Platform,
     #[serde(default)]
-    annotations: std::collections::BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
 }
 
+/// Images for several platforms.
 #[derive(Deserialize)]
-struct Index {
+pub struct Index {
     manifests: Vec<Descriptor>,
 }
 
-/// What a descriptor of a layout leads to.
+/// What a descriptor leads to.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Described {
+pub enum Described {
     /// Images for several platforms.
     Index(Index),
+    /// One image.
     Image(Manifest),
 }
 
+/// An image: its configuration and its layers, bottom first.
 #[derive(Deserialize)]
-struct Manifest {
-    config: Descriptor,
-    layers: Vec<Descriptor>,
+pub struct Manifest {
+    /// What it says about running it.
+    pub config: Blob,
+    /// Bottom first.
+    pub layers: Vec<Blob>,
 }
 
 #[derive(Deserialize, Default)]
@@ -147,6 +177,17 @@ struct RunConfig {
     env: Option<Vec<String>>,
     #[serde(default)]
     working_dir: Option<String>,
+    #[serde(default)]
+    entrypoint: Option<Vec<String>>,
+    #[serde(default)]
+    cmd: Option<Vec<String>>,
+    #[serde(default)]
+    user: Option<String>,
+    /// `8080/tcp`, without a protocol TCP.
+    #[serde(default)]
+    exposed_ports: Option<BTreeMap<String, IgnoredAny>>,
+    #[serde(default)]
+    stop_signal: Option<String>,
 }
 
 /// What an image's configuration says about running it. Format: OCI image specification, "config".
@@ -158,9 +199,20 @@ pub fn config_from(bytes: &[u8]) -> Result<ImageConfig, Error> {
     }
     let run = config.config.unwrap_or_default();
     let env = run.env.unwrap_or_default();
+    let ports = run.exposed_ports.unwrap_or_default();
+    let tcp = |port: &String| port.strip_suffix("/tcp").unwrap_or(port).parse().ok().filter(|port| *port != 0);
+    let mut exposed_ports: Vec<u16> = ports.keys().filter_map(tcp).collect();
+    exposed_ports.sort_unstable();
+    exposed_ports.dedup();
+    let given = |text: Option<String>| text.filter(|text| !text.is_empty() && !text.contains('\0'));
     Ok(ImageConfig {
         env: env.iter().filter_map(|v| v.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect(),
-        working_dir: run.working_dir.filter(|dir| !dir.is_empty()),
+        working_dir: given(run.working_dir),
+        entrypoint: run.entrypoint.unwrap_or_default(),
+        cmd: run.cmd.unwrap_or_default(),
+        user: given(run.user),
+        exposed_ports,
+        stop_signal: given(run.stop_signal),
     })
 }
 
@@ -178,7 +230,7 @@ fn open_docker(dir: &Path) -> Result<Parts, Error> {
     let config = config_from(&read(&within(dir, &manifest.config)?)?)?;
     let layers = manifest.layers.iter().map(|layer| within(dir, layer)).collect::<Result<_, _>>()?;
     let name = manifest.repo_tags.unwrap_or_default().into_iter().next();
-    Ok(Parts { layers, config, name, tag: None, digest: None })
+    Ok(Parts { layers, config, name, tag: None, digest: None, private: false, recipe: None })
 }
 
 fn open_layout(dir: &Path) -> Result<Parts, Error> {
@@ -192,15 +244,16 @@ fn open_layout(dir: &Path) -> Result<Parts, Error> {
     let (manifest, digest) = manifest(dir, chosen)?;
     let config = config_from(&read(&blob(dir, &manifest.config.digest)?)?)?;
     let layers = manifest.layers.iter().map(|layer| blob(dir, &layer.digest)).collect::<Result<_, _>>()?;
-    Ok(Parts { layers, config, name: name.or(told), tag, digest: Some(digest) })
+    Ok(Parts { layers, config, name: name.or(told), tag, digest: Some(digest), private: false, recipe: None })
 }
 
-fn fitting(index: Index) -> Result<Descriptor, Error> {
+/// The entry for this platform.
+pub fn fitting(index: Index) -> Result<Descriptor, Error> {
     if index.manifests.is_empty() {
-        return Err(Error::invalid("the layout holds no image"));
+        return Err(Error::invalid("the index holds no image"));
     }
     let fits = index.manifests.into_iter().find(|manifest| manifest.platform.fits());
-    fits.ok_or_else(|| Error::invalid("the layout holds no image for linux/amd64"))
+    fits.ok_or_else(|| Error::invalid("the index holds no image for linux/amd64"))
 }
 
 /// The manifest behind a descriptor and its digest, through an index if there is one.
@@ -220,12 +273,16 @@ fn manifest(dir: &Path, mut descriptor: Descriptor) -> Result<(Manifest, String)
 
 /// A blob of a layout, whose bytes are what its name says.
 fn blob(dir: &Path, digest: &str) -> Result<PathBuf, Error> {
-    let hex =
-        digest.strip_prefix("sha256:").filter(|hex| hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()));
-    let hex = hex.ok_or_else(|| Error::invalid(format!("{digest:?} is no digest")))?;
-    let path = within(dir, &format!("blobs/sha256/{hex}"))?;
+    let path = within(dir, &format!("blobs/sha256/{}", hex_of(digest)?))?;
     verify(&path, digest)?;
     Ok(path)
+}
+
+/// The digits of a digest.
+pub fn hex_of(digest: &str) -> Result<&str, Error> {
+    let is_hex = |hex: &&str| hex.len() == 64 && hex.bytes().all(|byte| b"0123456789abcdef".contains(&byte));
+    let hex = digest.strip_prefix("sha256:").filter(is_hex);
+    hex.ok_or_else(|| Error::invalid(format!("{digest:?} is no SHA-256 digest")))
 }
 
 /// Whether a file's bytes have the digest they should.

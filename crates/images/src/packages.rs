@@ -7,19 +7,71 @@ use std::{
     process::{Command, Stdio},
 };
 
+use sha2::{Digest, Sha256};
+
 use crate::{Error, Progress};
 
-/// What the image can do: shell, Python, Node.js, fetch over HTTPS, look at itself.
-const PACKAGES: &str = "python3,curl,ca-certificates,procps,iproute2,nodejs,npm";
-/// What nobody needs at run time.
-const PRUNED: [&str; 6] = [
+/// What the image can do: shell, Python and Node.js with their package managers, fetch over HTTPS, look at itself, and what
+/// set-up hooks commonly call.
+const PACKAGES: [&str; 18] = [
+    "python3",
+    "python3-pip",
+    "python3-venv",
+    "python-is-python3",
+    "nodejs",
+    "npm",
+    "git",
+    "curl",
+    "wget",
+    "ca-certificates",
+    "procps",
+    "iproute2",
+    "sudo",
+    "less",
+    "jq",
+    "unzip",
+    "nano",
+    "openssh-client",
+];
+/// Files that nobody needs at run time, and Debian's mark that keeps pip from installing: the whole system is the app's.
+const PRUNED: [&str; 7] = [
     "/usr/share/doc/*",
     "/usr/share/man/*",
     "/usr/share/locale/*",
+    "/usr/share/info/*",
     "/var/cache/apt/*.bin",
     "/var/lib/apt/lists/*_*",
-    "/usr/share/info/*",
+    "/usr/lib/python3*/EXTERNALLY-MANAGED",
 ];
+
+/// What [`Variant::Full`] has beside that: whatever pip and npm compile.
+const COMPILERS: [&str; 6] = ["build-essential", "python3-dev", "pkg-config", "libffi-dev", "libssl-dev", "cmake"];
+
+/// Which of the images that are built here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// Python and Node.js with their package managers.
+    Base,
+    /// Compilers and headers, too.
+    Full,
+}
+
+impl Variant {
+    fn packages(self) -> Vec<&'static str> {
+        let more: &[&str] = if self == Self::Full { &COMPILERS } else { &[] };
+        PACKAGES.iter().chain(more).copied().collect()
+    }
+}
+
+/// Changes when the built image does: an image built from another recipe is built again by `heyvm images prepare`.
+pub fn recipe(variant: Variant) -> String {
+    let mut hash = Sha256::new();
+    for part in variant.packages().iter().chain(&PRUNED) {
+        hash.update(part);
+        hash.update("\n");
+    }
+    hex::encode(&hash.finalize()[..8])
+}
 
 /// The distribution the image is built from.
 pub struct Distribution {
@@ -42,16 +94,20 @@ impl Distribution {
     }
 
     /// Name of the image built from it.
-    pub fn image_name(&self) -> String {
-        format!("heyvm/{}:{}", self.id, self.version)
+    pub fn image_name(&self, variant: Variant) -> String {
+        let suffix = if variant == Variant::Full { "-full" } else { "" };
+        format!("heyvm/{}:{}{suffix}", self.id, self.version)
     }
 }
 
 /// Builds the root of the default image as a tar. A tar, because who is not root has no other way to keep what belongs to
 /// other users; mmdebstrap works below TMPDIR, in a user namespace where it must.
-pub fn build(distribution: &Distribution, tar: &Path, progress: &Progress) -> Result<(), Error> {
+pub fn build(distribution: &Distribution, variant: Variant, tar: &Path, progress: &Progress) -> Result<(), Error> {
     let mut command = Command::new("mmdebstrap");
-    command.args(["--variant=minbase", "--format=tar", &format!("--include={PACKAGES}")]);
+    command.args(["--variant=minbase", "--format=tar", &format!("--include={}", variant.packages().join(","))]);
+    if distribution.id == "ubuntu" {
+        command.arg("--components=main,universe");
+    }
     let excludes = PRUNED.map(|pattern| format!("--dpkgopt=path-exclude={pattern}"));
     command.args(excludes).arg(&distribution.codename).arg(tar);
     command.args(mirror());

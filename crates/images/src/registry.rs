@@ -1,40 +1,35 @@
 //! Images from OCI registries: names as Docker has them, digests verified, no more bytes taken than the manifest says.
+//! What a registry says in words is repeated to nobody: they may be those of another host, behind a redirect.
+//!
+//! [`session`]: requests to one registry, with redirects and tokens.
 
-use std::{
-    io,
-    path::Path,
-    pin::Pin,
-    sync::Once,
-    task::{Context, Poll},
-    time::Duration,
-};
+mod session;
 
-use oci_client::{
-    Client, Reference,
-    client::{ClientConfig, ClientProtocol, linux_amd64_resolver},
-    errors::{OciDistributionError, OciErrorCode},
-    manifest::{OciDescriptor, OciImageManifest},
-    secrets::RegistryAuth,
-};
-use tokio::io::AsyncWrite;
+use std::{path::Path, time::Duration};
+
+use oci_spec::distribution::Reference;
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 
 use crate::{
-    Error, Progress,
-    credentials::{Credentials, Host, RegistryConfig},
-    import::{self, Parts},
+    Error, Progress, Requester,
+    credentials::{Host, RegistryConfig},
+    import::{self, Blob, Described, Manifest, Parts},
     layers,
 };
+use session::{Refused, Session, body};
 
-/// A registry that does not answer is not there.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
-const READ_DEADLINE: Duration = Duration::from_secs(60);
 const TRIES: u32 = 3;
 /// What an image may say about itself.
 const MAX_CONFIG: u64 = 4 << 20;
-/// Progress is told anew after so many bytes.
+const MAX_MANIFEST: u64 = 4 << 20;
+/// An index that leads to an index may do so this often.
+const DEPTH: usize = 3;
+/// Progress is reported again after so many bytes.
 const STEP: u64 = 256 << 10;
-/// As much of a registry's words as goes into an error.
-const MAX_WORDS: usize = 300;
+const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+                         application/vnd.docker.distribution.manifest.list.v2+json, \
+                         application/vnd.docker.distribution.manifest.v2+json";
 
 /// The name as it is when nothing is left out: `docker.io/library/ubuntu:24.04`.
 pub fn canonical(name: &str) -> Option<String> {
@@ -47,13 +42,17 @@ pub fn checked(name: &str) -> Result<Reference, Error> {
 }
 
 /// The parts of an image, its layers as files in `work`.
-pub async fn fetch(name: &str, config: &RegistryConfig, work: &Path, progress: &Progress) -> Result<Parts, Error> {
-    static PROVIDER: Once = Once::new();
-    PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+pub async fn fetch(
+    name: &str,
+    config: &RegistryConfig,
+    requester: Requester,
+    work: &Path,
+    progress: &Progress,
+) -> Result<Parts, Error> {
     let reference = checked(name)?;
     let (mut answers, mut missing) = (Vec::new(), false);
-    for host in config.hosts(reference.registry())? {
-        let source = Source::new(&reference, &host, config.credentials(&host.name));
+    for host in config.hosts(reference.registry(), requester)? {
+        let source = Source::new(&reference, &host, config, requester)?;
         match source.fetch(work, progress).await {
             Ok(parts) => return Ok(parts),
             Err(Error::NotFound(_)) => {
@@ -75,57 +74,82 @@ pub async fn fetch(name: &str, config: &RegistryConfig, work: &Path, progress: &
     })
 }
 
-/// One place an image can come from.
+/// A host that an image may come from.
 struct Source {
-    client: Client,
-    reference: Reference,
-    auth: RegistryAuth,
+    session: Session,
+    name: String,
+    /// Tag or digest.
+    version: String,
+    requester: Requester,
 }
 
 impl Source {
-    fn new(reference: &Reference, host: &Host, credentials: Option<Credentials>) -> Self {
-        let client = Client::new(ClientConfig {
-            protocol: if host.plain { ClientProtocol::Http } else { ClientProtocol::Https },
-            platform_resolver: Some(Box::new(linux_amd64_resolver)),
-            connect_timeout: Some(CONNECT_DEADLINE),
-            read_timeout: Some(READ_DEADLINE),
-            ..ClientConfig::default()
-        });
-        let (name, repository) = (host.name.clone(), reference.repository().to_owned());
-        let reference = match (reference.digest(), reference.tag()) {
-            (Some(digest), _) => Reference::with_digest(name, repository, digest.into()),
-            (None, tag) => Reference::with_tag(name, repository, tag.unwrap_or("latest").into()),
+    fn new(reference: &Reference, host: &Host, config: &RegistryConfig, requester: Requester) -> Result<Self, Error> {
+        let (repository, name) = (reference.repository(), &host.name);
+        let credentials = match requester {
+            Requester::Operator => config.credentials(name),
+            Requester::Tenant => None,
         };
-        let auth = credentials.map_or(RegistryAuth::Anonymous, |known| RegistryAuth::Basic(known.user, known.password));
-        Self { client, reference, auth }
+        let session = Session::new(host, repository, credentials, config.realms(name), requester)
+            .ok_or_else(|| Error::invalid(format!("{name:?} is no registry")))?;
+        let (separator, version) = match (reference.digest(), reference.tag()) {
+            (Some(digest), _) => ('@', digest),
+            (None, tag) => (':', tag.unwrap_or("latest")),
+        };
+        let name = format!("{name}/{repository}{separator}{version}");
+        Ok(Self { session, name, version: version.to_owned(), requester })
     }
 
     async fn fetch(&self, work: &Path, progress: &Progress) -> Result<Parts, Error> {
-        let pulled = self.client.pull_image_manifest(&self.reference, &self.auth).await;
-        let (manifest, digest) = pulled.map_err(|error| self.refused(error))?;
+        let (manifest, digest) = self.manifest().await?;
         let total = checked_size(&manifest)?;
         let mut config = Vec::new();
-        self.fetch_blob(&manifest.config, Bounded::new(&mut config, &manifest.config, &|_| {})).await?;
+        self.fetch_blob(&manifest.config, &mut config, &|_| {}).await?;
         let config = import::config_from(&config)?;
         let mut layers = Vec::new();
         let mut done = 0;
         for (number, layer) in manifest.layers.iter().enumerate() {
             let path = work.join(format!("layer-{number}"));
             self.fetch_layer(layer, &path, &|bytes| progress("pulling", Some(done + bytes), Some(total))).await?;
-            done += size(layer);
+            done += layer.size;
             layers.push(path);
         }
-        Ok(Parts { layers, config, name: None, tag: None, digest: Some(digest) })
+        let private = self.session.has_credentials();
+        Ok(Parts { layers, config, name: None, tag: None, digest: Some(digest), private, recipe: None })
+    }
+
+    /// The manifest for this platform, and its digest.
+    async fn manifest(&self) -> Result<(Manifest, String), Error> {
+        let mut version = self.version.clone();
+        for _ in 0..DEPTH {
+            let path = format!("manifests/{version}");
+            let response = self.session.get(&path, MANIFESTS).await.map_err(|refused| self.refused(refused))?;
+            let claimed = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok());
+            let claimed = claimed.filter(|digest| digest.starts_with("sha256:")).map(str::to_owned);
+            let bytes = body(response, MAX_MANIFEST).await.map_err(|refused| self.refused(refused))?;
+            let digest = format!("sha256:{}", hex::encode(Sha256::digest(&bytes)));
+            let wanted = if version.contains(':') { Some(version) } else { claimed };
+            if wanted.is_some_and(|wanted| wanted != digest) {
+                return Err(Error::invalid(format!("{}: the manifest has another digest than it should", self.name)));
+            }
+            let described: Described = serde_json::from_slice(&bytes)
+                .map_err(|_| Error::invalid(format!("{}: its manifest is not one of an image", self.name)))?;
+            match described {
+                Described::Image(manifest) => return Ok((manifest, digest)),
+                Described::Index(index) => version = import::fitting(index)?.digest,
+            }
+        }
+        Err(Error::invalid(format!("{}: its indexes lead to no image", self.name)))
     }
 
     /// Tries again what the network may have broken.
-    async fn fetch_layer(&self, layer: &OciDescriptor, path: &Path, told: &Told<'_>) -> Result<(), Error> {
+    async fn fetch_layer(&self, layer: &Blob, path: &Path, told: &Told<'_>) -> Result<(), Error> {
         let mut tried = 0;
         loop {
             tried += 1;
             told(0);
             let mut file = tokio::fs::File::create(path).await.map_err(Error::io("making", path))?;
-            match self.fetch_blob(layer, Bounded::new(&mut file, layer, told)).await {
+            match self.fetch_blob(layer, &mut file, told).await {
                 Err(Error::Registry { .. }) if tried < TRIES => {
                     tokio::time::sleep(Duration::from_millis(300) * tried).await
                 }
@@ -134,73 +158,48 @@ impl Source {
         }
     }
 
-    /// Its digest is verified on the way.
-    async fn fetch_blob(&self, blob: &OciDescriptor, mut out: impl AsyncWrite + Unpin) -> Result<(), Error> {
-        // Only from the registry: a manifest that sends us to other hosts may mean hosts that it cannot reach itself.
-        let blob = OciDescriptor { urls: None, ..blob.clone() };
-        self.client.pull_blob(&self.reference, &blob, &mut out).await.map_err(|error| self.refused(error))?;
+    /// Only from the registry: the URLs that a manifest names for its layers may mean hosts that the registry cannot reach
+    /// itself.
+    async fn fetch_blob(&self, blob: &Blob, out: &mut (impl AsyncWrite + Unpin), told: &Told<'_>) -> Result<(), Error> {
+        let path = format!("blobs/{}", blob.digest);
+        let mut response = self.session.get(&path, "*/*").await.map_err(|refused| self.refused(refused))?;
+        let (mut hash, mut done, mut told_at) = (Sha256::new(), 0, 0);
+        while let Some(piece) = response.chunk().await.map_err(|error| self.refused(error.into()))? {
+            done += piece.len() as u64;
+            if done > blob.size {
+                return Err(Error::invalid(format!("{}: a blob has more bytes than the manifest says", self.name)));
+            }
+            hash.update(&piece);
+            out.write_all(&piece).await.map_err(Error::io("writing a layer of", &self.name))?;
+            if done - told_at >= STEP || done == blob.size {
+                told(done);
+                told_at = done;
+            }
+        }
+        out.flush().await.map_err(Error::io("writing a layer of", &self.name))?;
+        let found = format!("sha256:{}", hex::encode(hash.finalize()));
+        if done < blob.size {
+            let why = format!("a blob ends after {done} of {} bytes", blob.size);
+            return Err(Error::Registry { name: self.name.clone(), why });
+        }
+        if found != blob.digest {
+            return Err(Error::invalid(format!("{}: a blob has digest {found} instead of {}", self.name, blob.digest)));
+        }
         Ok(())
     }
 
-    /// Not there, not allowed, not whole, or not answering.
-    fn refused(&self, error: OciDistributionError) -> Error {
-        use OciDistributionError as E;
-        let name = self.reference.to_string();
-        let why = match error {
-            E::ImageManifestNotFoundError(_) => {
-                return Error::invalid(format!("{name} holds no image for linux/amd64"));
-            }
-            E::DigestError(error) => return Error::invalid(format!("{name}: {error}")),
-            E::IoError(error) => return broken(&name, error),
-            E::RegistryError { envelope, .. } => {
-                let codes: Vec<_> = envelope.errors.iter().map(|error| &error.code).collect();
-                use OciErrorCode as C;
-                if codes.iter().any(|code| matches!(code, C::ManifestUnknown | C::NameUnknown | C::NotFound)) {
-                    return Error::NotFound(name);
-                }
-                if codes.iter().any(|code| matches!(code, C::Unauthorized | C::Denied)) {
-                    self.unknown_here()
-                } else {
-                    envelope.to_string()
-                }
-            }
-            E::ServerError { code: 404, .. } => return Error::NotFound(name),
-            E::ServerError { code: 401 | 403, .. } | E::UnauthorizedError { .. } | E::AuthenticationFailure(_) => {
-                self.unknown_here()
-            }
-            E::ServerError { code, message, .. } => format!("it answered with HTTP {code}: {message}"),
-            // The address may carry a signature.
-            E::RequestError(error) => with_causes(&error.without_url()),
+    fn refused(&self, refused: Refused) -> Error {
+        let why = match refused {
+            Refused::Missing => return Error::NotFound(self.name.clone()),
+            // How a connection fails says what is there.
+            Refused::Http(_) if self.requester == Requester::Tenant => "it does not answer".into(),
             other => with_causes(&other),
         };
-        Error::Registry { name, why: self.presentable(&why) }
-    }
-
-    fn unknown_here(&self) -> String {
-        match self.auth {
-            RegistryAuth::Basic(..) => "it refuses the user name and password that are configured for it".into(),
-            _ => "it wants a user name and password, or has no such image".into(),
-        }
-    }
-
-    /// One short line, which repeats no password even where the registry does.
-    fn presentable(&self, words: &str) -> String {
-        let words = match &self.auth {
-            RegistryAuth::Basic(_, password) if !password.is_empty() => words.replace(password, "…"),
-            _ => words.to_owned(),
-        };
-        words.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_WORDS).collect()
+        Error::Registry { name: self.name.clone(), why }
     }
 }
 
-/// What writing a blob ended with.
-fn broken(name: &str, error: io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::InvalidData => Error::invalid(format!("{name}: {error}")),
-        _ => Error::io("writing a layer of", name)(error),
-    }
-}
-
+/// An error with what caused it.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -213,57 +212,16 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 /// Bytes of all layers together.
-fn checked_size(manifest: &OciImageManifest) -> Result<u64, Error> {
-    let negative = manifest.layers.iter().chain([&manifest.config]).any(|blob| blob.size < 0);
-    let total = manifest.layers.iter().map(size).fold(0, u64::saturating_add);
-    if negative || total > layers::MAX_BYTES || size(&manifest.config) > MAX_CONFIG {
-        return Err(Error::invalid("the image says that it is larger than is allowed"));
+fn checked_size(manifest: &Manifest) -> Result<u64, Error> {
+    let total = manifest.layers.iter().map(|blob| blob.size).fold(0, u64::saturating_add);
+    if total > layers::MAX_BYTES || manifest.config.size > MAX_CONFIG {
+        return Err(Error::invalid("the manifest says sizes that cannot be"));
+    }
+    // Digests become parts of paths.
+    for blob in manifest.layers.iter().chain([&manifest.config]) {
+        import::hex_of(&blob.digest)?;
     }
     Ok(total)
 }
 
-fn size(blob: &OciDescriptor) -> u64 {
-    u64::try_from(blob.size).unwrap_or(0)
-}
-
-/// Is told how many bytes of a blob are here.
 type Told<'a> = dyn Fn(u64) + Sync + 'a;
-
-/// Takes as many bytes as a blob should have, and tells of them.
-struct Bounded<'a, W> {
-    to: &'a mut W,
-    size: u64,
-    done: u64,
-    told: &'a Told<'a>,
-    told_at: u64,
-}
-
-impl<'a, W> Bounded<'a, W> {
-    fn new(to: &'a mut W, blob: &OciDescriptor, told: &'a Told<'a>) -> Self {
-        Self { to, size: size(blob), done: 0, told, told_at: 0 }
-    }
-}
-
-impl<W: AsyncWrite + Unpin> AsyncWrite for Bounded<'_, W> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if bytes.len() as u64 > self.size - self.done {
-            let problem = "a blob has more bytes than the manifest says";
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, problem)));
-        }
-        let written = std::task::ready!(Pin::new(&mut *self.to).poll_write(cx, bytes))?;
-        self.done += written as u64;
-        if self.done - self.told_at >= STEP || self.done == self.size {
-            (self.told)(self.done);
-            self.told_at = self.done;
-        }
-        Poll::Ready(Ok(written))
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.to).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.to).poll_shutdown(cx)
-    }
-}

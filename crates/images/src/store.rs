@@ -2,20 +2,21 @@
 //! An image whose name has moved on to another stays until [`ImageStore::prune`]: whoever calls it knows who runs what.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write},
     os::unix::fs::PermissionsExt,
-    path::Path,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Error, Image, ImageConfig, ImageStore, Kernel, Progress, RegistryConfig, Resolved, erofs,
+    Error, Image, ImageStore, Kernel, Progress, Prune, RegistryConfig, Removed, Requester, Resolved, Variant, Wanted,
+    erofs,
     import::{self, Parts},
     kernel,
     layers::{self, Budget},
@@ -27,11 +28,16 @@ use crate::{
 const TOLD: &str = "image.json";
 /// Held by whoever changes the index, and what it names.
 const CHANGES: &str = "lock";
+/// Its time says when the image was last used.
+const USED: &str = "used";
+/// A registry that did not answer for the default image is not asked for it again this long.
+const SILENCE: Duration = Duration::from_secs(300);
 
 impl ImageStore {
     /// The store below heyvm's home.
     pub fn open(home: &Path, registries: RegistryConfig) -> Result<Self, Error> {
-        let store = Self { images: home.join("images"), kernels: home.join("kernels"), registries };
+        let store =
+            Self { images: home.join("images"), kernels: home.join("kernels"), registries, silent: Arc::default() };
         for dir in [&store.images, &store.kernels] {
             fs::create_dir_all(dir).map_err(Error::io("making", dir))?;
         }
@@ -73,23 +79,62 @@ impl ImageStore {
         blocking(move || store.remove_now(&reference)).await
     }
 
-    /// Removes images that no name means any more, but those of these digests.
-    pub async fn prune(&self, used: HashSet<String>) -> Result<(), Error> {
+    /// Removes the images that `rule` gives up. Once this returns none of them can be found any more; their bytes go when
+    /// [`Removed`] is told to, which may take long.
+    pub async fn prune(&self, rule: Prune) -> Result<Removed, Error> {
         let store = self.clone();
-        blocking(move || store.prune_now(&used)).await
+        blocking(move || store.prune_now(&rule)).await
     }
 
-    fn prune_now(&self, used: &HashSet<String>) -> Result<(), Error> {
+    fn prune_now(&self, rule: &Prune) -> Result<Removed, Error> {
         let _lock = self.lock(CHANGES)?;
-        let index = self.index();
-        let wanted: HashSet<String> = index.values().chain(used).map(|digest| dir_name(digest)).collect();
+        let mut index = self.index();
+        let mut images: Vec<Image> = Vec::new();
         for entry in fs::read_dir(&self.images).map_err(Error::io("reading", &self.images))?.flatten() {
-            let free = entry.file_name().to_str().is_some_and(|name| !wanted.contains(name));
-            if free && entry.path().join(TOLD).exists() {
-                remove_dir(&entry.path())?;
-            }
+            let described = fs::read(entry.path().join(TOLD)).ok();
+            let image: Option<Image> = described.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            images.extend(image.filter(|image| entry.file_name() == *dir_name(&image.digest)));
         }
-        Ok(())
+        images.sort_by_key(|image| self.last_used(&image.digest));
+        let mut held: u64 = images.iter().map(|image| image.size_bytes).sum();
+        let mut removed = Removed::default();
+        for image in images {
+            let names: Vec<String> =
+                index.iter().filter(|(_, digest)| **digest == image.digest).map(|(name, _)| name.clone()).collect();
+            if !rule.gives_up(&image, &names, held) {
+                continue;
+            }
+            index.retain(|_, digest| *digest != image.digest);
+            self.write_index(&index)?;
+            let work = match &removed.work {
+                Some(work) => work,
+                None => removed.work.insert(Work::new_in(&self.images)?),
+            };
+            let dir = self.images.join(dir_name(&image.digest));
+            fs::rename(&dir, work.path().join(dir_name(&image.digest))).map_err(Error::io("removing", &dir))?;
+            held = held.saturating_sub(image.size_bytes);
+            removed.bytes += image.size_bytes;
+            removed.names.extend(if names.is_empty() { vec![image.digest] } else { names });
+        }
+        Ok(removed)
+    }
+
+    /// Notes that an image is used now.
+    pub async fn touch(&self, digest: &str) {
+        let path = self.used(digest);
+        let touched = blocking(move || File::create(&path).map(drop).map_err(Error::io("writing", path))).await;
+        if let Err(error) = touched {
+            tracing::debug!(%error, "the image may be evicted earlier than it should");
+        }
+    }
+
+    fn used(&self, digest: &str) -> PathBuf {
+        self.images.join(dir_name(digest)).join(USED)
+    }
+
+    fn last_used(&self, digest: &str) -> Option<SystemTime> {
+        let described = || fs::metadata(self.images.join(dir_name(digest)).join(TOLD));
+        fs::metadata(self.used(digest)).or_else(|_| described()).and_then(|meta| meta.modified()).ok()
     }
 
     fn remove_now(&self, reference: &str) -> Result<(), Error> {
@@ -105,29 +150,57 @@ impl ImageStore {
         Ok(())
     }
 
-    /// The image that `reference` means here, or what stands in for the default one where no registry gives it.
-    pub async fn resolve(&self, reference: &str, default_image: &str, progress: Progress) -> Result<Resolved, Error> {
-        if let Some(image) = self.get(reference) {
-            return Ok(Resolved { image, substituted: None });
+    /// The image to run: one that is here, else from its registry, else what stands in for the default one.
+    pub async fn resolve(&self, wanted: &Wanted, progress: Progress) -> Result<Resolved, Error> {
+        if wanted.full && wanted.named.is_none() {
+            return Ok(wanted.substituted(self.build_default(Variant::Full, progress).await?));
         }
-        match self.pull(reference, Arc::clone(&progress)).await {
-            Ok(image) => return Ok(Resolved { image, substituted: None }),
-            Err(Error::Registry { .. }) if reference == default_image => {}
+        let reference = wanted.named.as_ref().unwrap_or(&wanted.default_image);
+        let is_default = *reference == wanted.default_image;
+        let may_run = |image: &Image| is_default || !image.private || wanted.requester == Requester::Operator;
+        if let Some(image) = self.get(reference).filter(may_run) {
+            return Ok(Resolved { image, stands_in: false, substituted: None });
+        }
+        let stand_in = is_default.then(|| self.stand_in(Variant::Base)).flatten();
+        // A registry that is silent would hold up each create. One that was not named need not be asked at all.
+        if let Some(image) = stand_in
+            && (wanted.named.is_none() || self.is_silent(reference))
+        {
+            return Ok(wanted.substituted(image));
+        }
+        // What accounts run by default is the operator's choice.
+        let requester = if is_default { Requester::Operator } else { wanted.requester };
+        match self.pull(reference, requester, Arc::clone(&progress)).await {
+            Ok(image) => return Ok(Resolved { image, stands_in: false, substituted: None }),
+            Err(Error::Registry { .. }) if is_default => self.note_silence(reference),
             Err(error) => return Err(error),
         }
-        let name = packages::Distribution::of_host()?.image_name();
-        let image = match self.get(&name) {
+        let image = match self.stand_in(Variant::Base) {
             Some(image) => image,
-            None => self.build_default(progress).await?,
+            None => self.build_default(Variant::Base, progress).await?,
         };
-        let substituted = format!("{reference} is not here and no registry gave it: the sandbox runs {name}");
-        Ok(Resolved { image, substituted: Some(substituted) })
+        Ok(wanted.substituted(image))
+    }
+
+    /// An image that was built here: in place of the default one, or the one with compilers.
+    pub fn stand_in(&self, variant: Variant) -> Option<Image> {
+        self.get(&packages::Distribution::of_host().ok()?.image_name(variant))
+    }
+
+    fn is_silent(&self, reference: &str) -> bool {
+        let silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        silent.get(reference).is_some_and(|since| since.elapsed() < SILENCE)
+    }
+
+    fn note_silence(&self, reference: &str) {
+        let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        silent.insert(reference.to_owned(), Instant::now());
     }
 
     /// Fetches an image from its registry; one that is here already is fetched again.
-    pub async fn pull(&self, reference: &str, progress: Progress) -> Result<Image, Error> {
+    pub async fn pull(&self, reference: &str, requester: Requester, progress: Progress) -> Result<Image, Error> {
         let work = self.work().await?;
-        let parts = match registry::fetch(reference, &self.registries, work.path(), &progress).await {
+        let parts = match registry::fetch(reference, &self.registries, requester, work.path(), &progress).await {
             Ok(parts) => parts,
             Err(error) => {
                 // It may be large.
@@ -183,19 +256,27 @@ impl ImageStore {
                 layers::apply(layer, &root, &mut budget)?;
             }
             progress("compressing", None, None);
-            store.keep(&root, &half, name, parts.config, source, parts.digest)
+            store.keep(&root, &half, name, source, parts)
         })
         .await
     }
 
-    /// Builds the default image from the host's distribution.
-    pub async fn build_default(&self, progress: Progress) -> Result<Image, Error> {
+    /// Builds an image from the host's distribution, or gives the one that is here if it holds what this version puts in.
+    /// Runs detached: the lock must not depend on how fast a client reads its progress.
+    pub async fn build_default(&self, variant: Variant, progress: Progress) -> Result<Image, Error> {
+        let store = self.clone();
+        let built = tokio::spawn(async move { store.build_default_now(variant, progress).await }).await;
+        built.map_err(|error| Error::io("running a task", "")(io::Error::other(error)))?
+    }
+
+    async fn build_default_now(&self, variant: Variant, progress: Progress) -> Result<Image, Error> {
         let distribution = packages::Distribution::of_host()?;
-        let name = distribution.image_name();
+        let name = distribution.image_name(variant);
         // Two would do the same work twice; others may pull meanwhile.
         let store = self.clone();
         let _building = blocking(move || store.lock("build.lock")).await?;
-        if let Some(image) = self.get(&name) {
+        let recipe = packages::recipe(variant);
+        if let Some(image) = self.get(&name).filter(|image| image.recipe.as_deref() == Some(&recipe)) {
             return Ok(image);
         }
         let work = self.work().await?;
@@ -203,26 +284,19 @@ impl ImageStore {
         let told = Arc::clone(&progress);
         let (work, tar) = blocking(move || {
             let tar = work.path().join("root.tar");
-            packages::build(&distribution, &tar, &told).map(|()| (work, tar))
+            packages::build(&distribution, variant, &tar, &told).map(|()| (work, tar))
         })
         .await?;
-        self.assemble(Parts::root(tar), name, "packages", work, progress).await
+        let parts = Parts { recipe: Some(recipe), ..Parts::root(tar) };
+        self.assemble(parts, name, "packages", work, progress).await
     }
 
     /// Makes an image of `root` in the directory `half`, and puts it in its place.
-    fn keep(
-        &self,
-        root: &Path,
-        half: &Path,
-        name: String,
-        config: ImageConfig,
-        source: &str,
-        manifest: Option<String>,
-    ) -> Result<Image, Error> {
+    fn keep(&self, root: &Path, half: &Path, name: String, source: &str, parts: Parts) -> Result<Image, Error> {
         let rootfs = half.join("root.erofs");
         erofs::write(root, &rootfs)?;
         let (size_bytes, root_digest) = measured(&rootfs)?;
-        let digest = manifest.unwrap_or_else(|| root_digest.clone());
+        let digest = parts.digest.unwrap_or_else(|| root_digest.clone());
         // What takes long is done.
         let _lock = self.lock(CHANGES)?;
         let created_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
@@ -233,6 +307,10 @@ impl ImageStore {
         if let Some(known) = self.read(&name, &digest)
             && known.rootfs.metadata().is_ok_and(|meta| meta.len() == known.size_bytes)
         {
+            // Whoever got it without credentials may have it.
+            let known =
+                Image { private: known.private && parts.private, config: parts.config, recipe: parts.recipe, ..known };
+            write_description(&known, &target)?;
             self.write_index(&index)?;
             return Ok(known);
         }
@@ -242,12 +320,13 @@ impl ImageStore {
             root_digest: Some(root_digest),
             rootfs: target.join("root.erofs"),
             size_bytes,
-            config,
+            config: parts.config,
             created_at,
             source: source.into(),
+            private: parts.private,
+            recipe: parts.recipe,
         };
-        let told = serde_json::to_vec(&image).map_err(|error| Error::io("writing", half)(error.into()))?;
-        fs::write(half.join(TOLD), told).map_err(Error::io("writing", half))?;
+        write_description(&image, half)?;
         if target.exists() {
             remove_dir(&target)?;
         }
@@ -301,6 +380,18 @@ impl ImageStore {
     }
 }
 
+/// Writes what is known of an image to its directory, all or nothing.
+fn write_description(image: &Image, dir: &Path) -> Result<(), Error> {
+    let write = || -> io::Result<()> {
+        let file = tempfile::NamedTempFile::new_in(dir)?;
+        serde_json::to_writer(file.as_file(), image)?;
+        file.as_file().sync_all()?;
+        file.persist(dir.join(TOLD))?;
+        Ok(())
+    };
+    write().map_err(Error::io("writing the description of the image in", dir))
+}
+
 /// Bytes and digest of a file.
 fn measured(path: &Path) -> Result<(u64, String), Error> {
     let mut hash = Sha256::new();
@@ -327,7 +418,9 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
     heyvm_trees::remove(dir).map_err(|error| Error::io("removing", dir)(error.into()))
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| Error::io("running a task", "")(io::Error::other(error)))?
 }

@@ -1,7 +1,8 @@
 //! Limits of one VM where the host grants them: cgroup v2, v1, the hybrid of both, or none.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +14,8 @@ use crate::Error;
 pub struct Limits {
     /// Bytes, guest memory and QEMU's own together.
     pub memory_bytes: u64,
-    /// Thousandths of a processor.
+    /// Thousandths of a processor: its share of a busy host from the first moment on, and its most once
+    /// [`limit_processor`] was called.
     pub cpu_millis: u32,
     /// Processes and threads.
     pub tasks: u32,
@@ -71,19 +73,16 @@ impl Cgroups {
         self.hierarchies.iter().flat_map(of).collect()
     }
 
-    /// Makes the cgroups of one VM, which are its [`Self::dirs`]; the launcher puts it there.
+    /// Makes the cgroups of one VM, which are its [`Self::dirs`]; the launcher puts it there. It may use every processor for
+    /// now: a quota would throttle its start, which is the host's work rather than the guest's.
     pub fn create(&self, dirs: &[PathBuf], limits: Limits) -> Result<(), Error> {
         for (hierarchy, dir) in self.hierarchies.iter().zip(dirs) {
             make_dir(dir).map_err(Error::io("making the cgroup", dir))?;
             for (file, value) in settings(hierarchy, limits) {
                 let path = dir.join(file);
                 let written = fs::write(&path, value);
-                // Older kernels lack the burst and swap settings; the limits themselves must hold.
-                if !(file.ends_with("burst")
-                    || file.ends_with("burst_us")
-                    || file.contains("swap")
-                    || file.contains("memsw"))
-                {
+                // Older kernels lack the swap settings; the limits themselves must hold.
+                if !(file.contains("swap") || file.contains("memsw")) {
                     written.map_err(Error::io("setting the cgroup's limit", path))?;
                 }
             }
@@ -101,6 +100,40 @@ impl Cgroups {
             })
             .collect()
     }
+}
+
+/// From now on the VM in these cgroups may use so many thousandths of a processor, and no more; after a quiet while, twice
+/// that for a moment. Where the host limits no processors, or the VM has ended, nothing happens.
+pub fn limit_processor(dirs: &[PathBuf], cpu_millis: u32) -> Result<(), Error> {
+    let quota = u64::from(cpu_millis) * PERIOD_US / 1000;
+    // Version 2, then version 1. Older kernels know no burst.
+    let versions = [
+        ("cpu.max", format!("{quota} {PERIOD_US}"), "cpu.max.burst"),
+        ("cpu.cfs_quota_us", quota.to_string(), "cpu.cfs_burst_us"),
+    ];
+    for dir in dirs {
+        for (limit, value, burst) in &versions {
+            // Never made: the file is there where the limit is.
+            match File::options()
+                .write(true)
+                .open(dir.join(limit))
+                .and_then(|mut file| file.write_all(value.as_bytes()))
+            {
+                Ok(()) => {
+                    let burst = File::options().write(true).open(dir.join(burst));
+                    let _ = burst.and_then(|mut file| file.write_all(quota.to_string().as_bytes()));
+                }
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(Error::io("setting the cgroup's limit", dir.join(limit))(error)),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// There is no such file, or it went away between being opened and being written.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::libc::ENODEV)
 }
 
 /// Whether the kernel has ended a VM because it reached its memory limit; known until its cgroups are removed.
@@ -137,13 +170,11 @@ fn oom_kills(counts: &str) -> u64 {
 }
 
 fn settings(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String)> {
-    let quota = u64::from(limits.cpu_millis) * PERIOD_US / 1000;
     // Weight 100 is the default for one processor.
     let weight = (u64::from(limits.cpu_millis) / 10).clamp(1, 10_000);
     match hierarchy {
         Hierarchy::Unified(granted, _) => [
-            ("cpu.max", format!("{quota} {PERIOD_US}")),
-            ("cpu.max.burst", quota.to_string()),
+            ("cpu.max", format!("max {PERIOD_US}")),
             ("cpu.weight", weight.to_string()),
             ("memory.max", limits.memory_bytes.to_string()),
             ("memory.swap.max", "0".into()),
@@ -154,8 +185,7 @@ fn settings(hierarchy: &Hierarchy, limits: Limits) -> Vec<(&'static str, String)
         .collect(),
         Hierarchy::Legacy("cpu", _) => vec![
             ("cpu.cfs_period_us", PERIOD_US.to_string()),
-            ("cpu.cfs_quota_us", quota.to_string()),
-            ("cpu.cfs_burst_us", quota.to_string()),
+            ("cpu.cfs_quota_us", "-1".into()),
             ("cpu.shares", (u64::from(limits.cpu_millis) * 1024 / 1000).max(2).to_string()),
         ],
         Hierarchy::Legacy("memory", _) => vec![
@@ -248,13 +278,36 @@ mod tests {
     fn limits_become_settings() {
         let limits = Limits { memory_bytes: 1 << 30, cpu_millis: 250, tasks: 64 };
         let unified = settings(&Hierarchy::Unified(CONTROLLERS.into(), "/x".into()), limits);
-        assert!(unified.contains(&("cpu.max", "25000 100000".into())));
+        assert!(unified.contains(&("cpu.max", "max 100000".into())), "its start is not throttled");
         assert!(unified.contains(&("memory.max", (1u64 << 30).to_string())));
         let partial = settings(&Hierarchy::Unified(vec!["pids"], "/x".into()), limits);
         assert_eq!(partial, [("pids.max", "64".into())], "what is not granted is not set");
         let legacy = settings(&Hierarchy::Legacy("cpu", "/x".into()), limits);
-        assert!(legacy.contains(&("cpu.cfs_quota_us", "25000".into())));
+        assert!(legacy.contains(&("cpu.cfs_quota_us", "-1".into())));
         assert!(legacy.contains(&("cpu.shares", "256".into())));
+    }
+
+    #[test]
+    fn processor_is_limited_on_either_version_and_where_there_is_none() {
+        let host = tempfile::tempdir().unwrap();
+        let dirs = ["v2", "v1", "memory-alone"].map(|name| host.path().join(name));
+        for dir in &dirs {
+            fs::create_dir(dir).unwrap();
+        }
+        let files = ["v2/cpu.max", "v2/cpu.max.burst", "v1/cpu.cfs_quota_us", "v1/cpu.cfs_burst_us"];
+        for file in files {
+            fs::write(host.path().join(file), "").unwrap();
+        }
+        limit_processor(&dirs, 250).unwrap();
+        let written = files.map(|file| fs::read_to_string(host.path().join(file)).unwrap());
+        assert_eq!(written, ["25000 100000", "25000", "25000", "25000"]);
+        assert_eq!(fs::read_dir(&dirs[2]).unwrap().count(), 0, "no file is made");
+        // A kernel without bursts, and a VM that has ended.
+        fs::remove_file(host.path().join("v2/cpu.max.burst")).unwrap();
+        limit_processor(&dirs, 500).unwrap();
+        assert_eq!(fs::read_to_string(host.path().join("v2/cpu.max")).unwrap(), "50000 100000");
+        limit_processor(&[host.path().join("gone")], 250).unwrap();
+        limit_processor(&[], 250).unwrap();
     }
 
     #[test]
@@ -305,6 +358,14 @@ mod tests {
         cgroups.create(&dirs, Limits { memory_bytes: 1 << 30, cpu_millis: 500, tasks: 32 }).unwrap();
         assert_eq!(dirs.len(), cgroups.hierarchies.len());
         assert!(dirs.iter().all(|dir| dir.is_dir()));
+        limit_processor(&dirs, 500).unwrap();
+        let quota = |file: &str| dirs.iter().find_map(|dir| fs::read_to_string(dir.join(file)).ok());
+        if let Some(quota) = quota("cpu.cfs_quota_us") {
+            assert_eq!(quota.trim(), "50000");
+        }
+        if let Some(quota) = quota("cpu.max") {
+            assert_eq!(quota.trim(), "50000 100000");
+        }
         remove(&dirs).unwrap();
         assert!(dirs.iter().all(|dir| !dir.exists()));
         remove(&dirs).unwrap();

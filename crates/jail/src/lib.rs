@@ -5,7 +5,7 @@
 //! - [`cgroup`]: memory, processor and process limits where the host grants them (v2, v1, hybrid, none).
 //! - [`egress`]: `heyvm egress`, the network namespace that routes and filters what guests send.
 //! - [`channel`]: messages with descriptors between the daemon and these two programs.
-//! - [`signals`]: what is inherited and must not be passed on.
+//! - [`environment`]: what helper processes get of ours.  [`signals`]: what is inherited and must not be passed on.
 //! - [`process`]: knowing, waiting for and ending a process that is not our child.
 //!
 //! A jail is handed descriptors, not paths: disks, sockets and the network device are opened by the daemon.
@@ -13,6 +13,7 @@
 pub mod cgroup;
 pub mod channel;
 pub mod egress;
+pub mod environment;
 pub mod launcher;
 pub mod process;
 pub mod root;

@@ -1,17 +1,9 @@
 //! Answers that take long, and answers that are too large for memory.
 //!
 //! - [`long`]: a call that tells its progress as server-sent events, or answers plain JSON.
-//! - [`Spool`]: bytes that wait on disk.  [`escaped`], [`base64`]: bytes as they stand in a JSON string, piece by piece.
+//! - [`escaped`], [`base64`]: bytes as they stand in a JSON string, piece by piece.
 
-use std::{
-    borrow::Cow,
-    convert::Infallible,
-    io::{self, Read, Seek, SeekFrom, Write},
-    path::Path,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{borrow::Cow, convert::Infallible, io, pin::Pin, time::Duration};
 
 use axum::{
     Json,
@@ -31,16 +23,12 @@ use heyvm_api::{ApiError, ErrorCode, error::ErrorBody, system::ProgressEvent};
 use heyvm_control_plane::ProgressSink;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
-use tempfile::SpooledTempFile;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
 use crate::{extract::accepts, problem::Problem};
 
 /// How often a silent event stream says that it is still there.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Output up to this size never touches the disk.
-const IN_MEMORY: usize = 256 << 10;
-const PIECE: usize = 64 << 10;
 
 /// Bytes on their way.
 pub type ByteStream = BoxStream<'static, io::Result<Bytes>>;
@@ -111,69 +99,6 @@ fn event(kind: &str, data: &impl Serialize) -> Event {
     Event::default().event(kind).data(text)
 }
 
-/// Bytes that wait for their reader: in memory while they are few, then in a file without a name.
-pub struct Spool {
-    file: SpooledTempFile,
-    characters: Characters,
-    is_text: bool,
-    length: u64,
-}
-
-impl Spool {
-    /// An empty one whose file would be in `dir`.
-    pub fn new(dir: &Path) -> Self {
-        let file = tempfile::spooled_tempfile_in(IN_MEMORY, dir);
-        Self { file, characters: Characters::default(), is_text: true, length: 0 }
-    }
-
-    /// Adds bytes. The file is in the page cache: this does not wait for a disk.
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.is_text = self.is_text && std::str::from_utf8(&self.characters.whole(bytes)).is_ok();
-        self.length += bytes.len() as u64;
-        self.file.write_all(bytes)
-    }
-
-    /// How many bytes there are.
-    pub fn length(&self) -> u64 {
-        self.length
-    }
-
-    /// Whether it is UTF-8 from beginning to end.
-    pub fn is_text(&self) -> bool {
-        self.is_text && self.characters.begun.is_empty()
-    }
-
-    /// Ready to be read, any number of times.
-    pub fn finish(self) -> Spooled {
-        Spooled(Arc::new(Mutex::new(self.file)))
-    }
-}
-
-/// A [`Spool`] that is complete.
-#[derive(Clone)]
-pub struct Spooled(Arc<Mutex<SpooledTempFile>>);
-
-impl Spooled {
-    /// Its bytes from the beginning.
-    pub fn read(&self) -> ByteStream {
-        let file = Arc::clone(&self.0);
-        let pieces = stream::try_unfold((file, 0), |(file, position)| async move {
-            let piece = piece_at(&file, position)?;
-            let next = position + piece.len() as u64;
-            Ok::<_, io::Error>((!piece.is_empty()).then_some((piece, (file, next))))
-        });
-        pieces.boxed()
-    }
-}
-
-fn piece_at(file: &Mutex<SpooledTempFile>, position: u64) -> io::Result<Bytes> {
-    let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-    file.seek(SeekFrom::Start(position))?;
-    let mut piece = Vec::with_capacity(PIECE);
-    (&mut *file).take(PIECE as u64).read_to_end(&mut piece)?;
-    Ok(piece.into())
-}
-
 /// Cuts a stream of bytes between characters.
 #[derive(Default)]
 pub struct Characters {
@@ -200,6 +125,11 @@ impl Characters {
             }
         }
         all
+    }
+
+    /// Whether no character has begun that has not ended.
+    pub fn is_between(&self) -> bool {
+        self.begun.is_empty()
     }
 
     /// What is left at the end.
@@ -321,22 +251,8 @@ mod tests {
                 json.push(b'"');
                 assert_eq!(serde_json::from_slice::<String>(&json).unwrap(), lossy, "{sample:?} by {size}");
                 assert_eq!(STANDARD.decode(all(base64(in_pieces(sample, size))).await).unwrap(), sample);
-                let mut spool = Spool::new(Path::new("/tmp"));
-                sample.chunks(size).for_each(|piece| spool.write(piece).unwrap());
-                assert_eq!(spool.is_text(), std::str::from_utf8(sample).is_ok(), "{sample:?} by {size}");
             }
         }
-    }
-
-    #[tokio::test]
-    async fn a_spool_is_read_twice_and_may_be_large() {
-        let mut spool = Spool::new(Path::new("/tmp"));
-        let piece = vec![b'x'; 100_000];
-        (0..10).for_each(|_| spool.write(&piece).unwrap());
-        assert_eq!(spool.length(), 1_000_000);
-        let spooled = spool.finish();
-        assert_eq!(all(spooled.read()).await.len(), 1_000_000);
-        assert!(all(spooled.read()).await.iter().all(|byte| *byte == b'x'));
     }
 
     #[tokio::test]

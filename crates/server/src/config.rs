@@ -4,10 +4,12 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
     path::{Path, PathBuf},
 };
 
-use heyvm_images::RegistryConfig;
+use heyvm_control_plane::ImageLimits;
+use heyvm_images::{DEFAULT_ALLOWED_REGISTRIES, RegistryConfig};
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::Error;
@@ -23,8 +25,13 @@ pub struct Config {
     pub regions: Vec<String>,
     /// Whether sandboxes begin as clones of a template; without, each boots its kernel.
     pub templates: bool,
-    /// How many VMs of the kind last asked for are kept in reserve.
+    /// How many VMs of one kind the warm pool holds at most; 0: none.
     pub reserve: usize,
+    /// Memory for templates that are loaded, in MiB; those that VMs run on count and are never evicted. A quarter of the
+    /// host's when absent.
+    pub template_memory_mib: Option<u64>,
+    /// Disk for templates, in GiB; 20 when absent.
+    pub template_disk_gib: Option<u64>,
     /// The proxy in front of sandboxes.
     pub edge: EdgeConfig,
     /// What sandboxes may reach.
@@ -32,6 +39,8 @@ pub struct Config {
     /// One table for each registry, by its name, for example `[registries."docker.io"]`: mirrors, credentials.
     #[cfg_attr(test, serde(skip_serializing))]
     pub registries: RegistryConfig,
+    /// Limits on images.
+    pub images: ImagesConfig,
     /// Present: this daemon is a region of a cloud.
     pub region: Option<RegionConfig>,
 }
@@ -62,6 +71,24 @@ pub struct NetworkConfig {
     pub enabled: bool,
     /// Private ranges that sandboxes may reach all the same.
     pub allow: Vec<String>,
+    /// Whether sandboxes take over the certificate authorities that were added to this host and its proxy variables;
+    /// when absent they do, unless this daemon is a region.
+    pub take_over_host_settings: Option<bool>,
+    /// Files with further certificate authorities for sandboxes, in PEM.
+    pub certificates: Vec<PathBuf>,
+}
+
+/// `[images]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[cfg_attr(test, derive(serde::Serialize))]
+pub struct ImagesConfig {
+    /// Registries that accounts of a server may pull from; `*` allows all at public addresses.
+    pub allowed_registries: Vec<String>,
+    /// Unused images from registries are evicted while all images together are larger than this, in GiB.
+    pub budget_gib: u32,
+    /// Pulls of one account in an hour.
+    pub pulls_per_hour: NonZeroU32,
 }
 
 /// `[region]`: where a cloud's servers are listened to, and how the two know each other. Every key is needed; paths are
@@ -87,11 +114,32 @@ impl Default for Config {
             regions: vec!["US".into()],
             templates: true,
             reserve: heyvm_vm::qemu::Settings::default().reserve,
+            template_memory_mib: None,
+            template_disk_gib: None,
             edge: EdgeConfig::default(),
             network: NetworkConfig::default(),
             registries: RegistryConfig::default(),
+            images: ImagesConfig::default(),
             region: None,
         }
+    }
+}
+
+impl Default for ImagesConfig {
+    fn default() -> Self {
+        let limits = ImageLimits::default();
+        Self {
+            allowed_registries: DEFAULT_ALLOWED_REGISTRIES.map(str::to_owned).to_vec(),
+            budget_gib: u32::try_from(limits.budget_bytes >> 30).unwrap_or(u32::MAX),
+            pulls_per_hour: limits.pulls_per_hour,
+        }
+    }
+}
+
+impl ImagesConfig {
+    /// As the control plane counts.
+    pub fn limits(&self) -> ImageLimits {
+        ImageLimits { budget_bytes: u64::from(self.budget_gib) << 30, pulls_per_hour: self.pulls_per_hour }
     }
 }
 
@@ -116,7 +164,7 @@ impl EdgeConfig {
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { enabled: true, allow: Vec::new() }
+        Self { enabled: true, allow: Vec::new(), take_over_host_settings: None, certificates: Vec::new() }
     }
 }
 

@@ -11,7 +11,7 @@ use heyvm_control_plane::ControlPlane;
 use heyvm_edge::Edge;
 use heyvm_images::ImageStore;
 use heyvm_store::Store;
-use heyvm_vm::qemu::{EgressSettings, QemuDriver, Settings};
+use heyvm_vm::qemu::{Budgets, EgressSettings, QemuDriver, Settings};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -26,6 +26,8 @@ use crate::{
     Error,
     config::Config,
     home::{Home, Presence},
+    local_ports::LocalListeners,
+    outbound::Outbound,
     proxy,
     region::Region,
     routes::{Api, router},
@@ -40,7 +42,7 @@ const HOUSEKEEPING: Duration = Duration::from_secs(2);
 /// The home counts as removed, or no longer ours, when so many looks in a row say so.
 const LOOKS: u32 = 3;
 /// Standard error gets this much unless `HEYVM_LOG` says otherwise.
-const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn,oci_client=warn";
+const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn";
 
 /// Runs the daemon of `home` until SIGTERM or SIGINT; VMs keep running after it.
 pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
@@ -49,8 +51,9 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     let home = Home::open(home)?;
     raise_descriptor_limit();
     let config = Config::read(home.path())?;
-    let edge_listener = proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
-    let edge_address = edge_listener.local_addr().map_err(Error::io("listening for the proxy"))?;
+    let edge_listeners =
+        proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
+    let edge_address = edge_listeners[0].local_addr().map_err(Error::io("listening for the proxy"))?;
     let region = match &config.region {
         Some(config) => Some(Region::listen(config).await?),
         None => None,
@@ -67,10 +70,14 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
         outcome = open(home.path(), &config, edge_address.port()) => outcome,
         () = ending.cancelled() => Err(ApiError::new(ErrorCode::DaemonUnavailable, "the daemon is ending").hint("try again")),
     };
+    let edge = match &outcome {
+        Ok(plane) => Some(open_edge(plane, config, ending.clone()).await),
+        Err(_) => None,
+    };
     opened.send_replace(Some(outcome.clone()));
-    let ended = match outcome {
-        Ok(plane) => {
-            let edge = tokio::spawn(serve_edge(Arc::clone(&plane), edge_listener, config, ending.clone()));
+    let ended = match (outcome, edge) {
+        (Ok(plane), edge) => {
+            let edge = tokio::spawn(serve_edge(edge, edge_listeners, ending.clone()));
             until_end(&home, &plane, &ending).await;
             let _ = edge.await;
             let _ =
@@ -79,8 +86,8 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
             plane.shutdown().await;
             Ok(())
         }
-        Err(_) if ending.is_cancelled() => Ok(()),
-        Err(error) => {
+        (Err(_), _) if ending.is_cancelled() => Ok(()),
+        (Err(error), _) => {
             tracing::error!(%error, "the daemon could not open");
             let _ = tokio::time::timeout(LAST_WORDS, ending.cancelled()).await;
             ending.cancel();
@@ -133,13 +140,15 @@ pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<
             .hint("the daemon's log has the details; HEYO_HOME names another directory")
     };
     let store = Store::open(&home.join("heyvm.db")).await.map_err(|error| failed("heyvm.db", &error))?;
-    let images =
-        ImageStore::open(home, config.registries.clone()).map_err(|error| failed("the image store", &error))?;
+    let registries = config.registries.clone().allowing(config.images.allowed_registries.clone());
+    let images = ImageStore::open(home, registries).map_err(|error| failed("the image store", &error))?;
+    let outbound = outbound_of(config).await;
     let settings = Settings {
         network: config.network.enabled,
-        egress: EgressSettings { allow: config.network.allow.clone() },
+        egress: EgressSettings { allow: config.network.allow.iter().cloned().chain(outbound.allow).collect() },
         reserve: config.reserve,
         templates: config.templates,
+        template_budgets: template_budgets(config),
         ..Settings::default()
     };
     let driver = QemuDriver::open(home, settings).await.map_err(|error| failed("sandboxes/", &error))?;
@@ -150,8 +159,32 @@ pub(crate) async fn open(home: &Path, config: &Config, url_port: u16) -> Result<
         url_port,
         regions: config.regions.clone(),
         default_image: config.default_image.clone(),
+        images: config.images.limits(),
+        guest: outbound.guest,
     };
     ControlPlane::open(config, store, driver, Arc::new(images)).await
+}
+
+fn template_budgets(config: &Config) -> Budgets {
+    let mut budgets = Budgets::of_this_host();
+    if let Some(mib) = config.template_memory_mib {
+        budgets.memory_bytes = mib.saturating_mul(1 << 20);
+    }
+    if let Some(gib) = config.template_disk_gib {
+        budgets.disk_bytes = gib.saturating_mul(1 << 30);
+    }
+    budgets
+}
+
+/// Resolving a proxy's name may take a while.
+async fn outbound_of(config: &Config) -> Outbound {
+    let (network, is_region) = (config.network.clone(), config.region.is_some());
+    let found = tokio::task::spawn_blocking(move || Outbound::of_host(&network, is_region)).await;
+    let outbound = found.unwrap_or_default();
+    for problem in &outbound.guest.problems {
+        tracing::warn!("{problem}");
+    }
+    outbound
 }
 
 pub(crate) fn serve_api(listener: UnixListener, api: Api, ending: CancellationToken) -> JoinHandle<()> {
@@ -163,7 +196,12 @@ pub(crate) fn serve_api(listener: UnixListener, api: Api, ending: CancellationTo
     })
 }
 
-async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Config, ending: CancellationToken) {
+/// The proxy, and its listeners on loopback for single ports, which a cloud's region has none of.
+async fn open_edge(
+    plane: &Arc<ControlPlane>,
+    config: Config,
+    ending: CancellationToken,
+) -> (Arc<Edge>, LocalListeners) {
     let settings = heyvm_edge::Settings {
         // Checked when the configuration was read.
         trusted_proxies: config.edge.trusted_proxies().unwrap_or_default(),
@@ -171,7 +209,21 @@ async fn serve_edge(plane: Arc<ControlPlane>, listener: TcpListener, config: Con
         response_timeout: Duration::from_secs_f64(config.edge.timeout_seconds),
         ..heyvm_edge::Settings::default()
     };
-    Edge::new(Arc::new(proxy::Sandboxes(plane)), None, settings).serve(listener, ending).await;
+    let edge = Edge::new(Arc::new(proxy::Sandboxes(Arc::clone(plane))), None, settings);
+    let listeners = LocalListeners::new(Arc::clone(&edge), ending);
+    if config.region.is_none()
+        && let Err(error) = plane.open_local_ports(Arc::new(listeners.clone())).await
+    {
+        tracing::error!(%error, "there are no ports on loopback");
+    }
+    (edge, listeners)
+}
+
+async fn serve_edge(edge: Option<(Arc<Edge>, LocalListeners)>, listeners: Vec<TcpListener>, ending: CancellationToken) {
+    let Some((edge, local)) = edge else { return };
+    let served = listeners.into_iter().map(|listener| edge.serve(listener, ending.clone()));
+    futures::future::join_all(served).await;
+    local.served().await;
 }
 
 /// Returns when the end is asked for, or when this is no longer the home's daemon. Sandboxes end only when the home itself

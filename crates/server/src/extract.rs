@@ -6,7 +6,7 @@ use axum::{
     body::Body,
     extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request},
 };
-use heyvm_api::{ApiError, ErrorCode, headers};
+use heyvm_api::{ApiError, ErrorCode, headers, limits};
 use heyvm_control_plane::{Account, Asked, ControlPlane};
 use http::{HeaderMap, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -21,7 +21,6 @@ const MAX_JSON: usize = 2 << 20;
 const MAX_JSON_WITH_FILE: usize = 64 << 20;
 /// Largest body of a few words.
 const SMALL: usize = 64 << 10;
-const MAX_KEY: usize = 255;
 
 /// The control plane, once it is open.
 pub struct Plane(pub Arc<ControlPlane>);
@@ -194,10 +193,11 @@ pub fn asked(account: Account, headers: &HeaderMap) -> Result<Asked, Problem> {
 /// The idempotency key, if there is one.
 pub fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
-    let key = value.to_str().ok().map(str::trim).filter(|key| !key.is_empty() && key.len() <= MAX_KEY);
-    key.map(|key| Some(key.to_owned())).ok_or_else(|| {
+    let key = value.to_str().ok().map(str::trim).filter(|key| !key.is_empty()).ok_or_else(|| {
         Problem::invalid("the header Idempotency-Key is not a key", "use 1 to 255 visible ASCII characters")
-    })
+    })?;
+    limits::IDEMPOTENCY_KEY.check(key.len())?;
+    Ok(Some(key.to_owned()))
 }
 
 #[cfg(test)]

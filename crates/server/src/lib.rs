@@ -2,9 +2,11 @@
 //! foreground listener that forwards to the daemon.
 //!
 //! - [`run_daemon`] (`daemon`): lock, socket, store, driver, control plane, edge proxy; their end in order.
-//!   `config`: what the user may decide.  `home`: the directory all of it lives in.  `proxy`: the edge's way in.
+//!   `config`: what the user may decide.  `home`: the directory all of it lives in.  `outbound`: what sandboxes take over from the host.  `proxy`: the edge's way in.
 //! - `routes`: one module per noun; the OpenAPI document is made from them.  `extract`, `problem`: what comes in and
-//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.  `linger`: bodies nobody reads.  `docs`: the document as a page.
+//!   every way it can be wrong.  `answer`: progress, and answers too large for memory.  `listing`: lists page by page.
+//!   `output`: what commands have printed, within a budget.  `linger`: bodies nobody reads.
+//!   `internet`: what doctor finds when it looks.  `docs`: the document as a page.
 //! - `region`: the same routes over TLS, for the servers of a cloud that ask for accounts.
 //! - [`cloud`]: what `heyvm server` has beside that.
 //! - [`run_api`] (`gate`): `heyvm --api`, which checks who asks and forwards to the daemon's socket.
@@ -26,7 +28,12 @@ mod docs;
 mod extract;
 mod gate;
 mod home;
+mod internet;
 mod linger;
+mod listing;
+mod local_ports;
+mod outbound;
+mod output;
 pub mod pages;
 mod problem;
 mod proxy;

@@ -71,15 +71,24 @@ pub fn wants_upgrade(headers: &HeaderMap) -> bool {
     headers.contains_key(header::UPGRADE)
 }
 
-/// Joins the two ends, if the other server has agreed. They end with each other.
-pub fn upgraded(visitor: OnUpgrade, response: &mut Response<Incoming>) {
+/// Joins the two ends, if the other server has agreed. They end with each other, and when `until` comes.
+pub fn upgraded(
+    visitor: OnUpgrade,
+    response: &mut Response<Incoming>,
+    until: impl Future<Output = ()> + Send + 'static,
+) {
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         return;
     }
     let server = hyper::upgrade::on(response);
     tokio::spawn(async move {
         if let (Ok(visitor), Ok(server)) = tokio::join!(visitor, server) {
-            let _ = copy_bidirectional(&mut TokioIo::new(visitor), &mut TokioIo::new(server)).await;
+            let (mut visitor, mut server) = (TokioIo::new(visitor), TokioIo::new(server));
+            tokio::select! {
+                // That one of the two breaks off is how such a connection ends.
+                _ = copy_bidirectional(&mut visitor, &mut server) => {}
+                () = until => {}
+            }
         }
     });
 }

@@ -227,7 +227,7 @@ fn word(kind: &str) -> &'static str {
     match kind {
         "String" => "text",
         "bool" => "true or false",
-        "u16" | "u32" | "u64" | "i64" | "usize" | "f64" => "number",
+        "u16" | "u32" | "u64" | "i64" | "usize" | "f64" | "NonZeroU32" => "number",
         "IpAddr" => "address",
         "SocketAddr" => "address and port",
         "PathBuf" => "path",

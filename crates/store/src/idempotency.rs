@@ -2,7 +2,7 @@
 
 use sqlx::Row;
 
-use crate::{Error, Store};
+use crate::{Error, Store, sandboxes::Query};
 
 /// What an idempotency key stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +24,7 @@ impl Store {
 
     /// Has a key stand for a sandbox.
     pub async fn add_key(&self, key: &str, row: &KeyRow, now: i64) -> Result<(), Error> {
-        let sql = "INSERT INTO idempotency_keys (key, request, sandbox_id, created_at) VALUES ($1, $2, $3, $4)";
-        sqlx::query(sql).bind(key).bind(&row.request).bind(&row.sandbox_id).bind(now).execute(&self.pool).await?;
+        add_key(key, row, now).execute(&self.pool).await?;
         Ok(())
     }
 
@@ -34,4 +33,9 @@ impl Store {
         sqlx::query("DELETE FROM idempotency_keys WHERE sandbox_id = $1").bind(sandbox_id).execute(&self.pool).await?;
         Ok(())
     }
+}
+
+pub(crate) fn add_key<'q>(key: &'q str, row: &'q KeyRow, now: i64) -> Query<'q> {
+    let sql = "INSERT INTO idempotency_keys (key, request, sandbox_id, created_at) VALUES ($1, $2, $3, $4)";
+    sqlx::query(sql).bind(key).bind(&row.request).bind(&row.sandbox_id).bind(now)
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`Store`] (here): opening, and the two databases' differences. What is left to sqlx's `Any` driver: `$1` and
 //!   `BOOLEAN` mean the same in both, but a boolean is read with `CAST(… AS INTEGER)`, as SQLite knows none.
-//! - `sandboxes`, `endpoints`, `idempotency`: what a daemon knows.  `identity`: which store it is.
+//! - `sandboxes`, `endpoints`, `local_ports`, `idempotency`: what a daemon knows.  `identity`: which store it is.
 //! - [`placements`]: where a cloud's sandboxes are.
 //! - [`accounts`]: who may use heyvm's servers, and what they did.
 //! - `archives`: what the cloud's accounts have uploaded.
@@ -17,6 +17,7 @@ mod endpoints;
 mod error;
 mod idempotency;
 mod identity;
+mod local_ports;
 pub mod placements;
 mod sandboxes;
 #[cfg(test)]

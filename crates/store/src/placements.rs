@@ -2,7 +2,11 @@
 
 use sqlx::{Any, AssertSqlSafe, Row, Transaction, any::AnyRow};
 
-use crate::{Error, Kind, Store};
+use crate::{
+    Error, Kind, Store,
+    idempotency::{KeyRow, add_key},
+    sandboxes::Query,
+};
 
 /// One sandbox's place. Times are milliseconds since 1970.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,35 +71,77 @@ pub struct Usage {
     pub disk_gb: i64,
 }
 
+/// What became of a sandbox that was to be placed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Placed {
+    /// It has its row, and the idempotency key stands for it.
+    Added,
+    /// The account has no room for it beside this.
+    Full(Usage),
+    /// The idempotency key stands for another sandbox, which is not gone.
+    Known(KeyRow),
+}
+
 impl Store {
-    /// Adds a sandbox if its account has room for it; else says what the account has.
-    pub async fn place(&self, row: &PlacementRow, limits: &Limits) -> Result<Option<Usage>, Error> {
+    /// Adds a sandbox if its account has room for it. With an idempotency key, the key's row comes with it in the same
+    /// transaction: of several requests with one key at once, one adds and the others find what it added.
+    pub async fn place(
+        &self,
+        row: &PlacementRow,
+        limits: &Limits,
+        key: Option<(&str, &KeyRow)>,
+    ) -> Result<Placed, Error> {
         let mut transaction = self.of_account(&row.account_id).await?;
+        if let Some((key, stands_for)) = key {
+            if let Some(known) = living_key(&mut transaction, key).await? {
+                return Ok(Placed::Known(known));
+            }
+            add_key(key, stands_for, row.created_at).execute(&mut *transaction).await?;
+        }
         let usage = usage(&mut transaction, row).await?;
         if !fits(usage, row, limits) {
-            return Ok(Some(usage));
+            return Ok(Placed::Full(usage));
         }
         let sql = "INSERT INTO placements (id, account_id, region, name, slug, holds_name, running, gone, failed, \
                    created_at, changed_at, vcpu_millis, memory_mib, disk_gb, archive_id, info) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)";
         let done = bind(sqlx::query(sql), row).execute(&mut *transaction).await.map(drop);
-        self.placement_told_apart(done, row).await?;
+        if let Err(error) = done {
+            // The transaction holds SQLite's only lock for writing: it ends before anything else is asked.
+            transaction.rollback().await?;
+            return Err(self.placement_taken(error, row).await);
+        }
         transaction.commit().await?;
-        Ok(None)
+        Ok(Placed::Added)
     }
 
     /// Counts a sandbox with what this row says, if its account has room for that; else says what the account has beside.
-    pub async fn make_room(&self, row: &PlacementRow, limits: &Limits) -> Result<Option<Usage>, Error> {
+    /// It counts so until [`Store::release_room`], or until `held_until`, whatever its region reports meanwhile.
+    pub async fn make_room(
+        &self,
+        row: &PlacementRow,
+        limits: &Limits,
+        now: i64,
+        held_until: i64,
+    ) -> Result<Option<Usage>, Error> {
         let mut transaction = self.of_account(&row.account_id).await?;
         let usage = usage(&mut transaction, row).await?;
         if !fits(usage, row, limits) {
             return Ok(Some(usage));
         }
-        let sql = "UPDATE placements SET running = $2, vcpu_millis = $3, memory_mib = $4, disk_gb = $5 WHERE id = $1";
+        let sql = "UPDATE placements SET running = $2, vcpu_millis = $3, memory_mib = $4, disk_gb = $5, \
+                   holds = 1 + CASE WHEN held_until > $6 THEN holds ELSE 0 END, held_until = $7 WHERE id = $1";
         let query = sqlx::query(sql).bind(&row.id).bind(row.running).bind(row.vcpu_millis).bind(row.memory_mib);
-        query.bind(row.disk_gb).execute(&mut *transaction).await?;
+        query.bind(row.disk_gb).bind(now).bind(held_until).execute(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(None)
+    }
+
+    /// Ends one operation's hold: once the last one has ended, what the region reports counts again.
+    pub async fn release_room(&self, id: &str) -> Result<(), Error> {
+        let sql = "UPDATE placements SET holds = holds - 1 WHERE id = $1 AND holds > 0";
+        sqlx::query(sql).bind(id).execute(&self.pool).await?;
+        Ok(())
     }
 
     /// A transaction that no other one of the same account runs beside: what is counted stays so until its end.
@@ -108,23 +154,33 @@ impl Store {
         Ok(transaction)
     }
 
-    /// Where both are taken, the name counts.
-    async fn placement_told_apart(&self, done: Result<(), sqlx::Error>, row: &PlacementRow) -> Result<(), Error> {
-        match done.map_err(Error::from) {
-            Err(Error::SlugTaken) => {}
+    /// Names what is taken: where both are, the name counts.
+    async fn placement_taken(&self, error: sqlx::Error, row: &PlacementRow) -> Error {
+        match Error::from(error) {
+            Error::SlugTaken => {}
             other => return other,
         }
         let sql = "SELECT 1 FROM placements WHERE holds_name AND account_id = $1 AND name = $2 AND id <> $3";
         let query = sqlx::query(sql).bind(&row.account_id).bind(&row.name).bind(&row.id);
-        let same_name = query.fetch_optional(&self.pool).await?;
-        Err(if same_name.is_some() { Error::NameTaken } else { Error::SlugTaken })
+        match query.fetch_optional(&self.pool).await {
+            Ok(Some(_)) => Error::NameTaken,
+            Ok(None) => Error::SlugTaken,
+            Err(error) => error.into(),
+        }
     }
 
-    /// Writes a sandbox anew.
+    /// Writes a sandbox anew. What is held by an operation under way keeps counting as that operation asked for.
     pub async fn update_placement(&self, row: &PlacementRow) -> Result<(), Error> {
-        let sql = "UPDATE placements SET account_id = $2, region = $3, name = $4, slug = $5, holds_name = $6, running = $7, \
-                   gone = $8, failed = $9, created_at = $10, changed_at = $11, vcpu_millis = $12, memory_mib = $13, \
-                   disk_gb = $14, archive_id = $15, info = $16 WHERE id = $1";
+        let sql = format!(
+            "UPDATE placements SET account_id = $2, region = $3, name = $4, slug = $5, holds_name = $6, \
+             running = {}, gone = $8, failed = $9, created_at = $10, changed_at = $11, vcpu_millis = {}, \
+             memory_mib = {}, disk_gb = {}, archive_id = $15, info = $16 WHERE id = $1",
+            unless_held("running", "$7"),
+            unless_held("vcpu_millis", "$12"),
+            unless_held("memory_mib", "$13"),
+            unless_held("disk_gb", "$14"),
+        );
+        let sql = AssertSqlSafe(sql);
         bind(sqlx::query(sql), row).execute(&self.pool).await?;
         Ok(())
     }
@@ -159,18 +215,41 @@ impl Store {
         row.as_ref().map(placement).transpose()
     }
 
-    /// The account's, newest first.
-    pub async fn placements_of(&self, account: &str) -> Result<Vec<PlacementRow>, Error> {
-        let sql = format!("SELECT {COLUMNS} FROM placements WHERE account_id = $1 ORDER BY created_at DESC, id");
-        let rows = sqlx::query(AssertSqlSafe(sql)).bind(account).fetch_all(&self.pool).await?;
-        rows.iter().map(placement).collect()
+    /// A page of the account's, newest first, then by id: those behind `after` (a creation and an id), also those that are
+    /// gone where `gone` says so.
+    pub async fn placements_of(
+        &self,
+        account: &str,
+        gone: bool,
+        after: Option<(i64, &str)>,
+        limit: i64,
+    ) -> Result<Vec<PlacementRow>, Error> {
+        let (at, id) = after.unwrap_or((i64::MAX, ""));
+        let living = if gone { "" } else { "AND NOT gone" };
+        let sql = format!(
+            "SELECT {COLUMNS} FROM placements WHERE account_id = $1 {living} \
+             AND (created_at < $2 OR (created_at = $2 AND id > $3)) ORDER BY created_at DESC, id LIMIT $4"
+        );
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(account).bind(at).bind(id).bind(limit);
+        query.fetch_all(&self.pool).await?.iter().map(placement).collect()
     }
 
-    /// The region's that are not gone.
-    pub async fn placements_in(&self, region: &str) -> Result<Vec<PlacementRow>, Error> {
-        let sql = format!("SELECT {COLUMNS} FROM placements WHERE region = $1 AND NOT gone");
-        let rows = sqlx::query(AssertSqlSafe(sql)).bind(region).fetch_all(&self.pool).await?;
-        rows.iter().map(placement).collect()
+    /// At most `limit` of the account's whose id begins with `prefix`, of hexadecimal digits and dashes.
+    pub async fn placements_with_prefix(
+        &self,
+        account: &str,
+        prefix: &str,
+        limit: i64,
+    ) -> Result<Vec<PlacementRow>, Error> {
+        let sql = format!("SELECT {COLUMNS} FROM placements WHERE account_id = $1 AND id LIKE $2 || '%' LIMIT $3");
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(account).bind(prefix).bind(limit);
+        query.fetch_all(&self.pool).await?.iter().map(placement).collect()
+    }
+
+    /// Ids of the region's that are not gone and have not changed since `before`.
+    pub async fn placements_unheard(&self, region: &str, before: i64) -> Result<Vec<String>, Error> {
+        let sql = "SELECT id FROM placements WHERE region = $1 AND NOT gone AND created_at < $2 AND changed_at < $2";
+        Ok(sqlx::query_scalar(sql).bind(region).bind(before).fetch_all(&self.pool).await?)
     }
 
     /// Forgets those that have been gone since before `then`, with their subdomains.
@@ -206,6 +285,22 @@ impl Store {
     }
 }
 
+/// A counted column's next value; `$11` is the time of the change.
+fn unless_held(column: &str, value: &str) -> String {
+    format!("CASE WHEN holds > 0 AND held_until > $11 THEN {column} ELSE {value} END")
+}
+
+/// What a key stands for, as long as that is not gone; a key that stands for what is gone is removed.
+async fn living_key(transaction: &mut Transaction<'static, Any>, key: &str) -> Result<Option<KeyRow>, Error> {
+    let sql = "SELECT k.request AS request, k.sandbox_id AS sandbox_id FROM idempotency_keys k \
+               JOIN placements p ON p.id = k.sandbox_id WHERE k.key = $1 AND NOT p.gone";
+    if let Some(row) = sqlx::query(sql).bind(key).fetch_optional(&mut **transaction).await? {
+        return Ok(Some(KeyRow { request: row.try_get("request")?, sandbox_id: row.try_get("sandbox_id")? }));
+    }
+    sqlx::query("DELETE FROM idempotency_keys WHERE key = $1").bind(key).execute(&mut **transaction).await?;
+    Ok(None)
+}
+
 /// What the row's account has beside the row itself.
 async fn usage(transaction: &mut Transaction<'static, Any>, row: &PlacementRow) -> Result<Usage, Error> {
     let sql = "SELECT COALESCE(SUM(CASE WHEN running THEN 1 ELSE 0 END), 0) AS running, \
@@ -235,8 +330,6 @@ const COLUMNS: &str = "id, account_id, region, name, slug, CAST(holds_name AS IN
                        CAST(running AS INTEGER) AS running, CAST(gone AS INTEGER) AS gone, \
                        CAST(failed AS INTEGER) AS failed, created_at, changed_at, vcpu_millis, memory_mib, disk_gb, \
                        archive_id, info";
-
-type Query<'q> = sqlx::query::Query<'q, Any, sqlx::any::AnyArguments>;
 
 fn bind<'q>(query: Query<'q>, row: &'q PlacementRow) -> Query<'q> {
     query

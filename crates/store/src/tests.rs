@@ -1,9 +1,9 @@
 //! The same on both databases.
 
-use std::os::unix::fs::PermissionsExt;
+use std::{collections::HashSet, os::unix::fs::PermissionsExt};
 
 use super::{
-    placements::{Limits, PlacementRow, Usage},
+    placements::{Limits, Placed, PlacementRow, Usage},
     *,
 };
 
@@ -35,13 +35,17 @@ heyvm_test_services::on_both!(
     a_replacement_takes_name_and_subdomains_at_once,
     what_is_written_is_read,
     ports_come_in_the_order_of_binding,
+    local_ports_are_kept,
     a_key_stands_for_one_sandbox,
     several_may_open_it_at_once,
     a_store_has_an_id_of_its_own,
     a_placement_is_written_and_read,
+    pages_of_placements_have_each_of_them_once,
     names_are_an_accounts_own,
     an_account_gets_no_more_than_it_may_have,
     of_many_at_once_as_many_fit_as_there_is_room_for,
+    what_an_operation_holds_counts_until_it_ends,
+    of_many_requests_with_one_key_one_adds_and_the_others_find_it,
     a_placement_takes_anothers_name,
     subdomains_lead_to_the_last_who_has_them,
     what_is_long_gone_is_forgotten,
@@ -146,6 +150,17 @@ async fn ports_come_in_the_order_of_binding(place: Place) {
     assert_eq!(store.endpoints().await.unwrap(), []);
 }
 
+async fn local_ports_are_kept(place: Place) {
+    let store = place.open().await;
+    let ports = std::collections::HashMap::from([("a".to_owned(), 20_001), ("b".to_owned(), 65_535)]);
+    store.set_local_ports(&ports).await.unwrap();
+    store.close().await;
+    let again = place.open().await;
+    assert_eq!(again.local_ports().await.unwrap(), ports);
+    again.set_local_ports(&Default::default()).await.unwrap();
+    assert!(again.local_ports().await.unwrap().is_empty());
+}
+
 async fn a_key_stands_for_one_sandbox(place: Place) {
     let store = place.open().await;
     let stands = KeyRow { request: "hash".into(), sandbox_id: "a".into() };
@@ -238,59 +253,161 @@ fn place(id: &str, account: &str, name: &str) -> PlacementRow {
 async fn a_placement_is_written_and_read(at: Place) {
     let store = at.open().await;
     let row = place("a", "one", "web");
-    assert_eq!(store.place(&row, &Limits::default()).await.unwrap(), None);
+    assert_eq!(store.place(&row, &Limits::default(), None).await.unwrap(), Placed::Added);
     assert_eq!(store.placement("a").await.unwrap(), Some(row.clone()));
     let next = PlacementRow { running: false, failed: true, gone: true, archive_id: None, changed_at: 2, ..row };
     store.update_placement(&next).await.unwrap();
-    assert_eq!(store.placements_of("one").await.unwrap(), [next]);
-    assert_eq!(store.placements_in("US").await.unwrap(), []);
+    assert_eq!(store.placements_of("one", true, None, 10).await.unwrap(), [next]);
+    assert_eq!(store.placements_of("one", false, None, 10).await.unwrap(), []);
     assert_eq!(store.placement("b").await.unwrap(), None);
+}
+
+async fn pages_of_placements_have_each_of_them_once(at: Place) {
+    let store = at.open().await;
+    let none = Limits::default();
+    for (id, created_at) in [("a", 3), ("b", 1), ("c", 3), ("d", 2), ("e", 3)] {
+        store
+            .place(&PlacementRow { created_at, changed_at: created_at, ..place(id, "one", id) }, &none, None)
+            .await
+            .unwrap();
+    }
+    let gone = store.placement("d").await.unwrap().unwrap();
+    store.update_placement(&PlacementRow { gone: true, holds_name: false, ..gone }).await.unwrap();
+    for (with_gone, expected) in [(true, vec!["a", "c", "e", "d", "b"]), (false, vec!["a", "c", "e", "b"])] {
+        let (mut ids, mut after) = (Vec::new(), None::<(i64, String)>);
+        loop {
+            let behind = after.as_ref().map(|(at, id)| (*at, id.as_str()));
+            let page = store.placements_of("one", with_gone, behind, 2).await.unwrap();
+            let Some(last) = page.last() else { break };
+            after = Some((last.created_at, last.id.clone()));
+            ids.extend(page.into_iter().map(|row| row.id));
+        }
+        assert_eq!(ids, expected);
+    }
+    for (account, prefix, found) in [("one", "a", 1), ("one", "", 2), ("other", "a", 0), ("one", "f", 0)] {
+        assert_eq!(store.placements_with_prefix(account, prefix, 2).await.unwrap().len(), found, "{account} {prefix}");
+    }
+    assert_eq!(store.placements_unheard("US", 2).await.unwrap(), ["b"]);
+    assert!(store.placements_unheard("EU", 9).await.unwrap().is_empty());
 }
 
 async fn names_are_an_accounts_own(at: Place) {
     let store = at.open().await;
     let none = Limits::default();
-    store.place(&place("a", "one", "web"), &none).await.unwrap();
-    store.place(&place("b", "other", "web"), &none).await.unwrap();
-    assert!(matches!(store.place(&place("c", "one", "web"), &none).await, Err(Error::NameTaken)));
+    store.place(&place("a", "one", "web"), &none, None).await.unwrap();
+    store.place(&place("b", "other", "web"), &none, None).await.unwrap();
+    assert!(matches!(store.place(&place("c", "one", "web"), &none, None).await, Err(Error::NameTaken)));
     let same_slug = PlacementRow { name: "else".into(), ..place("c", "one", "web") };
-    assert!(matches!(store.place(&same_slug, &none).await, Err(Error::SlugTaken)));
+    assert!(matches!(store.place(&same_slug, &none, None).await, Err(Error::SlugTaken)));
     let found = |account: &'static str| async { store.placement_named(account, "web").await.unwrap().unwrap().id };
     assert_eq!((found("one").await.as_str(), found("other").await.as_str()), ("a", "b"));
     // The one that holds the name goes before those that once did, the newest of those before the others.
     store.update_placement(&PlacementRow { holds_name: false, gone: true, ..place("a", "one", "web") }).await.unwrap();
-    store.place(&PlacementRow { holds_name: false, created_at: 5, ..place("c", "one", "web") }, &none).await.unwrap();
+    store
+        .place(&PlacementRow { holds_name: false, created_at: 5, ..place("c", "one", "web") }, &none, None)
+        .await
+        .unwrap();
     assert_eq!(found("one").await, "c");
-    store.place(&PlacementRow { created_at: 2, ..place("d", "one", "web") }, &none).await.unwrap();
+    store.place(&PlacementRow { created_at: 2, ..place("d", "one", "web") }, &none, None).await.unwrap();
     assert_eq!(found("one").await, "d");
 }
 
 async fn an_account_gets_no_more_than_it_may_have(at: Place) {
     let store = at.open().await;
     let two = Limits { running: Some(2), ..Limits::default() };
-    store.place(&place("a", "one", "a"), &two).await.unwrap();
-    store.place(&place("b", "one", "b"), &two).await.unwrap();
-    let usage = store.place(&place("c", "one", "c"), &two).await.unwrap();
-    assert_eq!(usage, Some(Usage { running: 2, vcpu_millis: 500, memory_mib: 1024, disk_gb: 20 }));
+    store.place(&place("a", "one", "a"), &two, None).await.unwrap();
+    store.place(&place("b", "one", "b"), &two, None).await.unwrap();
+    let usage = store.place(&place("c", "one", "c"), &two, None).await.unwrap();
+    assert_eq!(usage, Placed::Full(Usage { running: 2, vcpu_millis: 500, memory_mib: 1024, disk_gb: 20 }));
     assert_eq!(store.placement("c").await.unwrap(), None);
     // What is stopped runs no more, but its disk counts until it is gone.
     let stopped = PlacementRow { running: false, holds_name: false, ..place("b", "one", "b") };
     store.update_placement(&stopped).await.unwrap();
-    assert_eq!(store.place(&place("c", "one", "c"), &two).await.unwrap(), None);
-    assert!(store.make_room(&PlacementRow { running: true, ..stopped.clone() }, &two).await.unwrap().is_some());
+    assert_eq!(store.place(&place("c", "one", "c"), &two, None).await.unwrap(), Placed::Added);
+    let running = PlacementRow { running: true, ..stopped.clone() };
+    assert!(store.make_room(&running, &two, NOW, NOW + 1).await.unwrap().is_some());
     for (limits, fits) in [
         (Limits { vcpu_millis: Some(749), ..Limits::default() }, false),
         (Limits { memory_mib: Some(1536), ..Limits::default() }, true),
         (Limits { memory_mib: Some(1535), ..Limits::default() }, false),
         (Limits { disk_gb: Some(29), ..Limits::default() }, false),
     ] {
-        let made = store.make_room(&PlacementRow { running: true, ..stopped.clone() }, &limits).await.unwrap();
+        let made = store.make_room(&running, &limits, NOW, NOW + 1).await.unwrap();
         assert_eq!(made.is_none(), fits, "{limits:?}");
+        store.release_room("b").await.unwrap();
         store.update_placement(&stopped).await.unwrap();
     }
     store.update_placement(&PlacementRow { gone: true, ..stopped }).await.unwrap();
     let thirty = Limits { disk_gb: Some(30), ..Limits::default() };
-    assert_eq!(store.place(&place("d", "one", "d"), &thirty).await.unwrap(), None);
+    assert_eq!(store.place(&place("d", "one", "d"), &thirty, None).await.unwrap(), Placed::Added);
+}
+
+/// A time at which rows that were written at 1 are old.
+const NOW: i64 = 1000;
+
+async fn what_an_operation_holds_counts_until_it_ends(at: Place) {
+    let store = at.open().await;
+    let one = Limits { running: Some(1), ..Limits::default() };
+    let stopped =
+        |id: &str| PlacementRow { running: false, holds_name: false, changed_at: NOW, ..place(id, "one", id) };
+    for id in ["a", "b"] {
+        store.place(&stopped(id), &one, None).await.unwrap();
+    }
+    let started = |id: &str| PlacementRow { running: true, ..stopped(id) };
+    let starts = |id: &'static str, now| {
+        let store = store.clone();
+        async move { store.make_room(&started(id), &one, now, now + 100).await.unwrap().is_none() }
+    };
+    // Two operations on one sandbox: its region may report it as stopped between them.
+    assert!(starts("a", NOW).await && starts("a", NOW).await);
+    for _ in 0..2 {
+        store.update_placement(&stopped("a")).await.unwrap();
+        assert!(!starts("b", NOW).await);
+        store.release_room("a").await.unwrap();
+    }
+    store.update_placement(&stopped("a")).await.unwrap();
+    assert!(starts("b", NOW).await);
+    // A server that died held it: that lapses.
+    store.update_placement(&PlacementRow { changed_at: NOW + 101, ..stopped("b") }).await.unwrap();
+    assert!(starts("a", NOW + 101).await);
+}
+
+async fn of_many_requests_with_one_key_one_adds_and_the_others_find_it(at: Place) {
+    let store = at.open().await;
+    let tries = (0..8).map(|n| {
+        let (store, id) = (store.clone(), n.to_string());
+        tokio::spawn(async move {
+            let stands = KeyRow { request: "hash".into(), sandbox_id: id.clone() };
+            let row = place(&id, "one", &id);
+            store.place(&row, &Limits::default(), Some(("one k", &stands))).await.unwrap()
+        })
+    });
+    let (mut added, mut known) = (0, HashSet::new());
+    for each in tries.collect::<Vec<_>>() {
+        match each.await.unwrap() {
+            Placed::Added => added += 1,
+            Placed::Known(row) => drop(known.insert(row.sandbox_id)),
+            Placed::Full(usage) => panic!("{usage:?}"),
+        }
+    }
+    let placed = store.placements_of("one", true, None, 100).await.unwrap();
+    assert_eq!((added, placed.len()), (1, 1));
+    assert_eq!(known, HashSet::from([placed[0].id.clone()]));
+    // What is refused leaves no key behind, and what is gone gives its key up.
+    let full = Limits { running: Some(1), ..Limits::default() };
+    let other = KeyRow { request: "hash".into(), sandbox_id: "x".into() };
+    let refused = store.place(&place("x", "one", "x"), &full, Some(("one l", &other))).await.unwrap();
+    assert!(matches!(refused, Placed::Full(_)));
+    assert_eq!(store.key("one l").await.unwrap(), None);
+    let taken = PlacementRow { name: placed[0].name.clone(), ..place("x", "one", "x") };
+    let refused = store.place(&taken, &Limits::default(), Some(("one l", &other))).await;
+    assert!(matches!(refused, Err(Error::NameTaken)), "{refused:?}");
+    assert_eq!(store.key("one l").await.unwrap(), None);
+    let gone = PlacementRow { gone: true, running: false, holds_name: false, ..placed[0].clone() };
+    store.update_placement(&gone).await.unwrap();
+    let again = store.place(&place("x", "one", "x"), &full, Some(("one k", &other))).await.unwrap();
+    assert_eq!(again, Placed::Added);
+    assert_eq!(store.key("one k").await.unwrap(), Some(other));
 }
 
 async fn of_many_at_once_as_many_fit_as_there_is_room_for(at: Place) {
@@ -299,7 +416,7 @@ async fn of_many_at_once_as_many_fit_as_there_is_room_for(at: Place) {
     let tries = (0..12).map(|n| {
         let store = store.clone();
         let row = place(&n.to_string(), "one", &n.to_string());
-        tokio::spawn(async move { store.place(&row, &three).await.unwrap().is_none() })
+        tokio::spawn(async move { store.place(&row, &three, None).await.unwrap() == Placed::Added })
     });
     let mut placed = 0;
     for each in tries.collect::<Vec<_>>() {
@@ -311,8 +428,8 @@ async fn of_many_at_once_as_many_fit_as_there_is_room_for(at: Place) {
 async fn a_placement_takes_anothers_name(at: Place) {
     let store = at.open().await;
     let (old, new) = (place("a", "one", "web"), PlacementRow { holds_name: false, ..place("b", "one", "web") });
-    store.place(&old, &Limits::default()).await.unwrap();
-    store.place(&new, &Limits::default()).await.unwrap();
+    store.place(&old, &Limits::default(), None).await.unwrap();
+    store.place(&new, &Limits::default(), None).await.unwrap();
     let gone = PlacementRow { holds_name: false, running: false, gone: true, ..old };
     store.replace_placement(&gone, &PlacementRow { holds_name: true, ..new }).await.unwrap();
     assert_eq!(store.placement_named("one", "web").await.unwrap().unwrap().id, "b");
@@ -321,8 +438,11 @@ async fn a_placement_takes_anothers_name(at: Place) {
 
 async fn subdomains_lead_to_the_last_who_has_them(at: Place) {
     let store = at.open().await;
-    store.place(&place("a", "one", "a"), &Limits::default()).await.unwrap();
-    store.place(&PlacementRow { region: "EU".into(), ..place("b", "one", "b") }, &Limits::default()).await.unwrap();
+    store.place(&place("a", "one", "a"), &Limits::default(), None).await.unwrap();
+    store
+        .place(&PlacementRow { region: "EU".into(), ..place("b", "one", "b") }, &Limits::default(), None)
+        .await
+        .unwrap();
     store.set_subdomains("a", &["x".into(), "y".into()]).await.unwrap();
     assert_eq!(store.region_behind("x").await.unwrap().as_deref(), Some("US"));
     store.set_subdomains("b", &["y".into()]).await.unwrap();
@@ -334,12 +454,13 @@ async fn subdomains_lead_to_the_last_who_has_them(at: Place) {
 async fn what_is_long_gone_is_forgotten(at: Place) {
     let store = at.open().await;
     let gone = |id: &str, at| PlacementRow { holds_name: false, gone: true, changed_at: at, ..place(id, "one", id) };
-    store.place(&gone("a", 1), &Limits::default()).await.unwrap();
-    store.place(&gone("b", 9), &Limits::default()).await.unwrap();
-    store.place(&place("c", "one", "c"), &Limits::default()).await.unwrap();
+    store.place(&gone("a", 1), &Limits::default(), None).await.unwrap();
+    store.place(&gone("b", 9), &Limits::default(), None).await.unwrap();
+    store.place(&place("c", "one", "c"), &Limits::default(), None).await.unwrap();
     store.set_subdomains("a", &["x".into()]).await.unwrap();
     store.forget_placements(5).await.unwrap();
-    let left: Vec<_> = store.placements_of("one").await.unwrap().into_iter().map(|row| row.id).collect();
+    let left: Vec<_> =
+        store.placements_of("one", true, None, 100).await.unwrap().into_iter().map(|row| row.id).collect();
     assert_eq!(left, ["b", "c"]);
     assert_eq!(store.region_behind("x").await.unwrap(), None);
 }
@@ -421,7 +542,7 @@ async fn what_was_sent_for_one_deploy_goes_after_its_sandbox(place: Place) {
     listed.sort();
     assert_eq!(listed, ["asked", "named"]);
     let made = PlacementRow { archive_id: Some("sent".into()), ..self::place("web", "acme", "web") };
-    store.place(&made, &Limits::default()).await.unwrap();
+    store.place(&made, &Limits::default(), None).await.unwrap();
     assert!(store.unused_archives(6).await.unwrap().is_empty());
     store.update_placement(&PlacementRow { holds_name: false, gone: true, ..made }).await.unwrap();
     assert!(store.unused_archives(5).await.unwrap().is_empty(), "it has just been sent");

@@ -1,8 +1,10 @@
-//! Real servers that tests need, started by the tests themselves: [`postgres`]. [`on_both`]: the same tests on both databases.
+//! Real servers that tests need, started by the tests themselves: [`postgres`], [`hostile_agent`]. [`on_both`]: the same
+//! tests on both databases.
 //!
 //! Each lives as long as the test binary that asked for it, whichever way that ends, and leaves nothing behind.
 #![forbid(unsafe_code)]
 
+pub mod hostile_agent;
 pub mod postgres;
 
 /// Makes two tests of each function: with a `Place::sqlite()` of the module it stands in, and a `Place::postgres().await`.

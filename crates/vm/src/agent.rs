@@ -1,9 +1,14 @@
-//! The host's end of the agent connection: one HTTP/2 connection per VM, made anew after a break.
+//! The host's end of the agent connection: one HTTP/2 connection per VM for calls, made anew after a break, beside the
+//! one for its ports (`ports`).
 
 use std::{
     io,
     path::{Path, PathBuf},
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -17,74 +22,86 @@ use heyvm_agent_protocol::{
 use hyper_util::rt::TokioIo;
 use rand::RngCore;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::UnixStream,
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use tokio_util::{io::StreamReader, sync::PollSender};
-use tonic::{
-    Code,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, transport::Endpoint};
 
-use crate::{Error, qemu::Place};
+pub use crate::ports::{DialError, PortStream};
+use crate::{Error, agent_channel::AgentChannel, ports::Ports, qemu::Place};
 
 /// A guest that does not answer the hello for this long is not there. One that was just resumed answers late where the
 /// host's disk is busy: it reads its memory from there.
 const HELLO_DEADLINE: Duration = Duration::from_secs(30);
-/// Bytes in flight per stream and per connection: one virtio-serial round trip is long under emulation.
+/// A guest whose port gives something else than the agent's hello so many times in a row has no agent any more.
+const GARBAGE_TRIES: u32 = 3;
+/// What is read from the port at once.
+const READ_BUFFER: usize = 64 << 10;
+/// Bytes in flight per call: one virtio-serial round trip is long under emulation.
 const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 8 << 20;
-
-/// A byte stream to a port in the guest.
-pub trait PortStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> PortStream for T {}
-
-/// Why a port of a guest could not be reached.
-#[derive(Debug, thiserror::Error)]
-pub enum DialError {
-    /// Nothing listens on the port.
-    #[error("nothing listens on port {0}")]
-    NothingListens(u16),
-    /// The agent does not answer.
-    #[error(transparent)]
-    Agent(#[from] Error),
-}
+/// Holds the windows of all the calls that the agent takes at a time: output that no one reads must not keep others
+/// waiting.
+const CONNECTION_WINDOW: u32 = 1 << 30;
 
 /// A handle on the VM's agent. Cheap to clone.
 #[derive(Clone)]
 pub struct AgentConnection {
-    client: AgentClient<Channel>,
+    client: AgentClient<AgentChannel>,
+    garbage: Arc<Garbage>,
+    ports: Ports,
 }
 
 impl AgentConnection {
     /// A connection to the agent of the VM at `place`; nothing is sent before the first call.
     pub(crate) fn new(place: Place) -> Self {
-        Self::at(move || place.dir().agent_socket())
+        let of_ports = place.clone();
+        Self::at(move || place.dir().agent_socket(), move || of_ports.dir().ports_socket())
     }
 
-    /// A connection to the agent behind a Unix socket, looked up anew for every connection.
-    pub fn at(socket: impl Fn() -> PathBuf + Send + 'static) -> Self {
+    /// A connection to the agent behind two Unix sockets, one for calls and one for ports, which are looked up again for
+    /// every connection.
+    pub fn at(
+        socket: impl Fn() -> PathBuf + Send + 'static,
+        ports: impl Fn() -> PathBuf + Send + Sync + 'static,
+    ) -> Self {
+        let garbage = Arc::new(Garbage::default());
+        let counted = Arc::clone(&garbage);
         let channel = Endpoint::from_static("http://agent.invalid")
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .tcp_nodelay(false)
             .connect_with_connector_lazy(tower::service_fn(move |_| {
-                let socket = socket();
-                async move { Ok::<_, io::Error>(TokioIo::new(meet(&socket).await?)) }
+                let (socket, counted) = (socket(), Arc::clone(&counted));
+                async move { Ok::<_, io::Error>(TokioIo::new(counted.meet(&socket).await?)) }
             }));
-        let client =
-            AgentClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        Self { client }
+        let client = AgentClient::new(AgentChannel::new(channel))
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
+        Self { client, garbage, ports: Ports::new(ports) }
+    }
+
+    /// Resolves when the guest has sent garbage in place of the agent's hello too often. Nothing more is read from it.
+    pub async fn speaks_garbage(&self) {
+        let mut given_up = self.garbage.given_up.subscribe();
+        if given_up.wait_for(|given_up| *given_up).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     /// A client for the generated calls; reconnects when the connection has broken.
-    pub async fn client(&self) -> Result<AgentClient<Channel>, Error> {
+    pub async fn client(&self) -> Result<AgentClient<AgentChannel>, Error> {
         Ok(self.client.clone())
     }
 
     /// A byte stream to `port` on the guest's loopback.
     pub async fn dial(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
+        if self.ports.exists() { self.ports.dial(port).await } else { self.dial_by_call(port).await }
+    }
+
+    /// The way to a port of a VM that an earlier version started, whose agent has one connection for everything.
+    async fn dial_by_call(&self, port: u16) -> Result<Box<dyn PortStream>, DialError> {
         let (sender, receiver) = mpsc::channel(16);
         let first = DialInput { port: u32::from(port), ..DialInput::default() };
         sender.send(first).await.map_err(|_| Error::Unreachable("the stream was closed".into()))?;
@@ -119,8 +136,34 @@ pub(crate) async fn connect(socket: &Path) -> io::Result<UnixStream> {
     UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name)).await
 }
 
-async fn meet(socket: &Path) -> io::Result<UnixStream> {
-    let mut stream = connect(socket).await?;
+/// Counts a guest's garbage, so that reading it does not keep a processor busy for as long as the guest likes.
+#[derive(Default)]
+struct Garbage {
+    in_a_row: AtomicU32,
+    given_up: watch::Sender<bool>,
+}
+
+impl Garbage {
+    async fn meet(&self, socket: &Path) -> io::Result<BufReader<UnixStream>> {
+        if *self.given_up.borrow() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the guest's agent has been replaced"));
+        }
+        let met = meet(socket).await;
+        match &met {
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                if self.in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= GARBAGE_TRIES {
+                    self.given_up.send_replace(true);
+                }
+            }
+            Err(_) => {}
+            Ok(_) => self.in_a_row.store(0, Ordering::Relaxed),
+        }
+        met
+    }
+}
+
+pub(crate) async fn meet(socket: &Path) -> io::Result<BufReader<UnixStream>> {
+    let mut stream = BufReader::with_capacity(READ_BUFFER, connect(socket).await?);
     let mut nonce = [0; 16];
     rand::rng().fill_bytes(&mut nonce);
     tokio::time::timeout(HELLO_DEADLINE, hello::greet(&mut stream, &hex::encode(nonce)))

@@ -5,7 +5,9 @@
 //! Nothing here knows of names, HTTP or the store.
 
 pub mod agent;
+mod agent_channel;
 mod clock;
+mod ports;
 pub mod qemu;
 mod rehearsal;
 
@@ -16,6 +18,7 @@ use heyvm_images::{Image, Kernel};
 use serde::{Deserialize, Serialize};
 
 pub use agent::AgentConnection;
+pub use agent_channel::AgentChannel;
 pub use rehearsal::Rehearsal;
 
 /// A sandbox's id: lower-case letters, digits and `-`, at most 64 bytes; safe as a file name.
@@ -40,6 +43,10 @@ pub struct VmSpec {
     pub env: Vec<(String, String)>,
     /// Default directory of commands; made when missing.
     pub working_dir: String,
+    /// Certificate authorities for its programs, in PEM.
+    pub certificates: String,
+    /// Whose commands are, where they do not say: `name` or `uid`, and a group behind a colon; empty for root.
+    pub user: String,
     /// What it will run first, where that is known.
     pub rehearsal: Option<Rehearsal>,
 }
@@ -91,8 +98,8 @@ pub trait Driver: Send + Sync {
     /// What is there of a VM, whether or not it runs; `None` where there is nothing.
     async fn remains(&self, id: &VmId) -> Result<Option<Remains>, Error>;
 
-    /// Ends VMs that are kept in reserve and are nobody's; a daemon calls it as it ends.
-    async fn let_go_of_reserve(&self) {}
+    /// Terminates the VMs of the warm pool; a daemon calls it as it ends.
+    async fn empty_pool(&self) {}
 
     /// Checks of the host, for `doctor`. With a guest kernel, how guests run here is tried.
     async fn doctor(&self, kernel: Option<&heyvm_images::Kernel>) -> Vec<HostCheck>;
@@ -106,6 +113,9 @@ pub trait Vm: Send + Sync {
 
     /// A connection to its agent; reconnects by itself after a break. Cheap to clone.
     fn agent(&self) -> AgentConnection;
+
+    /// Its sandbox is ready: from about now on its processor quota counts. Its start is not throttled.
+    fn live(&self) {}
 
     /// Resolves when the VM's process has ended, however that came.
     async fn exited(&self) -> Exit;
@@ -158,6 +168,12 @@ pub enum ExitCause {
     GuestShutdown,
     /// The guest's kernel panicked.
     GuestPanic,
+    /// The guest halted its processors without powering off.
+    GuestHalted,
+    /// The guest's port sends something else than the agent's protocol.
+    AgentReplaced,
+    /// QEMU could not run the guest's code any further.
+    Unrunnable,
     /// The host ended the process at its memory limit.
     OutOfMemory,
     /// The host ran since another boot.
@@ -223,6 +239,14 @@ pub enum Error {
         /// What it did instead.
         what: String,
         /// The last lines of its console.
+        console_tail: Vec<String>,
+    },
+    /// QEMU does not resume from the template.
+    #[error("the VM could not be resumed from its template: {message}")]
+    NotResumed {
+        /// QEMU's words.
+        message: String,
+        /// The last lines of its log.
         console_tail: Vec<String>,
     },
     /// Nothing was kept that could be gone back to.

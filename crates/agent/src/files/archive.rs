@@ -16,16 +16,23 @@ use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 use super::{absolute, blocking, content::Chunks, failed, unpack};
+use crate::process::Identity;
 
 /// Chunks that may wait for whoever is slower.
 const QUEUE: usize = 4;
 
 /// Unpacks what the host sends below the directory that its first message names.
-pub async fn unpack(mut requests: Streaming<UnpackInput>) -> Result<UnpackReply, Status> {
+/// Where that is asked for it belongs to `user` afterwards.
+pub async fn unpack(mut requests: Streaming<UnpackInput>, user: &str) -> Result<UnpackReply, Status> {
     let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("no directory was named"))?;
     let dir = absolute(&first.path)?;
     let options = Options::for_a_guest().limits(first.max_bytes, first.max_entries).below(&first.root);
-    let options = options.map_err(|error| unpack::refused(&error))?;
+    let mut options = options.map_err(|error| unpack::refused(&error))?;
+    if first.as_user && !user.is_empty() {
+        let identity = Identity::find(user, Path::new("/etc"));
+        let identity = identity.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        options = options.owned_by(identity.uid, identity.gid);
+    }
     let (chunks, receiver) = mpsc::channel(QUEUE);
     let unpacking = tokio::task::spawn_blocking(move || {
         unpack::unpack(&dir, first.clean, &options, Incoming { chunks: receiver, current: io::Cursor::default() })

@@ -48,7 +48,18 @@ pub struct MainCommand {
 
 struct State {
     phase: Phase,
+    /// What its first process is ended with.
+    stops_by: Option<StopSignal>,
     output: Ring,
+}
+
+/// A process that another signal than SIGTERM ends in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StopSignal {
+    /// The process.
+    pub pid: i32,
+    /// The signal.
+    pub signal: i32,
 }
 
 #[derive(Clone)]
@@ -60,7 +71,7 @@ enum Phase {
 
 impl Default for MainCommand {
     fn default() -> Self {
-        let state = State { phase: Phase::None, output: Ring::new(CAPACITY) };
+        let state = State { phase: Phase::None, stops_by: None, output: Ring::new(CAPACITY) };
         Self { state: Mutex::new(state), changed: watch::channel(()).0 }
     }
 }
@@ -70,6 +81,7 @@ impl MainCommand {
     pub fn start<E: Into<Status>>(
         self: &Arc<Self>,
         oom_kills: &Arc<OomKills>,
+        stop_signal: i32,
         spawn: impl FnOnce() -> Result<(Child, Streams), E>,
     ) -> Result<i32, Status> {
         // The state is not held meanwhile: its program may lie in a mount, and whoever watches must not wait for that.
@@ -85,6 +97,7 @@ impl MainCommand {
             error.into()
         })?;
         let pid = child.pid.as_raw();
+        self.lock().stops_by = (stop_signal != 0).then_some(StopSignal { pid, signal: stop_signal });
         tokio::spawn(Arc::clone(self).follow(child, streams, Arc::clone(oom_kills)));
         Ok(pid)
     }
@@ -103,7 +116,10 @@ impl MainCommand {
             }
         };
         let _ = tokio::time::timeout(GRACE, drained).await;
-        self.lock().phase = Phase::Ended(exit(ended, false, &oom_kills));
+        let mut state = self.lock();
+        state.phase = Phase::Ended(exit(ended, false, &oom_kills));
+        state.stops_by = None;
+        drop(state);
         self.changed.send_replace(());
     }
 
@@ -112,6 +128,11 @@ impl MainCommand {
             self.lock().output.push(stderr, &data);
             self.changed.send_replace(());
         }
+    }
+
+    /// The process that is to be ended in another way than all others.
+    pub fn stops_by(&self) -> Option<StopSignal> {
+        self.lock().stops_by
     }
 
     /// What it has printed from `offset` on, then what it prints, then its end.

@@ -1,4 +1,4 @@
 //! The sandbox's ports as the host reaches them.
 
-pub mod dial;
 pub mod listening;
+pub mod streams;

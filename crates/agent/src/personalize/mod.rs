@@ -10,11 +10,12 @@
 pub mod network;
 mod root;
 mod spare;
+mod trust;
 
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::fs::chown},
     path::Path,
 };
 
@@ -23,7 +24,7 @@ use nix::{libc, unistd::sethostname};
 
 pub use root::{DISK_MOUNT, OldRoot};
 
-use crate::{clock, console};
+use crate::{clock, console, process::Identity};
 
 /// Less entropy than this is refused, in bytes.
 const MIN_ENTROPY: usize = 32;
@@ -57,6 +58,7 @@ pub fn reserve(request: &PersonalizeRequest) -> Result<OldRoot, PersonalizeError
     }
     root::mount_disk(request.disk_bytes).map_err(step("disk"))?;
     let old_root = root::enter()?;
+    install_certificates(request);
     make_working_dir(request)?;
     take_spare_room(&old_root);
     Ok(old_root)
@@ -82,6 +84,7 @@ pub fn personalize(request: &PersonalizeRequest, reserved: Option<OldRoot>) -> R
     if let Some(wanted) = &request.network {
         network::configure(wanted).map_err(step("network"))?;
     }
+    install_certificates(request);
     make_working_dir(request)?;
     take_spare_room(&old_root);
     Ok(old_root)
@@ -94,17 +97,38 @@ fn take_spare_room(old_root: &OldRoot) {
     }
 }
 
+/// A full disk must not keep a sandbox from starting.
+fn install_certificates(request: &PersonalizeRequest) {
+    if let Err(error) = trust::install(Path::new("/"), &request.certificates) {
+        console::say(format_args!("the host's certificate authorities could not be added: {error}"));
+    }
+}
+
+/// Variables for programs that bring authorities of their own along.
+pub fn environment(request: &PersonalizeRequest) -> Vec<(String, String)> {
+    if request.certificates.is_empty() { Vec::new() } else { trust::environment(Path::new("/")) }
+}
+
 fn make_working_dir(request: &PersonalizeRequest) -> Result<(), PersonalizeError> {
     if request.working_dir.is_empty() {
         return Ok(());
     }
-    match fs::create_dir_all(&request.working_dir) {
+    let dir = Path::new(&request.working_dir);
+    if dir.exists() {
+        return Ok(());
+    }
+    match fs::create_dir_all(dir) {
         // Commands say that their directory is missing; a sandbox that does not start could not be emptied.
         Err(error) if error.kind() == io::ErrorKind::StorageFull => {
             console::say(format_args!("the disk is full: no working directory"));
-            Ok(())
+            return Ok(());
         }
-        made => made.map_err(step("working directory")),
+        made => made.map_err(step("working directory"))?,
+    }
+    // A user that the image does not have is reported by the first command.
+    match Identity::find(&request.user, Path::new("/etc")) {
+        Ok(user) if user.uid != 0 => chown(dir, Some(user.uid), Some(user.gid)).map_err(step("working directory")),
+        _ => Ok(()),
     }
 }
 

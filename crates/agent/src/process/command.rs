@@ -85,7 +85,8 @@ impl Command {
         if start.detach && (start.pty.is_some() || start.stdin || !start.session.is_empty()) {
             return Err(CommandError::Detached);
         }
-        let identity = Identity::find(&start.user, Path::new("/etc"))?;
+        let user = if start.user.is_empty() { &sandbox.user } else { &start.user };
+        let identity = Identity::find(user, Path::new("/etc"))?;
         let environment = environment(start, sandbox, session, &identity)?;
         let long = start.shell && start.argv[0].len() >= MAX_ARGUMENT;
         let script = long.then(|| keep_script(&start.argv[0])).transpose()?;
@@ -204,7 +205,7 @@ mod tests {
 
     fn sandbox() -> Sandbox {
         let env = [("A", "1"), ("PATH", "/x")].map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
-        Sandbox { env, working_dir: "/workspace".into(), hostname: "box".into() }
+        Sandbox { env, working_dir: "/workspace".into(), hostname: "box".into(), ..Sandbox::default() }
     }
 
     fn start(argv: &[&str]) -> ExecStart {

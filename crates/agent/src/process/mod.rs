@@ -23,6 +23,7 @@ pub use ended::Ended;
 pub use reaper::{Child, Reaper};
 pub use spawn::SpawnError;
 pub use streams::Streams;
+pub use user::Identity;
 
 /// What every child is started with.
 pub struct Spawner {

@@ -15,7 +15,7 @@ use heyvm_agent_protocol::{
     v1::{agent_client::AgentClient, exec_input, exec_output, *},
 };
 use hyper_util::rt::TokioIo;
-use tokio::{sync::mpsc, task::JoinHandle};
+use tokio::{io::BufReader, sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status, Streaming,
@@ -43,6 +43,7 @@ impl Agent {
             env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("GREETING".into(), "hello".into())],
             working_dir: dir.to_str().unwrap().into(),
             hostname: "box".into(),
+            ..Sandbox::default()
         };
         Self { service: Arc::new(Service::personalized(reaper(), cgroup, sandbox)) }
     }
@@ -64,7 +65,7 @@ impl Agent {
         let connector = tower::service_fn(move |_| {
             let host = host.take();
             async move {
-                let mut host = host.ok_or(io::ErrorKind::NotConnected)?;
+                let mut host = BufReader::new(host.ok_or(io::ErrorKind::NotConnected)?);
                 hello::greet(&mut host, "0123456789abcdef0123456789abcdef").await?;
                 Ok::<_, io::Error>(TokioIo::new(host))
             }

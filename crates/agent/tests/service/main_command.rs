@@ -6,7 +6,11 @@ use tonic::{Code, Streaming};
 use crate::harness::{Agent, Client, PATIENCE, eventually, program, script};
 
 async fn start(client: &mut Client, start: ExecStart) -> Result<i32, tonic::Status> {
-    Ok(client.start_main(StartMainRequest { start: Some(start) }).await?.into_inner().pid)
+    Ok(client
+        .start_main(StartMainRequest { start: Some(start), ..StartMainRequest::default() })
+        .await?
+        .into_inner()
+        .pid)
 }
 
 async fn watch(client: &mut Client, from_offset: u64) -> Streaming<MainEvent> {

@@ -48,6 +48,17 @@ pub struct Client {
     http: legacy::Client<Server, Body>,
 }
 
+/// One page of a list.
+#[derive(Debug, Clone)]
+pub struct Page<T> {
+    /// What is on it.
+    pub entries: Vec<T>,
+    /// Where the next one begins; none after the last.
+    pub next: Option<String>,
+    /// On the last page: what to ask with for changes from then on.
+    pub revision: Option<String>,
+}
+
 impl Client {
     /// A client of `server`; nothing is sent yet.
     pub fn new(server: Server) -> Self {
@@ -94,6 +105,27 @@ impl Client {
     /// A call without a body.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ApiError> {
         self.json(self.call(request(Method::GET, path), empty()).await?).await
+    }
+
+    /// Every page of a list, one after another. `path` has a query already, or none.
+    pub async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ApiError> {
+        let mut all = Vec::new();
+        let mut next = path.to_owned();
+        loop {
+            let page = self.page(&next).await?;
+            all.extend(page.entries);
+            let Some(cursor) = page.next else { return Ok(all) };
+            let separator = if path.contains('?') { '&' } else { '?' };
+            next = format!("{path}{separator}cursor={cursor}");
+        }
+    }
+
+    /// One page of a list.
+    pub async fn page<T: DeserializeOwned>(&self, path: &str) -> Result<Page<T>, ApiError> {
+        let response = self.checked(self.call(request(Method::GET, path), empty()).await?).await?;
+        let header = |name: &str| response.headers().get(name)?.to_str().ok().map(str::to_owned);
+        let (next, revision) = (header(headers::NEXT_CURSOR), header(headers::REVISION));
+        Ok(Page { next, revision, entries: self.json(response).await? })
     }
 
     /// A call with a JSON body.

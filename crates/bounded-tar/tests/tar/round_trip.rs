@@ -143,3 +143,25 @@ fn sockets_and_fifos_are_counted_and_left_out() {
     assert_eq!(packer.left_out(), (2, &["socket", "fifo"].map(PathBuf::from)[..]));
     assert!(packer.finish().unwrap().iter().all(|byte| *byte == 0));
 }
+
+/// Only root gives files away.
+#[test]
+fn a_tree_belongs_to_the_user_it_is_unpacked_for() {
+    if fs::symlink_metadata("/proc/self").unwrap().uid() != 0 {
+        return;
+    }
+    let from = tempfile::tempdir().unwrap();
+    fs::create_dir_all(from.path().join("sub/deep")).unwrap();
+    fs::write(from.path().join("sub/deep/tool"), "x").unwrap();
+    fs::set_permissions(from.path().join("sub/deep/tool"), fs::Permissions::from_mode(0o4755)).unwrap();
+    symlink("/nowhere", from.path().join("sub/link")).unwrap();
+    let tar = pack(from.path(), &["sub", "sub/deep", "sub/deep/tool", "sub/link"]);
+    let to = tempfile::tempdir().unwrap();
+    through(&tar, to.path(), &Options::for_a_guest().owned_by(1234, 567));
+    for name in ["", "sub", "sub/deep", "sub/deep/tool", "sub/link"] {
+        let meta = fs::symlink_metadata(to.path().join(name)).unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (1234, 567), "{name:?}");
+    }
+    let tool = fs::metadata(to.path().join("sub/deep/tool")).unwrap();
+    assert_eq!(tool.permissions().mode() & 0o7777, 0o4755, "a change of the owner would take set-user-id away");
+}

@@ -16,7 +16,7 @@ use crate::{
     cut::Cut,
     errors,
     record::{self, Record},
-    spawn_detached, validate,
+    spawn_detached, supervised, validate,
 };
 use steps::Prepared;
 
@@ -236,7 +236,9 @@ impl ControlPlane {
     ) -> Result<SandboxInfo, ApiError> {
         let _one_transition = sandbox.transition.lock().await;
         let prepared = tokio::select! {
-            prepared = self.prepare(&sandbox, &request, &progress) => prepared,
+            prepared = supervised::run("making a sandbox", self.prepare(&sandbox, &request, &progress)) => {
+                prepared.map_err(|panicked| errors::internal(&panicked)).flatten()
+            }
             cut = sandbox.cut_asked() => Err(cut.error()),
         };
         let outcome = match prepared {

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use heyvm_agent_protocol::v1::UnpackInput;
 use heyvm_api::{ApiError, ErrorCode, sandbox::CreateRequest, system::ProgressEvent};
+use heyvm_images::{Requester, Variant, Wanted};
 use heyvm_vm::{Rehearsal, Vm, VmSpec};
 
 use crate::{
-    ControlPlane, ProgressSink, Sandbox, archives, begin_step, errors,
+    Account, ControlPlane, ProgressSink, Sandbox, archives, begin_step, errors,
     guest_command::run,
     hooks::{self, HookOutput},
+    image_run::{self, ImageRun},
     main_command::Main,
     orphans,
     record::Record,
@@ -30,7 +32,7 @@ impl ControlPlane {
         progress: &ProgressSink,
     ) -> Result<Prepared, ApiError> {
         begin_step(sandbox, progress, "image", "looking for the image");
-        let spec = self.prepare_image(sandbox, progress).await.map_err(|error| error.step("image"))?;
+        let spec = self.prepare_image(sandbox, request, progress).await.map_err(|error| error.step("image"))?;
         begin_step(sandbox, progress, "template", "preparing the template");
         let record = sandbox.snapshot();
         self.driver
@@ -44,7 +46,14 @@ impl ControlPlane {
         check_type(&vm, request.sandbox_type.as_deref()).await.map_err(|error| error.step("image"))?;
         if let Some(archive) = &record.archive_id {
             begin_step(sandbox, progress, "unpack", "unpacking the archive");
-            let unpacked = self.unpack(&vm, archive, record.archive_root.as_deref(), &record.working_directory, false);
+            let unpacked = self.unpack(
+                &vm,
+                &record.account,
+                archive,
+                record.archive_root.as_deref(),
+                &record.working_directory,
+                false,
+            );
             unpacked.await.map_err(|error| error.step("unpack"))?;
         }
         // Behind the archive: what lies below a mount stays in the sandbox, and nothing is unpacked to this host.
@@ -65,31 +74,53 @@ impl ControlPlane {
     }
 
     /// Image and kernel, and from them what the VM is made from.
-    async fn prepare_image(&self, sandbox: &Arc<Sandbox>, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
+    async fn prepare_image(
+        &self,
+        sandbox: &Arc<Sandbox>,
+        request: &CreateRequest,
+        progress: &ProgressSink,
+    ) -> Result<VmSpec, ApiError> {
+        let named = request.image.as_deref();
         // Fetching or building an image takes a minute; that there is no kernel for it is known at once.
         let kernel = self.images.kernel().await.map_err(errors::image)?;
-        let asked = sandbox.record().image.clone();
-        let resolved = self.claim_image(sandbox, &asked, progress).await?;
+        let resolved = self.claim_image(sandbox, request, progress).await?;
         let record = self
             .save(sandbox, |record| {
                 record.image_env.clone_from(&resolved.image.config.env);
-                if let Some(sentence) = &resolved.substituted {
+                record.image_run = ImageRun::of(&resolved.image.config);
+                if let Some(directory) = image_run::working_directory(&resolved.image.config)
+                    && request.working_directory.is_none()
+                {
+                    record.working_directory = directory;
+                }
+                if resolved.stands_in {
                     record.image.clone_from(&resolved.image.name);
-                    record.image_requested = Some(asked.clone());
-                    record.warnings.push(sentence.clone());
+                    record.image_requested = named.map(str::to_owned);
+                    record.warnings.extend(resolved.substituted.clone());
                 }
             })
             .await?;
-        Ok(vm_spec(&record, kernel, resolved.image))
+        Ok(self.vm_spec(&record, kernel, resolved.image))
     }
 
     /// The VM that a sandbox of nothing but defaults would have.
     pub(crate) async fn default_spec(&self, record: &Record, progress: &ProgressSink) -> Result<VmSpec, ApiError> {
         let kernel = self.images.kernel().await.map_err(errors::image)?;
-        let forward = self.forward(progress, "image");
-        let resolved =
-            self.images.resolve(&record.image, &self.config.default_image, forward).await.map_err(errors::image)?;
-        Ok(vm_spec(record, kernel, resolved.image))
+        let wanted = Wanted {
+            named: None,
+            default_image: self.config.default_image.clone(),
+            full: false,
+            requester: Requester::Operator,
+        };
+        // What an earlier version has built may lack what this one puts in.
+        if let Some(old) = self.images.stand_in(Variant::Base)
+            && self.images.get(&wanted.default_image).is_none()
+            && let Err(error) = self.images.build_default(Variant::Base, self.forward(progress, "image")).await
+        {
+            tracing::warn!(%error, image = old.name, "the default image could not be brought up to date");
+        }
+        let resolved = self.images.resolve(&wanted, self.forward(progress, "image")).await.map_err(errors::image)?;
+        Ok(self.vm_spec(record, kernel, resolved.image))
     }
 
     /// The VM of an existing record: the very image its disk lies over must still be here.
@@ -99,8 +130,9 @@ impl ControlPlane {
             ApiError::new(ErrorCode::ImageNotFound, format!("the sandbox's image {} ({digest}) is gone", record.image))
                 .hint("heyvm pull NAME@DIGEST brings the same one back; another one does not fit the sandbox's disk")
         })?;
+        self.images.touch(&image.digest).await;
         let kernel = self.images.kernel().await.map_err(errors::image)?;
-        Ok(vm_spec(record, kernel, image))
+        Ok(self.vm_spec(record, kernel, image))
     }
 
     /// Progress of the parts below, as events of ours.
@@ -116,18 +148,21 @@ impl ControlPlane {
     pub(crate) async fn unpack(
         &self,
         vm: &Arc<dyn Vm>,
+        account: &Account,
         archive: &str,
         root: Option<&str>,
         directory: &str,
         clean: bool,
     ) -> Result<(), ApiError> {
         let pieces = archives::read(&self.config.home, archive)?;
+        let limits = archives::limits(account);
         let first = UnpackInput {
             path: directory.to_owned(),
             root: root.unwrap_or_default().to_owned(),
             clean,
-            max_bytes: archives::LIMITS.unpacked,
-            max_entries: archives::LIMITS.entries,
+            as_user: true,
+            max_bytes: limits.unpacked,
+            max_entries: limits.entries,
             ..UnpackInput::default()
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
@@ -144,21 +179,24 @@ impl ControlPlane {
             .map_err(|error| errors::io("reading the archive", &error))?;
         unpacked.map(drop)
     }
-}
 
-fn vm_spec(record: &Record, kernel: heyvm_images::Kernel, image: heyvm_images::Image) -> VmSpec {
-    let mut env = record.image_env.clone();
-    env.extend(record.env_vars.clone());
-    VmSpec {
-        kernel,
-        image,
-        memory_mib: record.size_class.memory_mib(),
-        cpu_millis: record.size_class.cpu_millis(),
-        disk_gib: record.disk_gib,
-        hostname: if record.slug.is_empty() { "sandbox".into() } else { record.slug.clone() },
-        env,
-        working_dir: record.working_directory.clone(),
-        rehearsal: record.start_command.as_deref().and_then(Rehearsal::of),
+    fn vm_spec(&self, record: &Record, kernel: heyvm_images::Kernel, image: heyvm_images::Image) -> VmSpec {
+        let mut env = self.config.guest.env.clone();
+        env.extend(record.image_env.clone());
+        env.extend(record.env_vars.clone());
+        VmSpec {
+            kernel,
+            image,
+            memory_mib: record.size_class.memory_mib(),
+            cpu_millis: record.size_class.cpu_millis(),
+            disk_gib: record.disk_gib,
+            hostname: if record.slug.is_empty() { "sandbox".into() } else { record.slug.clone() },
+            env,
+            working_dir: record.working_directory.clone(),
+            certificates: self.config.guest.certificates.clone(),
+            user: record.image_run.user.clone(),
+            rehearsal: record.start_command.as_ref().and_then(|command| Rehearsal::of(&command.to_string())),
+        }
     }
 }
 
@@ -167,6 +205,7 @@ async fn check_type(vm: &Arc<dyn Vm>, kind: Option<&str>) -> Result<(), ApiError
     let program = match kind {
         Some("python") => "python3",
         Some("node") => "node",
+        Some("full") => "cc",
         _ => return Ok(()),
     };
     let (exit, _) = run(vm, &format!("command -v {program}")).await?;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::StreamExt;
 use heyvm_api::{ErrorCode, sandbox::*};
-use heyvm_control_plane::{Asked, Who};
+use heyvm_control_plane::{Account, Asked, Who};
 
 use crate::daemon::{Daemon, eventually, free_port, keyed, server, sink};
 
@@ -20,7 +20,7 @@ fn an_archive_is_unpacked_hooks_run_and_the_app_serves() {
     builder.append_data(&mut header, "greeting", &b"hello"[..]).unwrap();
     let archive = builder.into_inner().unwrap().finish().unwrap();
     let body = futures::stream::iter(vec![Ok(Bytes::from(archive))]).boxed();
-    let archive = daemon.run(daemon.plane().put_archive(None, body)).unwrap();
+    let archive = daemon.run(daemon.plane().put_archive(&Account::owner(), None, body)).unwrap();
     assert!(archive.archive_id.starts_with("ar-"));
 
     let port = free_port();
@@ -28,7 +28,7 @@ fn an_archive_is_unpacked_hooks_run_and_the_app_serves() {
         archive_id: Some(archive.archive_id.clone()),
         setup_hooks: vec!["cat greeting > said; echo $WHO >> said".into(), "test -s said".into()],
         env_vars: [("WHO".to_owned(), "you".to_owned())].into(),
-        start_command: Some(server(port, "up")),
+        start_command: Some(server(port, "up").into()),
         open_ports: vec![i64::from(port)],
         health_path: Some("/health".into()),
         ..daemon.request("web")
@@ -91,7 +91,7 @@ fn what_is_never_healthy_is_given_up_with_the_last_finding() {
     let daemon = Daemon::new();
     let port = free_port();
     let request = CreateRequest {
-        start_command: Some(server(port, "up")),
+        start_command: Some(server(port, "up").into()),
         open_ports: vec![i64::from(port)],
         health_path: Some("/missing".into()),
         health_timeout_seconds: Some(8.0),

@@ -68,7 +68,7 @@ fn a_stop_ends_a_start_that_waits() {
     let port = crate::daemon::free_port();
     let command = format!("test -e once && exec sleep 3600; touch once; {}", crate::daemon::server(port, "up"));
     let request = CreateRequest {
-        start_command: Some(command),
+        start_command: Some(command.into()),
         open_ports: vec![i64::from(port)],
         health_timeout_seconds: Some(3600.0),
         ..daemon.request("web")

@@ -68,6 +68,8 @@ impl Daemon {
             url_port: 8480,
             regions: vec!["US".into()],
             default_image: "test:1".into(),
+            images: Default::default(),
+            guest: Default::default(),
         }
     }
 

@@ -4,7 +4,7 @@ use std::{future::poll_fn, pin::pin, task::Poll};
 
 use futures::{FutureExt, StreamExt, future::BoxFuture};
 use heyvm_api::{ApiError, sandbox::*};
-use heyvm_control_plane::{Asked, ControlPlane, Who};
+use heyvm_control_plane::{Account, Asked, ControlPlane, Who};
 use heyvm_store::{EndpointRow, Store};
 
 use crate::daemon::{Daemon, eventually, keyed, sink};
@@ -63,6 +63,7 @@ fn in_store(daemon: &Daemon, store: &Store) -> Vec<String> {
                 subdomain: endpoint.subdomain.clone(),
                 hostname: String::new(),
                 url: String::new(),
+                local_url: None,
                 port: endpoint.port,
                 is_public: endpoint.is_public,
             };
@@ -82,7 +83,7 @@ fn archive(daemon: &Daemon) -> String {
     tar.append_data(&mut header, "file", &b"hi"[..]).unwrap();
     let bytes = tar.into_inner().unwrap().finish().unwrap();
     let body = futures::stream::iter([Ok(bytes::Bytes::from(bytes))]).boxed();
-    daemon.run(daemon.plane().put_archive(None, body)).unwrap().archive_id
+    daemon.run(daemon.plane().put_archive(&Account::owner(), None, body)).unwrap().archive_id
 }
 
 type Operation = Box<dyn Fn(std::sync::Arc<ControlPlane>) -> BoxFuture<'static, Result<(), ApiError>>>;

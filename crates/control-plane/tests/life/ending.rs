@@ -78,6 +78,9 @@ fn a_machine_that_ends_by_itself_is_judged() {
     let daemon = Daemon::new();
     let cases = [
         (ExitCause::GuestPanic, Status::Failed, ReasonCode::GuestPanic),
+        (ExitCause::GuestHalted, Status::Failed, ReasonCode::GuestHalted),
+        (ExitCause::AgentReplaced, Status::Failed, ReasonCode::AgentReplaced),
+        (ExitCause::Unrunnable, Status::Failed, ReasonCode::KvmFailed),
         (ExitCause::Lost, Status::Failed, ReasonCode::VmLost),
         (ExitCause::OutOfMemory, Status::Failed, ReasonCode::OutOfMemory),
         (ExitCause::GuestShutdown, Status::Stopped, ReasonCode::GuestShutdown),

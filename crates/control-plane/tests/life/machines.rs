@@ -13,7 +13,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use heyvm_agent::{Reaper, Sandbox, connection, service::Service};
+use heyvm_agent::{Reaper, Sandbox, connection, net::streams, service::Service};
+use heyvm_test_services::hostile_agent::{self, Misbehaviour};
 use heyvm_vm::{
     AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Usage, Vm, VmId, VmSpec,
 };
@@ -21,7 +22,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::{net::UnixListener, runtime::Runtime, sync::watch};
+use tokio::{net::UnixListener, runtime::Runtime, sync::watch, task::JoinSet};
 
 /// Marks the processes of a machine.
 const MARK: &str = "HEYVM_TEST_MACHINE";
@@ -103,6 +104,19 @@ impl Machines {
         fs::rename(disk.join("silent.sock"), disk.join("agent.sock")).unwrap();
     }
 
+    /// From now on the machine's agent is another one.
+    pub fn possess(&self, id: &str, how: Misbehaviour) {
+        let machine = Arc::clone(&self.running.lock().unwrap()[id]);
+        let mut serving = machine.serving.lock().unwrap();
+        serving.abort();
+        let socket = self.dir.join(id).join("agent.sock");
+        fs::remove_file(&socket).unwrap();
+        *serving = self.runtime.spawn(async move {
+            let Err(error) = hostile_agent::serve(&socket, how).await;
+            panic!("{error}");
+        });
+    }
+
     /// A disk that no record knows of.
     pub fn stray(&self, id: &str) {
         fs::create_dir(self.dir.join(id)).unwrap();
@@ -131,27 +145,44 @@ impl Machines {
         self.booted.lock().unwrap().clone_from(&spec.image.digest);
         *self.sizes.lock().unwrap() = (spec.memory_mib, spec.disk_gib);
         let socket = self.dir.join(id).join("agent.sock");
-        let _ = fs::remove_file(&socket);
+        let ports = self.dir.join(id).join("ports.sock");
+        let _ = (fs::remove_file(&socket), fs::remove_file(&ports));
         let mut env = spec.env.clone();
         env.push((MARK.into(), id.clone()));
         fs::create_dir_all(&spec.working_dir).unwrap();
-        let sandbox = Sandbox { env, working_dir: spec.working_dir.clone(), hostname: spec.hostname.clone() };
+        let sandbox = Sandbox {
+            env,
+            working_dir: spec.working_dir.clone(),
+            hostname: spec.hostname.clone(),
+            ..Sandbox::default()
+        };
         let _inside = self.runtime.enter();
         let listener = UnixListener::bind(&socket).unwrap();
+        let ports_listener = UnixListener::bind(&ports).unwrap();
         let serving = self.runtime.spawn(async move {
             let reaper = Reaper::new(false);
             tokio::spawn(Arc::clone(&reaper).run());
             let service = Arc::new(Service::personalized(reaper, None, sandbox));
-            while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(connection::serve(stream, Arc::clone(&service)));
+            // They end with the machine.
+            let mut connections = JoinSet::new();
+            loop {
+                tokio::select! {
+                    Ok((stream, _)) = listener.accept() => {
+                        connections.spawn(connection::serve(stream, Arc::clone(&service)));
+                    }
+                    Ok((stream, _)) = ports_listener.accept() => {
+                        connections.spawn(streams::serve(stream, || true));
+                    }
+                    else => return,
+                }
             }
         });
         let machine = Arc::new(Machine {
             id: id.clone(),
-            agent: AgentConnection::at(move || socket.clone()),
+            agent: AgentConnection::at(move || socket.clone(), move || ports.clone()),
             exit: watch::channel(None).0,
             tenacity: Arc::clone(&self.tenacity),
-            serving,
+            serving: Mutex::new(serving),
         });
         self.running.lock().unwrap().insert(id.clone(), Arc::clone(&machine));
         machine
@@ -260,13 +291,13 @@ struct Machine {
     agent: AgentConnection,
     exit: watch::Sender<Option<Exit>>,
     tenacity: Arc<Mutex<Duration>>,
-    serving: tokio::task::JoinHandle<()>,
+    serving: Mutex<tokio::task::JoinHandle<()>>,
 }
 
 impl Machine {
     fn end(&self, exit: Exit) {
         self.exit.send_replace(Some(exit));
-        self.serving.abort();
+        self.serving.lock().unwrap().abort();
         let mark = format!("{MARK}={}\0", self.id);
         for process in fs::read_dir("/proc").unwrap().flatten() {
             let environment = fs::read(process.path().join("environ")).unwrap_or_default();

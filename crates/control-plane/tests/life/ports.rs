@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
+use heyvm_agent_protocol::v1::MetricsRequest;
 use heyvm_api::{ErrorCode, sandbox::*};
 use heyvm_control_plane::ConnectError;
 use heyvm_control_plane::Who;
@@ -28,7 +29,7 @@ pub fn ask(daemon: &Daemon, subdomain: &str) -> Result<String, ConnectError> {
 fn a_subdomain_leads_to_its_port_as_long_as_it_is_bound() {
     let daemon = Daemon::new();
     let port = free_port();
-    let command = Some(server(port, "here"));
+    let command = Some(server(port, "here").into());
     daemon
         .create(CreateRequest { start_command: command, open_ports: vec![i64::from(port)], ..daemon.request("web") })
         .unwrap();
@@ -83,7 +84,7 @@ fn waiting_for_a_port() {
     let port = free_port();
     daemon
         .create(CreateRequest {
-            start_command: Some(format!("sleep 0.7; {}", server(port, "late"))),
+            start_command: Some(format!("sleep 0.7; {}", server(port, "late")).into()),
             ..daemon.request("web")
         })
         .unwrap();
@@ -100,4 +101,60 @@ fn waiting_for_a_port() {
     assert!(!wait(Some("/missing"), 0.5).unwrap());
     daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
     assert_eq!(wait(None, 1.0).unwrap_err().code, ErrorCode::InvalidState);
+}
+
+#[test]
+fn calls_answer_while_ports_are_flooded() {
+    let daemon = Daemon::new();
+    daemon.create(daemon.request("web")).unwrap();
+    let id = daemon.get("web").id;
+    daemon.run(async {
+        let listener = || tokio::net::TcpListener::bind("127.0.0.1:0");
+        let (deaf, loud) = (listener().await.unwrap(), listener().await.unwrap());
+        let (deaf_port, loud_port) = (deaf.local_addr().unwrap().port(), loud.local_addr().unwrap().port());
+        tokio::spawn(async move {
+            let mut kept = Vec::new();
+            while let Ok((stream, _)) = deaf.accept().await {
+                kept.push(stream);
+            }
+        });
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = loud.accept().await {
+                tokio::spawn(async move { while stream.write_all(&[b'x'; 16 << 10]).await.is_ok() {} });
+            }
+        });
+        let mut held = Vec::new();
+        for _ in 0..40 {
+            let mut upload = daemon.plane().connect_to(&id, deaf_port).await.unwrap();
+            let quiet = Duration::from_millis(200);
+            while let Ok(written) = tokio::time::timeout(quiet, upload.write_all(&[b'x'; 64 << 10])).await {
+                written.unwrap();
+            }
+            held.push(upload);
+            held.push(daemon.plane().connect_to(&id, loud_port).await.unwrap());
+        }
+        let agent = daemon.plane().agent(&Who::owners("web")).await.unwrap();
+        let called = async { agent.client().await.unwrap().metrics(MetricsRequest {}).await.unwrap() };
+        tokio::time::timeout(Duration::from_secs(120), called).await.expect("the agent does not answer");
+        let silent = daemon.plane().connect_to(&id, 1).await;
+        assert!(matches!(silent, Err(ConnectError::NothingListens(1))));
+    });
+}
+
+#[test]
+fn ports_of_a_sandbox_are_limited() {
+    let daemon = Daemon::new();
+    daemon.create(daemon.request("web")).unwrap();
+    for port in 1..=32 {
+        bind(&daemon, "web", port).unwrap();
+    }
+    let refused = bind(&daemon, "web", 33).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::LimitExceeded);
+    assert!(refused.message.contains("32") && refused.hint.is_some());
+    // A bound one is bound already, and one that is unbound makes room.
+    bind(&daemon, "web", 1).unwrap();
+    daemon.run(daemon.plane().unbind(&Who::owners("web"), 1)).unwrap();
+    bind(&daemon, "web", 33).unwrap();
+    let all = CreateRequest { open_ports: (1..=33).collect(), ..daemon.request("other") };
+    assert_eq!(daemon.create(all).unwrap_err().code, ErrorCode::LimitExceeded);
 }

@@ -10,7 +10,7 @@ use crate::{
 
 fn version(daemon: &Daemon, port: u16, word: &str) -> CreateRequest {
     CreateRequest {
-        start_command: Some(server(port, word)),
+        start_command: Some(server(port, word).into()),
         open_ports: vec![i64::from(port)],
         health_path: Some("/".into()),
         replace: true,

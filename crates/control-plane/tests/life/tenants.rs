@@ -105,7 +105,7 @@ fn private_ports_are_for_accounts_and_stay_private() {
     let daemon = Daemon::new();
     let port = free_port();
     let version = |is_public| CreateRequest {
-        start_command: Some(server(port, "hello")),
+        start_command: Some(server(port, "hello").into()),
         open_ports: vec![i64::from(port)],
         is_public,
         replace: true,
@@ -114,7 +114,13 @@ fn private_ports_are_for_accounts_and_stay_private() {
     assert_eq!(daemon.create(version(Some(false))).unwrap_err().code, ErrorCode::Unsupported);
     let made = create(&daemon, version(Some(false)), of("acme")).unwrap();
     let route = daemon.plane().route(&made.urls[0].subdomain).unwrap();
-    let expected = RouteInfo { sandbox_id: made.id, port, is_public: false, account_id: "acme".into() };
+    let expected = RouteInfo {
+        sandbox_id: made.id,
+        port,
+        is_public: false,
+        account_id: "acme".into(),
+        response_timeout_seconds: None,
+    };
     assert_eq!(route, expected);
 
     let bind = |is_public| {

@@ -1,8 +1,10 @@
 //! The REST API, as `heyvm --api` serves it, and over the daemon's socket.
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
+    path::PathBuf,
     process::{Child, Stdio},
 };
 
@@ -13,6 +15,7 @@ use serde_json::{Value, json};
 pub struct Server {
     process: Child,
     pub url: String,
+    token_file: PathBuf,
 }
 
 impl Server {
@@ -25,13 +28,26 @@ impl Server {
             .stdout(Stdio::null())
             .spawn()
             .expect("heyvm");
-        let server = Self { process, url: format!("http://127.0.0.1:{port}") };
+        let token_file = host.home.join(format!("run/api-{port}.token"));
+        let server = Self { process, url: format!("http://127.0.0.1:{port}"), token_file };
         eventually("the API answers", || http::try_get(&format!("{}/health", server.url)).ok());
         server
     }
 
     fn call(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
         http::json(method, &format!("{}{path}", self.url), body)
+    }
+
+    /// What a client sends that is the owner.
+    pub fn credentials(&self) -> String {
+        format!("Bearer {}", fs::read_to_string(&self.token_file).expect("the API's token").trim())
+    }
+
+    /// A call of the owner.
+    pub fn call_as_owner(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let headers = [("content-type", "application/json"), ("authorization", &self.credentials())];
+        let answer = http::call(method, &format!("{}{path}", self.url), &headers, body.to_string());
+        (answer.status, answer.json())
     }
 }
 
@@ -120,6 +136,17 @@ fn the_way_through_the_api() {
     let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": "echo $A; echo problem >&2; exit 5"}));
     assert_eq!((&ran["stdout"], &ran["stderr"], &ran["exit_code"]), (&"1\n".into(), &"problem\n".into(), &5.into()));
 
+    // Longer than an argument may be.
+    let script = format!("echo {} | wc -c", "z".repeat(200 << 10));
+    let (_, ran) = api.call("POST", &at("/execute"), &json!({"command": script}));
+    assert_eq!((&ran["stdout"], &ran["exit_code"]), (&"204801\n".into(), &0.into()));
+    let (status, ran) = api.call("POST", &at("/execute"), &json!({"command": "exec sleep 600", "detach": true}));
+    assert!(status == 202 && ran["pid"].as_i64().is_some_and(|pid| pid > 1), "{status} {ran}");
+    let comm = json!({"command": format!("cat /proc/{}/comm", ran["pid"])});
+    eventually("the shell has become what it runs", || {
+        (api.call("POST", &at("/execute"), &comm).1["output"] == "sleep\n").then_some(())
+    });
+
     let upload = json!({"mount_path": "/workspace", "file_path": "deep/script.py", "content": "cHJpbnQoJ2hlbGxvJyk="});
     let (status, uploaded) = api.call("POST", &at("/files/upload"), &upload);
     assert_eq!((status, &uploaded["size"]), (201, &14.into()), "{uploaded}");
@@ -198,4 +225,31 @@ fn with_a_secret_every_call_but_health_needs_credentials() {
     assert_eq!(http::get(&format!("{}/health", api.url)).status, 200);
     let (status, answer) = api.call("GET", "/sandboxes", &Value::Null);
     assert_eq!((status, &answer["error"]["code"]), (401, &"unauthorized".into()));
+}
+
+#[test]
+fn without_the_token_a_mounted_directory_is_out_of_reach() {
+    let host = Host::new();
+    let directory = host.scratch().join("private");
+    fs::create_dir(&directory).expect("directory");
+    fs::write(directory.join("secret"), "of the owner").expect("file");
+    let api = Server::start(&host, free_port(), &[]);
+    let request = json!({
+        "name": "box", "size_class": "micro", "ttl_seconds": 600,
+        "mounts": [{"host_path": directory, "sandbox_path": "/m"}],
+    });
+    let (status, answer) = api.call("POST", "/sandboxes", &request);
+    assert_eq!((status, &answer["error"]["code"]), (403, &"forbidden".into()), "{answer}");
+    let (status, made) = api.call_as_owner("POST", "/sandboxes", &request);
+    assert_eq!(status, 201, "{made}");
+    // Nor through a sandbox of the owner that sees it.
+    let read = json!({"command": "cat", "args": ["/m/secret"]});
+    let (status, answer) = api.call("POST", "/sandboxes/box/execute", &read);
+    assert_eq!((status, &answer["error"]["code"]), (403, &"forbidden".into()), "{answer}");
+    assert_eq!(api.call("GET", "/sandboxes/box/files?mount_path=/m", &Value::Null).0, 403);
+    let (status, answer) = api.call("POST", "/sandboxes", &json!({"name": "box", "replace": true}));
+    assert_eq!(status, 403, "{answer}");
+    let (_, ran) = api.call_as_owner("POST", "/sandboxes/box/execute", &read);
+    assert_eq!(ran["output"], "of the owner");
+    assert_eq!(api.call_as_owner("DELETE", "/sandboxes/box", &Value::Null).0, 200);
 }

@@ -248,3 +248,23 @@ fn an_account_gets_no_more_than_its_quota() {
     cloud.admin(&["server", "admin", "account", "quota", "ada", "--max-running", "5"], b"").succeeded();
     machine.json(&["start", "one"]);
 }
+
+#[test]
+fn a_revoked_keys_commands_and_shells_end() {
+    let host = Host::new();
+    let cloud = Cloud::over(&host, None, "");
+    let (admin, key) = (cloud.key("ada", "admin"), cloud.key("ada", "deploy"));
+    let (operator, machine) = (Machine::new(&cloud, &admin), Machine::new(&cloud, &key));
+    machine.json(&["create", "--name", "box", "--size-class", "micro", "--ttl-seconds", "900"]);
+    let mut running = machine.command().args(["exec", "box", "--", "sleep 1000"]).spawn().expect("heyvm");
+    let sleeps = || operator.run(&["exec", "box", "--", "pgrep -x sleep"]).code == 0;
+    eventually("the command runs", || sleeps().then_some(()));
+    let (_, keys) = cloud.call("GET", "/api/api-keys", &admin, &Value::Null);
+    let of_key =
+        keys.as_array().unwrap().iter().find(|each| key.starts_with(each["prefix"].as_str().unwrap())).unwrap();
+    let (status, _) =
+        cloud.call("DELETE", &format!("/api/api-keys/{}", of_key["id"].as_str().unwrap()), &admin, &Value::Null);
+    assert_eq!(status, 204);
+    assert!(!running.wait().expect("heyvm").success());
+    eventually("the command has ended", || (!sleeps()).then_some(()));
+}

@@ -48,8 +48,24 @@ fn says_what_is_missing_where_nothing_is_prepared() {
 fn every_command_has_help_with_an_example() {
     let host = Host::bare();
     for command in [
-        "deploy", "create", "exec", "list", "get", "wait-for", "bind", "unbind", "logs", "stop", "start", "restart",
-        "rm", "images", "pull", "cp", "doctor",
+        "deploy",
+        "create",
+        "exec",
+        "list",
+        "get",
+        "wait-for",
+        "bind",
+        "unbind",
+        "port-forward",
+        "logs",
+        "stop",
+        "start",
+        "restart",
+        "rm",
+        "images",
+        "pull",
+        "cp",
+        "doctor",
     ] {
         let help = host.run(&[command, "--help"]).succeeded().out();
         assert!(help.contains("Example") && help.contains("heyvm "), "{command} --help has no example:\n{help}");

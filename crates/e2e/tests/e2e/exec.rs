@@ -111,6 +111,108 @@ fn a_timeout_kills_the_whole_process_group_and_exits_124() {
     assert_eq!(vm.exec_with(&["--timeout", "60s"], &["true"], b"").code, 0);
 }
 
+/// Each leaves its process group, its session or its parent; `MARK` makes it known.
+const RUNAWAYS: [&str; 5] = [
+    "timeout 3000 sleep MARK1",
+    "setsid sleep MARK2 & wait",
+    "set -m; sleep MARK3 & sleep MARK3",
+    "(setsid sh -c 'sleep MARK4 & sleep MARK4' &) ; sleep MARK4",
+    "exec python3 -c 'import subprocess; subprocess.Popen([\"sleep\",\"MARK5\"], start_new_session=True).wait()'",
+];
+
+#[test]
+fn nothing_outlives_its_timeout_or_its_client_but_what_is_detached() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    let sleepers = |mark: &str| {
+        let script = format!(
+            "for p in /proc/[0-9]*; do tr '\\0' ' ' 2>/dev/null <$p/cmdline; echo; done | grep -c '^sleep {mark}' || true"
+        );
+        vm.sh(&script).succeeded().out().parse::<u32>().expect("a number")
+    };
+    let detached = host.run(&["exec", "-d", &vm.id, "--", "setsid sleep 7771 & sleep 7772"]).succeeded();
+    assert!(detached.out().parse::<u32>().is_ok(), "its process id: {}", detached.out());
+    for script in RUNAWAYS {
+        vm.exec_with(&["--timeout", "2s"], &["bash", "-c", &script.replace("MARK", "888")], b"").exited(124);
+    }
+    let mut clients: Vec<Child> = RUNAWAYS
+        .iter()
+        .map(|script| {
+            let script = format!("echo ready; {}", script.replace("MARK", "999"));
+            let mut command = host.command();
+            command.args(["exec", &vm.id, "--", "bash", "-c", &script]).stdin(Stdio::null()).stdout(Stdio::piped());
+            let mut child = command.spawn().expect("heyvm");
+            let mut line = String::new();
+            BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("line");
+            assert_eq!(line, "ready\n");
+            child
+        })
+        .collect();
+    eventually("all of them run", || (sleepers("999") >= 5).then_some(()));
+    for client in &mut clients {
+        client.kill().expect("kill");
+        client.wait().expect("wait");
+    }
+    eventually("all of them are gone", || (sleepers("999") + sleepers("888") == 0).then_some(()));
+    assert_eq!(sleepers("777"), 2, "what was detached goes on");
+}
+
+#[test]
+fn loop_keeps_its_input_and_dashes_may_be_left_out() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    let script = "printf 'a\\nb\\nc\\n' | while read x; do echo \"line $x\"; heyvm exec -n \"$0\" cat; done";
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", script, &vm.id]);
+    host.environment(&mut command);
+    assert_eq!(Ran::of(&mut command, b"").succeeded().out(), "line a\nline b\nline c");
+    // A file keeps what a command does not read.
+    let list = host.scratch().join("list");
+    fs::write(&list, "a\nb\nc\n").expect("list");
+    let script = "while read x; do echo \"line $x\"; heyvm exec \"$0\" true; done < \"$1\"";
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", script, &vm.id]).arg(&list);
+    host.environment(&mut command);
+    assert_eq!(Ran::of(&mut command, b"").succeeded().out(), "line a\nline b\nline c");
+    let ran = Ran::of(
+        host.command().args(["exec", "-i", "-w", "/tmp", "-e", "A=1", &vm.id, "sh", "-c", "cat; pwd; echo $A"]),
+        b"in\n",
+    );
+    assert_eq!(ran.succeeded().out(), "in\n/tmp\n1");
+}
+
+#[test]
+fn client_ends_after_sigterm_though_nobody_answers() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    // Its command ignores the signal: the client waits a few seconds and leaves, with 128 + 15.
+    let (mut child, _output) = started(&vm, "trap '' TERM; echo ready; while :; do sleep 1; done", Stdio::null());
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).expect("signal");
+    assert_eq!(child.wait().expect("wait").code(), Some(143));
+
+    let (mut child, _output) = started(&vm, "echo ready; sleep 4321", Stdio::null());
+    let daemon = host.daemon().expect("daemon");
+    kill(daemon, Signal::SIGSTOP).expect("stop");
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).expect("signal");
+    let code = child.wait().expect("wait").code();
+    let refused = host.run(&["list"]);
+    kill(daemon, Signal::SIGCONT).expect("continue");
+    assert_eq!(code, Some(143));
+    assert!(refused.code == 1 && refused.err().contains("does not answer"), "{}", refused.err());
+}
+
+#[test]
+fn image_without_a_shell_is_named_as_such() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    // What an image without a shell is like.
+    vm.exec(&["mv", "/bin/sh", "/bin/no-sh"]).succeeded();
+    let refused = vm.exec(&["echo $HOME"]);
+    assert_eq!(refused.code, 127);
+    assert!(refused.err().contains("/bin/sh") && refused.err().lines().count() == 1, "{}", refused.err());
+    assert_eq!(vm.exec(&["uname"]).succeeded().out(), "Linux", "plain words need none");
+}
+
 /// A command that says `ready` first, once it has said it.
 fn started(vm: &Vm<'_>, script: &str, stdin: impl Into<Stdio>) -> (Child, BufReader<ChildStdout>) {
     let mut command = vm.host.command();

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
-use heyvm_e2e::Host;
+use heyvm_e2e::{Host, Ran};
 
 #[test]
 fn files_and_directories_go_in_and_come_back_the_same() {
@@ -47,6 +47,63 @@ fn a_large_file_survives_the_way_in_and_out() {
     let back = host.scratch().join("large-back");
     host.run(&["cp", &remote, back.to_str().expect("path")]).succeeded();
     assert!(fs::read(back).expect("file") == bytes, "the bytes differ");
+}
+
+/// As people have their directories: what means something in the guest alone is kept, what means nothing there is counted.
+#[test]
+fn odd_files_are_kept_or_left_out_with_one_note() {
+    let host = Host::new();
+    let tree = host.app("tree", &[("tool", "tool\n"), ("a.txt", "a\n")]);
+    fs::set_permissions(tree.join("tool"), fs::Permissions::from_mode(0o4751)).expect("mode");
+    fs::hard_link(tree.join("tool"), tree.join("twin")).expect("link");
+    let links = [("python", "/usr/bin/python3"), ("dangling", "none"), ("up", "../../x"), (".#a.txt", "me@host.1:2")];
+    for (name, target) in links {
+        std::os::unix::fs::symlink(target, tree.join(name)).expect("link");
+    }
+    fs::File::create(tree.join("sparse")).expect("file").set_len(1 << 30).expect("size");
+    let then = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    fs::File::open(tree.join("a.txt")).expect("file").set_modified(then).expect("time");
+    let _socket = std::os::unix::net::UnixListener::bind(tree.join("app.sock")).expect("socket");
+    nix::unistd::mkfifo(&tree.join("queue"), nix::sys::stat::Mode::S_IRWXU).expect("fifo");
+    let path = tree.to_str().expect("UTF-8");
+    let note = "2 sockets, FIFOs and devices were left out: app.sock, queue";
+
+    let deployed = host.run(&["deploy", path, "--name", "box", "--size-class", "mini"]).succeeded();
+    assert!(deployed.err().contains(note), "{}", deployed.err());
+    let copied = host.run(&["cp", path, "box:/srv/copy"]).succeeded();
+    assert!(copied.err().contains(note), "{}", copied.err());
+    for directory in ["/workspace", "/srv/copy"] {
+        let looked = host.run(&[
+            "exec",
+            "box",
+            "--",
+            &format!(
+                "cd {directory} && stat -c '%a %h' tool && stat -c %Y a.txt && stat -c '%s %b' sparse && \
+                 readlink python dangling up '.#a.txt' && ls -A | wc -l"
+            ),
+        ]);
+        let links: String = links.map(|(_, target)| format!("{target}\n")).concat();
+        assert_eq!(looked.succeeded().out(), format!("4751 2\n1000000000\n1073741824 0\n{links}8"), "{directory}");
+    }
+    let kept = host.json(&["archive", "box", "--path", "/srv/copy"]);
+    host.run(&["update", "box", "--archive", kept["id"].as_str().expect("an id"), "--path", "/srv/again"]).succeeded();
+    assert_eq!(host.run(&["exec", "box", "--", "readlink /srv/again/python"]).out(), "/usr/bin/python3");
+
+    // Pipes and the standard input and output.
+    let cp = |script: &str| {
+        let mut bash = std::process::Command::new("bash");
+        host.environment(&mut bash);
+        Ran::of(bash.args(["-c", script]), b"from-stdin").succeeded().out()
+    };
+    cp("heyvm cp <(echo from-pipe) box:/srv/pipe");
+    cp("heyvm cp /dev/stdin box:/srv/stdin");
+    cp("heyvm cp - box:/srv/dash < <(echo from-dash)");
+    assert_eq!(
+        cp("heyvm cp box:/srv/pipe - && heyvm cp box:/srv/stdin - && heyvm cp box:/srv/dash -"),
+        "from-pipe\nfrom-stdinfrom-dash"
+    );
+    assert_eq!(host.refused(&["cp", "box:/srv", "-"]).code, "invalid_argument");
+    assert_eq!(host.refused(&["cp", "-", "box:/srv"]).code, "invalid_argument");
 }
 
 /// What a guest packs is hostile input: a link in it must not lead whoever follows it out of the copy.

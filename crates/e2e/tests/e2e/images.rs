@@ -17,7 +17,7 @@ fn small_root(host: &Host, marker: &str) -> PathBuf {
     }
     fs::write(root.join("etc/marker"), marker).expect("file");
     fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").expect("file");
-    for program in ["sh", "cat", "ls", "true"] {
+    for program in ["sh", "cat", "ls", "true", "sleep"] {
         let path = format!("/bin/{program}");
         let libraries = Ran::of(Command::new("ldd").arg(&path), b"").succeeded().out();
         for file in libraries.split_whitespace().filter(|word| word.starts_with('/')).chain([path.as_str()]) {
@@ -80,6 +80,80 @@ fn pull_from_a_registry_and_run() {
 }
 
 #[test]
+fn what_an_image_says_about_running_it_is_honoured() {
+    let host = Host::with_own_images();
+    let registry = Registry::start(host.scratch());
+    host.configure(&insecure(&registry));
+    let root = small_root(&host, "one");
+    let passwd = "root:x:0:0:root:/root:/bin/sh\napp:x:1234:1234::/srv/app:/bin/sh\n";
+    fs::write(root.join("etc/passwd"), passwd).expect("file");
+    fs::create_dir_all(root.join("srv/app")).expect("directory");
+    std::os::unix::fs::chown(root.join("srv/app"), Some(1234), Some(1234)).expect("chown");
+    let entry = "#!/bin/sh\ntrap 'echo quit > ended; exit 0' QUIT\ntrap '' TERM\necho \"started with $@ by $MARK\"\n\
+                 while :; do sleep 1 & wait; done\n";
+    fs::write(root.join("entry"), entry).expect("file");
+    fs::set_permissions(root.join("entry"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("mode");
+    let configuration = [
+        "--config.user=app",
+        "--config.workingdir=/srv/app",
+        "--config.env=MARK=the image",
+        "--config.entrypoint=/entry",
+        "--config.cmd=one",
+        "--config.cmd=two words",
+        "--config.exposedports=8080/tcp",
+        "--config.stopsignal=SIGQUIT",
+    ];
+    let image = registry.push_configured("team/configured:1", &root, &configuration);
+
+    let vm = host.create(&["--image", &image]);
+    let info = vm.info();
+    assert_eq!(info["working_directory"], "/srv/app");
+    assert_eq!(info["image_command"], serde_json::json!(["/entry", "one", "two words"]));
+    assert_eq!((&info["exposed_ports"], &info["urls"]), (&serde_json::json!([8080]), &serde_json::json!([])));
+    let whoami = [
+        "sh",
+        "-c",
+        "while read -r name id rest; do case $name in Uid:) echo $id;; esac; done < /proc/self/status; pwd; echo $HOME $MARK",
+    ];
+    assert_eq!(vm.exec(&whoami).succeeded().out(), "1234\n/srv/app\n/srv/app the image");
+    let as_root = vm.exec_with(&["--user", "root", "--cwd", "/etc"], &whoami, b"").succeeded().out();
+    assert_eq!(as_root, "0\n/etc\n/root the image");
+    let started = heyvm_e2e::eventually("the entry point's words are in the log", || {
+        Some(host.run(&["logs", &vm.id]).succeeded().out()).filter(|log| log.contains("started with"))
+    });
+    assert!(started.contains("started with one two words by the image"), "{started}");
+
+    // It ignores SIGTERM.
+    vm.does("stop");
+    vm.does("start");
+    assert_eq!(vm.exec(&["cat", "ended"]).succeeded().out(), "quit");
+    vm.does("rm");
+
+    // A request goes first; what it brings belongs to the image's user.
+    let app = host.scratch().join("app");
+    fs::create_dir_all(app.join("sub")).expect("directory");
+    fs::write(app.join("sub/file"), "x").expect("file");
+    let hook = "echo > sub/made-by-a-hook";
+    let deployed = host
+        .deploy(&app, &["--image", &image, "--setup-hook", hook, "--start-command", "echo mine > started; sleep 1000"]);
+    let started = ["sh", "-c", "while ! cat started; do sleep 1; done; ls -ln sub"];
+    let listed = deployed.exec(&started).succeeded().out();
+    assert!(listed.contains("mine") && listed.matches("1234 1234").count() == 2, "{listed}");
+    assert_eq!(deployed.info().get("image_command"), None);
+    deployed.does("rm");
+
+    // A shell without a terminal would end at once: the sandbox is there for commands, as ever.
+    let shell = registry.push_configured("team/shell:1", &small_root(&host, "two"), &["--config.cmd=sh"]);
+    let vm = host.create(&["--image", &shell]);
+    assert_eq!((vm.status().as_str(), vm.info().get("image_command")), ("running", None));
+    vm.does("rm");
+    // One that ends in order leaves its sandbox running, too.
+    let done = registry.push_configured("team/done:1", &small_root(&host, "three"), &["--config.cmd=true"]);
+    let vm = host.create(&["--image", &done]);
+    assert_eq!(vm.exec(&["cat", "/etc/marker"]).succeeded().out(), "three");
+}
+
+#[test]
 fn bytes_that_do_not_match_their_digest_are_refused() {
     let host = Host::with_own_images();
     let registry = Registry::start(host.scratch());
@@ -113,7 +187,8 @@ fn a_registry_that_does_not_answer_is_told_apart_from_a_missing_image() {
 fn an_account_pulls_an_image_into_its_region_and_runs_it() {
     let host = Host::with_own_images();
     let registry = Registry::start(host.scratch());
-    host.configure(&insecure(&registry));
+    let allowed = format!("[images]\nallowed_registries = [\"{}\"]\n", registry.address);
+    host.configure(&format!("{}{allowed}", insecure(&registry)));
     let cloud = Cloud::over(&host, None, "");
     let key = cloud.key("ada", "deploy");
     let machine = Machine::new(&cloud, &key);

@@ -3,7 +3,6 @@
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::fs::symlink,
     path::Path,
     process::Command,
 };
@@ -95,17 +94,6 @@ fn directories_that_cannot_be_deployed() {
     fs::write(root.join("file"), "x").expect("file");
     assert_eq!(refused(&root.join("file")).code, "invalid_directory");
 
-    let with = |name: &str, make: &dyn Fn(&Path)| {
-        let directory = host.app(name, &[("kept", "x")]);
-        make(&directory);
-        let refusal = refused(&directory);
-        assert_eq!(refusal.code, "invalid_directory", "{name}: {}", refusal.message);
-        assert!(refusal.message.contains("odd"), "the message names the entry: {}", refusal.message);
-    };
-    with("socket", &|directory| drop(std::os::unix::net::UnixListener::bind(directory.join("odd")).expect("socket")));
-    with("broken", &|directory| symlink("nowhere", directory.join("odd")).expect("link"));
-    with("escaping", &|directory| symlink("../../../etc/passwd", directory.join("odd")).expect("link"));
-    with("absolute", &|directory| symlink("/etc/passwd", directory.join("odd")).expect("link"));
     nothing_left(&host);
 }
 
@@ -160,7 +148,6 @@ fn archives_that_are_none_or_leave_their_directory_or_blow_up() {
         ("deep parent directory", archive("a/../../outside", b"x"), "leaves its directory"),
         ("absolute", archive("/etc/cron.d/evil", b"x"), "leaves its directory"),
         ("cut off", cut_in_half(archive("fine.txt", &[7; 9000])), ""),
-        ("a file of ten GiB", whole_bomb(tar::EntryType::Regular, 10 << 30), "8 GiB"),
         ("a name of a GiB", whole_bomb(tar::EntryType::GNULongName, 1 << 30), "header"),
     ] {
         let (status, answer) = put(body);

@@ -187,3 +187,36 @@ fn a_user_without_privileges_runs_sandboxes_too() {
     assert_eq!(vm.does("stop")["status"], "stopped");
     assert_eq!(vm.does("start")["status"], "running");
 }
+
+#[test]
+fn no_process_that_outlives_a_command_has_its_secrets() {
+    const SECRETS: [&str; 5] =
+        ["JWT_SECRET", "HEYO_ARCHIVE_TOKEN", "HEYVM_SERVER_SECRET", "AWS_SECRET_ACCESS_KEY", "SOME_TOKEN"];
+    let host = Host::new();
+    let mark = format!("secret-of-{}", uuid());
+    let mut command = host.command();
+    // The daemon, the egress with pasta, and a VM in its jail are all started by this one.
+    command.args(["create", "--name", "box", "--size-class", "micro", "--format", "json"]);
+    let made = command.envs(SECRETS.map(|name| (name, &mark))).output().expect("heyvm");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let (mut looked_at, mut programs) = (0, HashSet::new());
+    for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+        // Processes end, and some are others'.
+        let Ok(environment) = std::fs::read(entry.path().join("environ")) else { continue };
+        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
+        let found = environment.windows(mark.len()).any(|bytes| bytes == mark.as_bytes());
+        assert!(!found, "{name} ({}) has the command's secrets", entry.path().display());
+        looked_at += 1;
+        programs.insert(name);
+    }
+    assert!(looked_at > 3, "{looked_at}");
+    // The variant of pasta for newer processors has the name of passt.
+    for expected in [&["heyvm"][..], &["pasta", "passt"], &["qemu"]] {
+        let runs = |name: &String| expected.iter().any(|begin| name.starts_with(begin));
+        assert!(programs.iter().any(runs), "{expected:?} is not among {programs:?}");
+    }
+}
+
+fn uuid() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/uuid").expect("uuid").trim().to_owned()
+}

@@ -9,6 +9,8 @@ mod disks;
 mod doctor;
 mod exec;
 mod files;
+mod first_app;
+mod forward;
 mod guest;
 mod images;
 mod input;

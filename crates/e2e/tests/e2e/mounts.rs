@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use heyvm_e2e::{Host, Ran, Vm, eventually, http, registry::free_port};
+use heyvm_e2e::{Host, Ran, Vm, eventually, registry::free_port};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -275,10 +275,10 @@ fn what_cannot_be_mounted_is_told_before_anything_is_done() {
     }
     let api = Server::start(&host, free_port(), &[]);
     let mount = json!({"host_path": shared, "sandbox_path": "/data"});
-    let (status, answer) = http::json("POST", &format!("{}/sandboxes/nobody/mounts", api.url), &mount);
+    let (status, answer) = api.call_as_owner("POST", "/sandboxes/nobody/mounts", &mount);
     assert_eq!((status, &answer["error"]["code"]), (404, &"sandbox_not_found".into()));
     let body = json!({"mounts": [mount, mount]});
-    let (status, answer) = http::json("POST", &format!("{}/sandboxes", api.url), &body);
+    let (status, answer) = api.call_as_owner("POST", "/sandboxes", &body);
     assert_eq!((status, &answer["error"]["code"]), (400, &"invalid_argument".into()));
     assert!(host.names(&[]).is_empty());
 }

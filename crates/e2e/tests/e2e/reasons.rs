@@ -51,6 +51,31 @@ fn the_guest_kernel_panicked() {
     assert!(tail(&reason).to_lowercase().contains("panic"), "the console's last lines: {reason}");
 }
 
+/// QEMU counts such a guest as running.
+#[test]
+fn guest_that_halted_is_failed_and_its_calls_end() {
+    let host = Host::new();
+    let vm = host.create(&["--start-command", "exec sleep 600"]);
+    let halt = "import ctypes; ctypes.CDLL(None).syscall(169, 0xfee1dead, 672274793, 0xcdef0123, 0)";
+    let refusal = host.refused(&["exec", &vm.id, "--", "python3", "-c", halt]);
+    assert_eq!(refusal.code, "sandbox_unreachable", "{refusal:?}");
+    let reason = reason(&vm, "failed");
+    assert_eq!(reason["code"], "guest_halted", "{reason}");
+    assert!(tail(&reason).contains("System halted"), "the console's last lines: {reason}");
+    assert_eq!(vm.does("start")["status"], "running");
+}
+
+/// `kernel.panic = 0`: the kernel prints its panic and loops.
+#[test]
+fn panic_without_a_reset_is_noticed() {
+    let host = Host::new();
+    let vm = host.create(&[]);
+    vm.exec(&["sh", "-c", "echo 0 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger"]);
+    let reason = reason(&vm, "failed");
+    assert_eq!(reason["code"], "guest_panic", "{reason}");
+    assert!(tail(&reason).to_lowercase().contains("panic"), "the console's last lines: {reason}");
+}
+
 #[test]
 fn the_guest_powered_itself_off() {
     let host = Host::new();

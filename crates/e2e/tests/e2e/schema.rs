@@ -63,7 +63,9 @@ fn the_local_api_answers_as_its_document_says() {
     let here = image(&host);
     let [steady, moving] = [(); 2].map(|()| host.create(&["--image", &here, "--open-port", "8080"]));
     let api = Server::start(&host, free_port(), &[]);
-    conforms(&host, &registry, &api.url, [&steady.id, &moving.id], &[]);
+    // With the token, so that the calls that touch the host are tried, too.
+    let credentials = format!("Authorization: {}", api.credentials());
+    conforms(&host, &registry, &api.url, [&steady.id, &moving.id], &["-H", &credentials]);
 }
 
 #[test]

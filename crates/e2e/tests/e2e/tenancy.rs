@@ -21,9 +21,16 @@ const OPEN: [&str; 8] = [
 ];
 /// The one call whose URL is the credential.
 const SIGNED: &str = "/sandbox-archives/{id}/content";
-/// GETs that act, or tell of the account itself: scope `read` is not enough for them.
-const MORE_THAN_READING: [&str; 4] =
-    ["/sandboxes/{id}/exec", "/deployed-sandboxes/{id}/shell-stream", "/api/api-keys", "/api/audit"];
+/// GETs that act, show what is in a sandbox, or tell of the account itself: scope `read` is not enough for them.
+const MORE_THAN_READING: &[&str] = &[
+    "/sandboxes/{id}/exec",
+    "/sandboxes/{id}/files",
+    "/sandboxes/{id}/files/download",
+    "/sandboxes/{id}/files/tar",
+    "/deployed-sandboxes/{id}/shell-stream",
+    "/api/api-keys",
+    "/api/audit",
+];
 
 /// What one account has.
 struct Owned {

@@ -58,16 +58,66 @@ async fn forgetful(requests: Arc<AtomicUsize>) -> std::net::SocketAddr {
 }
 
 #[tokio::test]
-async fn a_stale_connection_is_replaced_where_that_is_safe() {
+async fn a_connection_that_ends_before_an_answer_is_replaced_where_the_body_can_be_sent_again() {
     let requests = Arc::new(AtomicUsize::new(0));
     let proxy = Proxy::of(forgetful(Arc::clone(&requests)).await).await;
     for _ in 0..3 {
         assert_eq!(proxy.get("/").await, (200, "ok".into()));
     }
     assert_eq!(requests.load(Ordering::SeqCst), 5, "first, then twice a lost and a repeated one");
-    let post = Request::post("/").header("host", "app.localhost").body(full("pay")).unwrap();
-    assert_eq!(proxy.send(post).await.status(), 502, "what may have been done is not done again");
-    assert_eq!(requests.load(Ordering::SeqCst), 6);
+    let post = |length: usize| {
+        let body = full(vec![b'x'; length]);
+        Request::post("/").header("host", "app.localhost").body(body).unwrap()
+    };
+    assert_eq!(proxy.send(post(3)).await.status(), 200);
+    assert_eq!(requests.load(Ordering::SeqCst), 7, "once lost, once repeated");
+    // One that cannot be sent again goes by a connection on which nothing can get lost.
+    assert_eq!(proxy.send(post(1 << 20)).await.status(), 200);
+    assert_eq!(requests.load(Ordering::SeqCst), 8);
+}
+
+#[tokio::test]
+async fn an_answer_that_has_begun_is_not_asked_for_again() {
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    let proxy = Proxy::of(
+        bare(move |mut stream| {
+            let requests = Arc::clone(&counted);
+            async move {
+                read_head(&mut stream).await.unwrap();
+                requests.fetch_add(1, Ordering::SeqCst);
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+                if read_head(&mut stream).await.is_some() {
+                    requests.fetch_add(1, Ordering::SeqCst);
+                    stream.write_all(b"HTTP/1.1 2").await.unwrap();
+                }
+            }
+        })
+        .await,
+    )
+    .await;
+    assert_eq!(proxy.get("/").await.0, 200);
+    assert_eq!(proxy.get("/").await.0, 502);
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_connection_is_not_kept_for_as_long_as_the_app_says_it_keeps_it() {
+    let proxy = Proxy::of(
+        bare(|mut stream| async move {
+            while read_head(&mut stream).await.is_some() {
+                let answer = b"HTTP/1.1 200 OK\r\nkeep-alive: timeout=1, max=9\r\ncontent-length: 2\r\n\r\nok";
+                stream.write_all(answer).await.unwrap();
+            }
+        })
+        .await,
+    )
+    .await;
+    for _ in 0..3 {
+        assert_eq!(proxy.get("/").await.0, 200);
+    }
+    assert_eq!(proxy.connections(), 3);
+    assert!(Settings::default().idle_time < Duration::from_secs(5), "as Node's servers keep them");
 }
 
 #[tokio::test]

@@ -3,8 +3,11 @@
 
 mod acme;
 mod bodies;
+mod clients;
 mod connections;
 mod hostile;
+mod interim;
+mod local;
 mod private;
 mod protocols;
 mod refusals;

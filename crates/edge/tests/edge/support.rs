@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -34,6 +35,8 @@ pub enum Place {
     At(SocketAddr, &'static str),
     /// The same, for members of the account alone.
     Private(SocketAddr, &'static str, &'static str),
+    /// A server that may take this long to begin an answer.
+    Slow(SocketAddr, &'static str, Duration),
     Fails(ConnectError),
 }
 
@@ -47,15 +50,24 @@ pub struct Sandboxes {
 impl Upstreams for Sandboxes {
     async fn route(&self, subdomain: &str) -> Result<Route, ConnectError> {
         match self.places.lock().unwrap().get(subdomain) {
-            Some(Place::At(address, sandbox)) => {
-                Ok(Route { sandbox: (*sandbox).into(), port: address.port(), access: Access::Public })
-            }
+            Some(Place::At(address, sandbox)) => Ok(Route {
+                sandbox: (*sandbox).into(),
+                port: address.port(),
+                access: Access::Public,
+                response_timeout: None,
+            }),
             Some(Place::Private(address, sandbox, account)) => {
                 let access = Access::Members { account: (*account).into() };
-                Ok(Route { sandbox: (*sandbox).into(), port: address.port(), access })
+                Ok(Route { sandbox: (*sandbox).into(), port: address.port(), access, response_timeout: None })
             }
+            Some(Place::Slow(address, sandbox, time)) => Ok(Route {
+                sandbox: (*sandbox).into(),
+                port: address.port(),
+                access: Access::Public,
+                response_timeout: Some(*time),
+            }),
             Some(Place::Fails(ConnectError::NothingListens(port))) => {
-                Ok(Route { sandbox: "f".into(), port: *port, access: Access::Public })
+                Ok(Route { sandbox: "f".into(), port: *port, access: Access::Public, response_timeout: None })
             }
             Some(Place::Fails(error)) => Err(error.clone()),
             None => Err(ConnectError::UnknownSubdomain),
@@ -64,14 +76,14 @@ impl Upstreams for Sandboxes {
 
     async fn connect(&self, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {
         let leads_there = |place: &&Place| match place {
-            Place::At(address, sandbox) | Place::Private(address, sandbox, _) => {
+            Place::At(address, sandbox) | Place::Private(address, sandbox, _) | Place::Slow(address, sandbox, _) => {
                 *sandbox == route.sandbox && address.port() == route.port
             }
             Place::Fails(error) => *error == ConnectError::NothingListens(route.port),
         };
         let place = self.places.lock().unwrap().values().find(leads_there).cloned();
         match place {
-            Some(Place::At(address, _) | Place::Private(address, ..)) => {
+            Some(Place::At(address, _) | Place::Private(address, ..) | Place::Slow(address, ..)) => {
                 self.connections.fetch_add(1, Ordering::SeqCst);
                 let stream = TcpStream::connect(address).await.map_err(|e| ConnectError::Unreachable(e.to_string()))?;
                 Ok(Box::new(stream))

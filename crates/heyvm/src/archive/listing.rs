@@ -1,6 +1,9 @@
 //! What of a directory goes along: all but what .gitignore, .heyvmignore and a list of our own leave out.
 
 use std::{
+    collections::{BTreeMap, HashSet},
+    ffi::OsString,
+    fs,
     io::Write,
     path::{Path, PathBuf},
 };
@@ -29,8 +32,63 @@ venv/
 .heyo/
 ";
 
-/// Everything that goes along, sorted, without the directory itself.
-pub fn paths(root: &Path, no_ignore: bool) -> Result<Vec<PathBuf>, ApiError> {
+/// What the version control keeps for itself: not worth a word when it stays behind.
+const ITS_OWN: [&str; 3] = [".git", ".hg", ".svn"];
+/// Names of ignored files that are remembered; the others are counted.
+const MAX_NAMED: usize = 20;
+
+/// Files and directories that stay behind; a directory counts as one.
+#[derive(Debug, Default)]
+pub struct Ignored {
+    by_files: u64,
+    by_default: u64,
+    names: Vec<String>,
+}
+
+impl Ignored {
+    /// One line: how many, and why.
+    pub fn note(&self) -> Option<String> {
+        let count = self.by_files + self.by_default;
+        let why: Vec<_> = [(".gitignore or .heyvmignore", self.by_files), ("the default list", self.by_default)]
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(by, number)| format!("{number} by {by}"))
+            .collect();
+        let names = super::listed(self.names.iter().cloned(), count);
+        let were = if count == 1 { "1 file or directory is" } else { "files and directories are" };
+        let number = if count == 1 { String::new() } else { format!("{count} ") };
+        (count > 0).then(|| format!("{number}{were} ignored ({}): {names}; --no-ignore takes all", why.join(", ")))
+    }
+
+    /// Compares what is in a directory with what the walk has shown of it.
+    fn look_at(&mut self, root: &Path, dir: &Path, taken: &HashSet<OsString>) {
+        let Ok(entries) = fs::read_dir(dir) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            if taken.contains(&name) || ITS_OWN.iter().any(|own| name == *own) {
+                continue;
+            }
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let in_list = |line: &str| match line.strip_suffix('/') {
+                Some(directory) => is_dir && name == directory,
+                None => name == line,
+            };
+            if LEFT_OUT.lines().any(in_list) {
+                self.by_default += 1;
+            } else {
+                self.by_files += 1;
+            }
+            if self.names.len() < MAX_NAMED {
+                let path = entry.path();
+                let shown = path.strip_prefix(root).unwrap_or(&path).display().to_string();
+                self.names.push(if is_dir { format!("{shown}/") } else { shown });
+            }
+        }
+    }
+}
+
+/// Everything that goes along, sorted, without the directory itself, and what does not.
+pub fn paths(root: &Path, no_ignore: bool) -> Result<(Vec<PathBuf>, Ignored), ApiError> {
     let mut walk = WalkBuilder::new(root);
     walk.standard_filters(false).follow_links(false).sort_by_file_name(|a, b| a.cmp(b));
     // The walk reads patterns from files only.
@@ -46,14 +104,23 @@ pub fn paths(root: &Path, no_ignore: bool) -> Result<Vec<PathBuf>, ApiError> {
         walk.git_ignore(true).require_git(false).add_custom_ignore_filename(IGNORE_FILE);
     }
     let mut paths = Vec::new();
+    let mut directories: BTreeMap<PathBuf, HashSet<OsString>> = BTreeMap::new();
     for entry in walk.build() {
         let entry = entry.map_err(|error| super::refused(error.to_string(), "make it readable, or leave it out"))?;
         check_ignore_file(&entry)?;
+        if !no_ignore && entry.file_type().is_some_and(|kind| kind.is_dir()) {
+            directories.entry(entry.path().to_owned()).or_default();
+        }
         if entry.depth() > 0 {
+            if let Some(taken) = entry.path().parent().and_then(|parent| directories.get_mut(parent)) {
+                taken.insert(entry.file_name().to_owned());
+            }
             paths.push(entry.into_path());
         }
     }
-    Ok(paths)
+    let mut ignored = Ignored::default();
+    directories.iter().for_each(|(dir, taken)| ignored.look_at(root, dir, taken));
+    Ok((paths, ignored))
 }
 
 fn cannot_list(error: &dyn std::error::Error) -> ApiError {

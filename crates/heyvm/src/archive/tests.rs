@@ -2,7 +2,6 @@
 
 use std::{
     ffi::OsStr,
-    io::Read,
     os::unix::{
         ffi::OsStrExt,
         fs::{PermissionsExt, symlink},
@@ -12,8 +11,14 @@ use std::{
 
 use super::*;
 
-fn pack(directory: &Path, no_ignore: bool) -> Result<File, ApiError> {
-    super::pack(directory, no_ignore, |_| {})
+fn pack(directory: &Path, no_ignore: bool) -> Result<Vec<u8>, ApiError> {
+    packed(&Plan::of(directory, no_ignore)?).map(|(tar, _)| tar)
+}
+
+fn packed(plan: &Plan) -> Result<(Vec<u8>, Option<String>), ApiError> {
+    let mut tar = Vec::new();
+    let note = plan.write(&mut tar, |_| {}).map_err(|problem| refuse(&problem))?;
+    Ok((tar, note))
 }
 
 fn app(files: &[&str]) -> tempfile::TempDir {
@@ -26,10 +31,10 @@ fn app(files: &[&str]) -> tempfile::TempDir {
 }
 
 /// Name, permissions and link target of every entry.
-fn entries(archive: File) -> Vec<(PathBuf, u32, Option<PathBuf>)> {
-    let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(archive));
-    let told = |entry: io::Result<tar::Entry<'_, _>>| {
-        let entry: tar::Entry<'_, flate2::read::GzDecoder<File>> = entry.unwrap();
+fn entries(tar: Vec<u8>) -> Vec<(PathBuf, u32, Option<PathBuf>)> {
+    let mut archive = tar::Archive::new(&tar[..]);
+    let told = |entry: io::Result<tar::Entry<'_, &[u8]>>| {
+        let entry = entry.unwrap();
         let target = entry.link_name().unwrap().map(|target| target.into_owned());
         (entry.path().unwrap().into_owned(), entry.header().mode().unwrap(), target)
     };
@@ -84,13 +89,21 @@ fn a_pattern_that_means_nothing_is_told_of() {
 }
 
 #[test]
-fn the_same_files_are_the_same_bytes() {
-    let bytes = || {
-        let mut bytes = Vec::new();
-        pack(app(&["b", "a/c"]).path(), false).unwrap().read_to_end(&mut bytes).unwrap();
-        bytes
-    };
-    assert_eq!(bytes(), bytes());
+fn the_same_files_of_the_same_times_are_the_same_bytes() {
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let bytes = || {
+            let dir = app(&["b", "a/c"]);
+            for path in ["b", "a/c", "a"] {
+                let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+                fs::File::open(dir.path().join(path)).unwrap().set_modified(time).unwrap();
+            }
+            let mut packed = Compressor::new(compression, Vec::new()).unwrap();
+            Plan::of(dir.path(), false).unwrap().write(&mut packed, |_| {}).unwrap();
+            packed.finish().unwrap()
+        };
+        assert_eq!(bytes(), bytes());
+        heyvm_archives::check(&bytes()[..], &Limits::STANDARD).unwrap();
+    }
 }
 
 #[test]
@@ -121,31 +134,73 @@ fn names_are_bytes_of_any_kind_and_length() {
 }
 
 #[test]
-fn what_is_neither_file_nor_directory_is_refused() {
+fn sockets_and_fifos_are_left_out_with_one_note() {
     let dir = app(&["app.py"]);
-    let socket = UnixListener::bind(dir.path().join("app.sock")).unwrap();
-    assert!(refusal(dir.path(), "app.sock").message.contains("socket"));
-    drop(socket);
-    fs::write(dir.path().join(".heyvmignore"), "app.sock\n").unwrap();
-    assert!(names(dir.path(), false).contains(&"app.py".to_owned()), "as the hint says");
-    nix::unistd::mkfifo(&dir.path().join("queue"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    assert!(refusal(dir.path(), "queue").message.contains("pipe"));
+    let _socket = UnixListener::bind(dir.path().join("app.sock")).unwrap();
+    let note = |dir: &Path| packed(&Plan::of(dir, false).unwrap()).unwrap().1.unwrap();
+    assert_eq!(note(dir.path()), "1 socket, FIFO or device was left out: app.sock");
+    for number in 1..8 {
+        nix::unistd::mkfifo(&dir.path().join(format!("queue{number}")), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    assert_eq!(
+        note(dir.path()),
+        "8 sockets, FIFOs and devices were left out: app.sock, queue1, queue2, queue3, queue4 and 3 more"
+    );
+    assert_eq!(names(dir.path(), false), ["app.py"]);
 }
 
 #[test]
-fn links_that_lead_out_or_nowhere_are_refused() {
-    for (target, what) in [
-        ("/etc/passwd", "outside"),
-        ("../outside", "outside"),
-        ("sub/../../outside", "outside"),
-        ("missing", "not there"),
-        ("loop", "not there"),
-    ] {
-        let dir = app(&["sub/file"]);
-        symlink(target, dir.path().join("loop")).unwrap();
-        let error = refusal(dir.path(), "/loop");
-        assert!(error.message.contains(what) && error.message.contains(target), "{target}: {error:?}");
+fn links_are_kept_wherever_they_lead() {
+    let dir = app(&["sub/file"]);
+    let links =
+        [("a", "/usr/bin/python3"), ("b", "../outside"), ("c", "missing"), ("d", "d"), (".#file", "me@host.1:2")];
+    for (name, target) in links {
+        symlink(target, dir.path().join(name)).unwrap();
     }
+    let found = entries(pack(dir.path(), false).unwrap());
+    for (name, target) in links {
+        assert!(found.iter().any(|(path, _, to)| path == Path::new(name) && to.as_deref() == Some(Path::new(target))));
+    }
+    heyvm_archives::check(&compressed(&pack(dir.path(), false).unwrap())[..], &Limits::STANDARD).unwrap();
+}
+
+fn compressed(tar: &[u8]) -> Vec<u8> {
+    let mut packed = Compressor::new(Compression::Zstd, Vec::new()).unwrap();
+    packed.write_all(tar).unwrap();
+    packed.finish().unwrap()
+}
+
+#[test]
+fn one_line_says_how_much_is_ignored_and_why() {
+    let dir = app(&["app.py", "node_modules/m/index.js", "dist/built.js", "a.log", "sub/b.log", ".git/config"]);
+    let note = |no_ignore| Plan::of(dir.path(), no_ignore).unwrap().ignored();
+    assert_eq!(
+        note(false).unwrap(),
+        "1 file or directory is ignored (1 by the default list): node_modules/; --no-ignore takes all"
+    );
+    fs::write(dir.path().join(".gitignore"), "*.log\ndist/\n").unwrap();
+    let line = note(false).unwrap();
+    assert!(
+        line.starts_with(
+            "4 files and directories are ignored (3 by .gitignore or .heyvmignore, 1 by the default list): "
+        ),
+        "{line}"
+    );
+    for name in ["a.log", "dist/", "node_modules/", "sub/b.log"] {
+        assert!(line.contains(name), "{line}");
+    }
+    assert_eq!(note(true), None);
+}
+
+#[test]
+fn what_a_server_would_refuse_is_refused_at_once() {
+    let dir = app(&["app.py"]);
+    fs::File::create(dir.path().join("large")).unwrap().set_len(9 << 30).unwrap();
+    let plan = Plan::of(dir.path(), false).unwrap();
+    let error = plan.check(&Limits::STANDARD).unwrap_err();
+    let hint = error.hint.unwrap();
+    assert!(error.code == ErrorCode::TooLarge && hint.contains("heyvm cp") && hint.contains("--mount"), "{hint}");
+    plan.check(&Limits::NONE).unwrap();
 }
 
 #[test]
@@ -180,23 +235,10 @@ fn what_may_not_be_read_is_refused_by_name() {
 #[test]
 fn what_vanishes_while_it_is_packed_was_never_there() {
     let dir = app(&["a", "gone", "z"]);
-    let root = root_of(dir.path()).unwrap();
-    let paths = listing::paths(&root, false).unwrap();
+    let plan = Plan::of(dir.path(), false).unwrap();
     fs::remove_file(dir.path().join("gone")).unwrap();
-    let found: Vec<PathBuf> =
-        entries(write(&root, &paths, |_| {}).unwrap()).into_iter().map(|(path, ..)| path).collect();
+    let found: Vec<PathBuf> = entries(packed(&plan).unwrap().0).into_iter().map(|(path, ..)| path).collect();
     assert_eq!(found, [Path::new("a"), Path::new("z")]);
-}
-
-#[test]
-fn what_becomes_a_pipe_while_it_is_packed_does_not_block() {
-    let dir = app(&["log"]);
-    let log = dir.path().join("log");
-    fs::remove_file(&log).unwrap();
-    nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let mut builder = Builder::new(Vec::new());
-    let problem = entry::append_file(&mut builder, &log, Path::new("log"), Purpose::Deploy).unwrap_err();
-    assert!(matches!(problem, Problem::Changed { .. }), "{problem}");
 }
 
 #[test]

@@ -1,8 +1,7 @@
 //! `archive`, `archive-dir`, `list-archives`, `delete-archive` and `update`.
 
-use std::{io::Write, path::PathBuf};
+use std::path::PathBuf;
 
-use flate2::{Compression, write::GzEncoder};
 use futures::TryStreamExt;
 use heyvm_api::{
     ApiError, ErrorCode,
@@ -11,9 +10,19 @@ use heyvm_api::{
     system::ArchiveInfo,
 };
 use serde_json::json;
+use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::{Context, Outcome, deploy::send, encoded, path};
-use crate::{archive, output, progress::Progress};
+use super::{
+    Context, Outcome,
+    deploy::{archives_path, plan, send},
+    encoded, path,
+};
+use crate::{
+    archive::Compressor,
+    outgoing::{self, Outgoing},
+    output,
+    progress::Progress,
+};
 
 /// `archive`.
 #[derive(Debug, clap::Args)]
@@ -66,12 +75,10 @@ pub struct UpdateArgs {
 
 /// A directory of this machine becomes an archive, to be deployed any number of times.
 pub async fn archive_dir(context: &Context, args: ArchiveDirArgs) -> Outcome {
-    let progress = Progress::new(format!("packing {}", args.directory.display()));
-    let packed = archive::pack(&args.directory, args.no_ignore, |done| progress.line().moved("packing", done))?;
-    drop(progress);
+    let plan = plan(context, &args.directory, args.no_ignore)?;
     let own = || args.directory.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let name = args.name.clone().or_else(own).unwrap_or_else(|| "archive".into());
-    let kept = send(&context.client().await?, packed, Some(&name)).await?;
+    let kept = send(context, &context.client().await?, plan, Some(&name)).await?;
     tell(context, &kept, &name)
 }
 
@@ -82,23 +89,31 @@ pub async fn archive(context: &Context, args: ArchiveArgs) -> Outcome {
     let from = args.path.clone().unwrap_or_else(|| info.working_directory.clone());
     let progress = Progress::new(format!("packing {from}"));
     let tar = path(&args.sandbox, &format!("/files/tar?path={}", encoded(&from)));
-    let mut pieces = Box::pin(client.stream(&tar, "application/x-tar").await?);
-    let unkept = |error: std::io::Error| {
-        ApiError::new(ErrorCode::OutOfResources, format!("the archive cannot be kept: {error}"))
-            .hint("make room in the directory for temporary files (TMPDIR)")
-    };
-    let mut packed = GzEncoder::new(tempfile::tempfile().map_err(unkept)?, Compression::fast());
-    let mut size = 0;
-    while let Some(piece) = pieces.try_next().await.map_err(unkept)? {
-        size += piece.len() as u64;
-        packed.write_all(&piece).map_err(unkept)?;
-        progress.line().moved("packing", size);
-    }
-    let mut packed = packed.finish().map_err(unkept)?;
-    std::io::Seek::rewind(&mut packed).map_err(unkept)?;
-    drop(progress);
+    let (line, mut moved) = (progress.line(), 0);
+    let pieces = client.stream(&tar, "application/x-tar").await?.inspect_ok(move |piece| {
+        moved += piece.len() as u64;
+        line.moved("packing", moved);
+    });
+    let mut tar = SyncIoBridge::new(StreamReader::new(Box::pin(pieces)));
+    let (outgoing, body) = outgoing::pipe();
+    let compression = context.compression();
+    let packing = tokio::task::spawn_blocking(move || {
+        let mut packed = Compressor::new(compression, outgoing)?;
+        std::io::copy(&mut tar, &mut packed)?;
+        packed.finish().and_then(Outgoing::finish)
+    });
     let name = args.name.clone().unwrap_or(info.name);
-    let kept = send(&client, packed, Some(&name)).await?;
+    let kept = client.put(&archives_path(Some(&name)), "application/gzip", body).await;
+    let packed = packing.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+    drop(progress);
+    // A broken pipe is the server's refusal, which says more.
+    if let Err(error) = packed.as_ref()
+        && error.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        return Err(ApiError::new(ErrorCode::SandboxUnreachable, format!("could not pack {from}: {error}"))
+            .hint("heyvm get NAME says whether the sandbox still runs"));
+    }
+    let kept = kept?;
     tell(context, &kept, &name)
 }
 
@@ -108,22 +123,60 @@ fn tell(context: &Context, kept: &ArchiveInfo, name: &str) -> Outcome {
     Ok(0)
 }
 
+/// `list-archives`.
+#[derive(Debug, clap::Args)]
+pub struct ListArchivesArgs {
+    /// Also those without a name, which deploys leave, and who uses them
+    #[arg(long)]
+    pub all: bool,
+}
+
 /// Archives that can be deployed, newest first.
-pub async fn list_archives(context: &Context) -> Outcome {
-    let all: Vec<AccountArchive> = context.client().await?.get("/archives").await?;
+pub async fn list_archives(context: &Context, args: &ListArchivesArgs) -> Outcome {
+    let all = if args.all { every_archive(context).await? } else { context.client().await?.get("/archives").await? };
     output::answer(context.format, &all, || {
         if all.is_empty() {
             return "no archives; heyvm archive-dir DIR makes one".into();
         }
+        let columns = if args.all { 5 } else { 4 };
         let row = |archive: &AccountArchive| {
-            vec![
+            let mut row = vec![
                 archive.id.clone(),
                 archive.name.clone().unwrap_or_else(|| "-".into()),
                 format!("{:.1} MB", archive.size_bytes as f64 / 1e6),
                 archive.created_at.format("%Y-%m-%d %H:%M:%SZ").to_string(),
-            ]
+                archive.used_by.join(", "),
+            ];
+            row.truncate(columns);
+            row
         };
-        output::table(&["ID", "NAME", "SIZE", "MADE"], &all.iter().map(row).collect::<Vec<_>>())
+        output::table(&["ID", "NAME", "SIZE", "MADE", "USED BY"][..columns], &all.iter().map(row).collect::<Vec<_>>())
+    });
+    Ok(0)
+}
+
+/// Those without a name, too. A server removes an account's by itself.
+async fn every_archive(context: &Context) -> Result<Vec<AccountArchive>, ApiError> {
+    if context.cloud.is_some() {
+        return Err(ApiError::new(ErrorCode::Unsupported, "a server lists archives with a name alone")
+            .hint("It removes what deploys leave by itself; leave out --all."));
+    }
+    context.client().await?.get("/archives?all=true").await
+}
+
+/// Removes archives that have no name and that no sandbox uses.
+pub async fn prune_archives(context: &Context) -> Outcome {
+    let all = every_archive(context).await?;
+    let client = context.client().await?;
+    let mut removed = Vec::new();
+    for archive in all.into_iter().filter(|archive| archive.name.is_none() && archive.used_by.is_empty()) {
+        client.delete_quietly(&format!("/archives/{}", encoded(&archive.id))).await?;
+        removed.push(archive);
+    }
+    let bytes: u64 = removed.iter().map(|archive| archive.size_bytes).sum();
+    let ids: Vec<_> = removed.iter().map(|archive| &archive.id).collect();
+    output::answer(context.format, &json!({"removed": ids, "freed_bytes": bytes}), || {
+        format!("removed {} archives, freed {:.1} MB", ids.len(), bytes as f64 / 1e6)
     });
     Ok(0)
 }

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::Outcome;
 use crate::{
-    background,
+    background::{self, Daemon},
     output::{self, Format},
 };
 
@@ -85,7 +85,12 @@ fn answer<T: DeserializeOwned>(path: &str) -> Option<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
     let home = background::home().ok()?;
     runtime.block_on(async {
-        let asked = async { background::running(&home).await?.0.get(path).await.ok() };
+        let asked = async {
+            match background::daemon(&home).await {
+                Daemon::Running { client, .. } => client.get(path).await.ok(),
+                Daemon::Silent | Daemon::Absent => None,
+            }
+        };
         tokio::time::timeout(PATIENCE, asked).await.ok().flatten()
     })
 }

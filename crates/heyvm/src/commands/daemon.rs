@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{Context, Outcome, path};
 use crate::{
-    background,
+    background::{self, Daemon},
     cli::Serve,
     output,
     service::{Done, Service},
@@ -101,10 +101,13 @@ fn service_answer(context: &Context, verb: &str, done: &Done) -> i32 {
 }
 
 async fn status(context: &Context) -> Outcome {
-    let running = background::running(&context.home).await;
+    let daemon = background::daemon(&context.home).await;
     let pid = background::pid(&context.home);
-    let is_running = running.is_some();
-    let version = running.map(|(_, health)| health.version);
+    let (is_running, version) = match daemon {
+        Daemon::Running { health, .. } => (true, Some(health.version)),
+        Daemon::Silent => return Err(background::silent(&context.home)),
+        Daemon::Absent => (false, None),
+    };
     let answer = json!({"running": is_running, "pid": pid, "version": version, "home": context.home});
     output::answer(context.format, &answer, || match pid {
         Some(pid) if is_running => format!("running (process {pid})"),
@@ -120,7 +123,7 @@ async fn stop_all(context: &Context) -> Result<Vec<String>, ApiError> {
     }
     let client = context.daemon().await?;
     let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
-    let all: Vec<SandboxInfo> = everyones.get("/sandboxes?filter=living").await?;
+    let all: Vec<SandboxInfo> = everyones.list("/sandboxes?filter=living").await?;
     let mut stopped = Vec::new();
     for info in all {
         let client = match &info.account_id {

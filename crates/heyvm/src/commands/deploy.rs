@@ -1,21 +1,24 @@
 //! `deploy` and `create`.
 
-use std::{collections::BTreeMap, fs::File, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
-use futures::TryStreamExt;
 use heyvm_api::{
     ApiError, ErrorCode,
     client::Client,
     names,
     sandbox::{CreateRequest, RestartPolicy, SandboxInfo},
-    system::{ArchiveInfo, ProgressEvent},
+    system::ArchiveInfo,
 };
+use heyvm_bounded_tar::Problem;
 use serde_json::json;
-use tokio_util::io::ReaderStream;
 
 use super::{Context, Outcome, bind::parse_port, completions, encoded, list::word, mount};
 use crate::{
-    archive,
+    archive::{self, Compressor, Limits, Plan},
+    outgoing::{self, Outgoing},
     output::{self, Format},
     progress::Progress,
 };
@@ -40,7 +43,7 @@ pub struct MakeArgs {
     /// Image, for example ubuntu:24.04
     #[arg(long, add = completions::images())]
     pub image: Option<String>,
-    /// shell, python or node: what the image must have to run the app
+    /// What the image must have: shell, python, node, or full (compilers)
     #[arg(long = "type")]
     pub kind: Option<String>,
     /// VM backend [possible values: qemu]
@@ -58,6 +61,9 @@ pub struct MakeArgs {
     /// How long to wait for readiness
     #[arg(long, default_value = "120s")]
     pub health_timeout: String,
+    /// Time that an app may take to begin its answer, for example 10m
+    #[arg(long, value_name = "DURATION")]
+    pub response_timeout: Option<String>,
     /// micro, mini, small, medium, large or xlarge
     #[arg(long, add = completions::size_classes())]
     pub size_class: Option<String>,
@@ -134,11 +140,9 @@ pub struct CreateArgs {
 pub async fn deploy(context: &Context, args: DeployArgs) -> Outcome {
     let mut request = request(context, &args.make, &args.port)?;
     // Everything that can be refused here is, before a VM is thought of.
-    let progress = Progress::new(format!("packing {}", args.directory.display()));
-    let archive = archive::pack(&args.directory, args.no_ignore, |done| progress.line().moved("packing", done))?;
-    drop(progress);
+    let plan = plan(context, &args.directory, args.no_ignore)?;
     let client = context.client().await?;
-    request.archive_id = Some(send(&client, archive, None).await?.archive_id);
+    request.archive_id = Some(send(context, &client, plan, None).await?.archive_id);
     make(context, &client, request, &args.make).await
 }
 
@@ -149,21 +153,55 @@ pub async fn create(context: &Context, args: CreateArgs) -> Outcome {
     make(context, &client, request, &args.make).await
 }
 
-/// Passes an archive on to whoever makes sandboxes of it; one with a name is kept.
-pub(super) async fn send(client: &Client, archive: File, name: Option<&str>) -> Result<ArchiveInfo, ApiError> {
-    let total = archive.metadata().ok().map(|meta| meta.len());
-    let progress = Progress::new("passing the archive on");
-    let (line, mut sent) = (progress.line(), 0);
-    let bytes = ReaderStream::new(tokio::fs::File::from_std(archive)).inspect_ok(move |piece| {
-        sent += piece.len() as u64;
-        line.tell(&ProgressEvent {
-            done: Some(sent),
-            total,
-            ..ProgressEvent::new("archive", "passing the archive on")
-        });
+/// Looks through a directory that is to be sent; says what of it is ignored.
+pub(super) fn plan(context: &Context, directory: &Path, no_ignore: bool) -> Result<Plan, ApiError> {
+    let progress = Progress::new(format!("looking through {}", directory.display()));
+    let plan = Plan::of(directory, no_ignore);
+    drop(progress);
+    let plan = plan?;
+    if context.cloud.is_some() {
+        plan.check(&Limits::STANDARD)?;
+    }
+    if let Some(note) = plan.ignored() {
+        output::note(&note);
+    }
+    Ok(plan)
+}
+
+/// Sends a directory as an archive while it is packed; one with a name is kept.
+pub(super) async fn send(
+    context: &Context,
+    client: &Client,
+    plan: Plan,
+    name: Option<&str>,
+) -> Result<ArchiveInfo, ApiError> {
+    let progress = Progress::new("packing");
+    let line = progress.line();
+    let (outgoing, body) = outgoing::pipe();
+    let compression = context.compression();
+    let packing = tokio::task::spawn_blocking(move || {
+        let mut packed = Compressor::new(compression, outgoing).map_err(Problem::Output)?;
+        let note = plan.write(&mut packed, |bytes| line.moved("packing", bytes))?;
+        packed.finish().and_then(Outgoing::finish).map_err(Problem::Output)?;
+        Ok::<_, Problem>(note)
     });
-    let path = name.map_or_else(|| "/archives".into(), |name| format!("/archives?name={}", encoded(name)));
-    client.put(&path, "application/gzip", bytes).await
+    let sent = client.put(&archives_path(name), "application/gzip", body).await;
+    let packed = packing.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
+    drop(progress);
+    match (packed, sent) {
+        // The server has said why it takes no more.
+        (Err(Problem::Output(_)) | Ok(_), Err(error)) => Err(error),
+        (Err(problem), _) => Err(archive::refuse(&problem)),
+        (Ok(note), Ok(kept)) => {
+            note.iter().for_each(|note| output::note(note));
+            Ok(kept)
+        }
+    }
+}
+
+/// Where archives are sent to.
+pub(super) fn archives_path(name: Option<&str>) -> String {
+    name.map_or_else(|| "/archives".into(), |name| format!("/archives?name={}", encoded(name)))
 }
 
 async fn make(context: &Context, client: &Client, request: CreateRequest, args: &MakeArgs) -> Outcome {
@@ -210,6 +248,12 @@ fn supported(context: &Context, args: &MakeArgs) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// In whole seconds, rounded up.
+fn response_timeout(text: &str) -> Result<i64, ApiError> {
+    let seconds = names::parse_duration("--response-timeout", text)?.as_secs_f64().ceil();
+    Ok(seconds as i64)
+}
+
 fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<CreateRequest, ApiError> {
     supported(context, args)?;
     let ports = ports.iter().map(|text| parse_port(text).map(i64::from)).collect::<Result<_, _>>()?;
@@ -232,7 +276,7 @@ fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<Creat
         backend_type: args.backend.clone(),
         region: args.region.clone(),
         ttl_seconds: args.ttl_seconds,
-        start_command: args.start_command.clone(),
+        start_command: args.start_command.clone().map(Into::into),
         working_directory: args.working_directory.clone(),
         open_ports: ports,
         is_public: args.private.then_some(false),
@@ -245,6 +289,7 @@ fn request(context: &Context, args: &MakeArgs, ports: &[String]) -> Result<Creat
         archive_root: None,
         health_path: args.health_path.clone(),
         health_timeout_seconds: Some(health_timeout.as_secs_f64()),
+        response_timeout_seconds: args.response_timeout.as_deref().map(response_timeout).transpose()?,
         keep_on_failure: args.keep_on_failure,
         restart: args.restart.as_deref().and_then(restart_policy),
         replace: args.replace,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use heyvm_api::{
     ApiError, ErrorCode,
     client::Client,
-    images::{ImageInfo, ImportRequest, PullRequest},
+    images::{ImageInfo, ImportRequest, PruneRequest, PruneResponse, PullRequest},
 };
 use serde_json::json;
 
@@ -47,6 +47,13 @@ pub enum ImagesCommand {
         /// Its name
         name: String,
     },
+    /// Remove images that no sandbox uses (the default image stays)
+    #[command(after_help = "Example:\n  heyvm images prune")]
+    Prune {
+        /// Also remove imported images, which no registry can give again
+        #[arg(long)]
+        all: bool,
+    },
     /// Take the guests' kernel from an unpacked kernel package, or from /
     #[command(after_help = "Example:\n  heyvm images import-kernel /tmp/linux-image")]
     ImportKernel {
@@ -71,9 +78,20 @@ pub async fn images(context: &Context, args: ImagesArgs) -> Outcome {
             output::answer(context.format, &json!({"name": name, "removed": true}), || format!("{name} is removed"));
             Ok(0)
         }
+        ImagesCommand::Prune { all } => prune(context, all).await,
         ImagesCommand::ImportKernel { directory } => import_kernel(context, &directory),
         ImagesCommand::Prepare => long(context.daemon().await?, context, "/images/prepare", &()).await,
     }
+}
+
+async fn prune(context: &Context, all: bool) -> Outcome {
+    let pruned: PruneResponse = context.daemon().await?.post("/images/prune", &PruneRequest { all }).await?;
+    output::answer(context.format, &pruned, || {
+        let mut lines: Vec<String> = pruned.removed.iter().map(|name| format!("{name} is removed")).collect();
+        lines.push(format!("{:.0} MB are free again", pruned.freed_bytes as f64 / 1e6));
+        lines.join("\n")
+    });
+    Ok(0)
 }
 
 /// Fetches an image from its registry.

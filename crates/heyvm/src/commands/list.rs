@@ -37,7 +37,7 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
         _ => "living",
     };
     let client = context.client().await?;
-    let all: Vec<SandboxInfo> = client.get(&format!("/sandboxes?filter={filter}")).await?;
+    let all: Vec<SandboxInfo> = client.list(&format!("/sandboxes?filter={filter}")).await?;
     // A server's accounts have none: a lost record is its operator's affair.
     let orphans: Vec<OrphanInfo> = match args.all && context.cloud.is_none() {
         true => client.get("/orphans").await?,
@@ -131,6 +131,10 @@ fn text(info: &SandboxInfo) -> String {
         lines.push(format!("start    {command}"));
     }
     lines.extend(info.urls.iter().map(|url| format!("url      {} -> port {}", url.url, url.port)));
+    let local = info.urls.iter().filter_map(|url| Some((url.local_url.as_ref()?, url.port)));
+    lines.extend(
+        local.map(|(url, port)| format!("local    {url} -> port {port} (for programs that cannot resolve the url)")),
+    );
     lines.extend(info.mounts.iter().map(|mount| {
         let only = if mount.read_only { " (read-only)" } else { "" };
         format!("mount    {} -> {}{only}", mount.host_path, mount.sandbox_path)

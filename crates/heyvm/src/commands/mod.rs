@@ -14,6 +14,7 @@ pub mod list;
 pub mod login;
 pub mod logs;
 pub mod mount;
+pub mod port_forward;
 pub mod server;
 pub mod set;
 pub mod wait_for;
@@ -23,6 +24,7 @@ use std::path::PathBuf;
 use heyvm_api::{ApiError, ErrorCode, client::Client};
 
 use crate::{
+    archive::Compression,
     background,
     cli::{Cli, Command},
     credentials::Cloud,
@@ -45,6 +47,11 @@ impl Context {
             Some(cloud) => cloud.client(&self.home).await,
             None => self.daemon().await,
         }
+    }
+
+    /// How archives are compressed: a daemon of the same version takes what is fastest.
+    fn compression(&self) -> Compression {
+        if self.cloud.is_some() { Compression::Gzip } else { Compression::Zstd }
     }
 
     /// A client of this machine's daemon, which is started when there is none.
@@ -109,6 +116,7 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::WaitFor(args) => wait_for::wait_for(&context, args).await,
         Command::Bind(args) => bind::bind(&context, &args).await,
         Command::Unbind(args) => bind::unbind(&context, &args).await,
+        Command::PortForward(args) => port_forward::port_forward(&context, args).await,
         Command::Logs(args) => logs::logs(&context, &args).await,
         Command::Stop(several) => lifecycle::stop(&context, &several.sandboxes).await,
         Command::Start(several) => lifecycle::start(&context, &several.sandboxes).await,
@@ -126,7 +134,8 @@ async fn dispatch(cli: Cli) -> Outcome {
         Command::Cp(args) => cp::cp(&context, &args).await,
         Command::Archive(args) => archives::archive(&context, args).await,
         Command::ArchiveDir(args) => archives::archive_dir(&context, args).await,
-        Command::ListArchives => archives::list_archives(&context).await,
+        Command::ListArchives(args) => archives::list_archives(&context, &args).await,
+        Command::PruneArchives => archives::prune_archives(&context).await,
         Command::DeleteArchive(args) => archives::delete_archive(&context, &args.archive).await,
         Command::Update(args) => archives::update(&context, &args).await,
         Command::Login(args) => login::login(&context, args).await,

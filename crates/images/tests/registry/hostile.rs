@@ -8,7 +8,7 @@ use tar::EntryType;
 
 use crate::{
     layout::{Item, Layout, device, dir, file, hard_link, layer, symlink},
-    place::{Place, Root, silent},
+    place::{OPERATOR, Place, Root, silent},
     server::Server,
 };
 
@@ -33,13 +33,13 @@ async fn a_tampered_blob_is_refused_and_leaves_nothing() {
         fs::write(&path, &bad).unwrap();
         for reference in [&name, &format!("{}/test/hello@{}", server.host, layout.digest)] {
             let place = Place::using(&server);
-            let error = place.store.pull(reference, silent()).await.unwrap_err();
+            let error = place.store.pull(reference, OPERATOR, silent()).await.unwrap_err();
             assert!(!matches!(error, Error::Io { .. }), "{error:?}");
             assert!(place.store.list().is_empty() && place.kept().is_empty(), "{blob}");
         }
         fs::write(&path, &good).unwrap();
     }
-    Place::using(&server).store.pull(&name, silent()).await.unwrap();
+    Place::using(&server).store.pull(&name, OPERATOR, silent()).await.unwrap();
 }
 
 #[tokio::test]
@@ -53,7 +53,7 @@ async fn a_blob_longer_than_its_manifest_says_is_refused() {
     bytes.resize(bytes.len() + (1 << 20), 0);
     fs::write(&path, bytes).unwrap();
     let place = Place::using(&server);
-    let error = place.store.pull(&name, silent()).await.unwrap_err();
+    let error = place.store.pull(&name, OPERATOR, silent()).await.unwrap_err();
     assert!(matches!(error, Error::Invalid(_)), "{error:?}");
     assert!(place.kept().is_empty());
 }
@@ -62,7 +62,7 @@ async fn a_blob_longer_than_its_manifest_says_is_refused() {
 async fn pulled(place: &Place, server: &Server, items: Vec<Item>) -> Result<Image, Error> {
     let layers = [layer(vec![dir("etc"), file("etc/passwd", "root")]), layer(items)];
     let name = server.push(Layout::new(&layers, json!({})).path(), "test/hostile:1");
-    place.store.pull(&name, silent()).await
+    place.store.pull(&name, OPERATOR, silent()).await
 }
 
 /// All that is in a directory, but what a store may have.

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use heyvm_images::{Image, ImageStore, Progress, RegistryConfig};
+use heyvm_images::{Extent, Image, ImageStore, Progress, Prune, RegistryConfig, Requester, Wanted};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -45,6 +45,21 @@ impl Place {
     pub fn home(&self) -> &Path {
         self.home.path()
     }
+}
+
+pub const OPERATOR: Requester = Requester::Operator;
+
+/// The operator's wish for an image that the request names.
+pub fn wanted(named: &str, default_image: &str) -> Wanted {
+    Wanted { named: Some(named.to_owned()), default_image: default_image.to_owned(), full: false, requester: OPERATOR }
+}
+
+/// Removes what goes at this extent while these digests are used.
+pub async fn prune(store: &ImageStore, used: &[&str], extent: Extent) -> Vec<String> {
+    let used = used.iter().map(|digest| (*digest).to_owned()).collect();
+    let mut removed = store.prune(Prune { used, kept: Vec::new(), extent }).await.unwrap();
+    removed.delete().await.unwrap();
+    removed.names
 }
 
 /// Tells nobody.

@@ -2,11 +2,12 @@
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
+use heyvm_images::Extent;
 use serde_json::json;
 
 use crate::{
     layout::{Layout, dir, file, hard_link, layer, symlink, zstd_layer},
-    place::{Place, Root, mode, silent},
+    place::{OPERATOR, Place, Root, mode, prune, silent, wanted},
     server::Server,
 };
 
@@ -17,7 +18,7 @@ async fn an_image_is_pulled_by_tag_and_by_digest() {
     let name = server.push(layout.path(), "test/hello:1");
     let place = Place::using(&server);
 
-    let image = place.store.pull(&name, silent()).await.unwrap();
+    let image = place.store.pull(&name, OPERATOR, silent()).await.unwrap();
     assert_eq!(
         (image.name.as_str(), image.digest.as_str(), image.source.as_str()),
         (&*name, &*layout.digest, "registry")
@@ -29,14 +30,14 @@ async fn an_image_is_pulled_by_tag_and_by_digest() {
     assert_eq!(place.store.get(&image.digest), Some(image.clone()));
 
     let by_digest = format!("{}/test/hello@{}", server.host, layout.digest);
-    let same = place.store.pull(&by_digest, silent()).await.unwrap();
+    let same = place.store.pull(&by_digest, OPERATOR, silent()).await.unwrap();
     assert_eq!((same.digest, same.rootfs), (image.digest.clone(), image.rootfs));
     assert_eq!(place.kept(), [image.digest.replace(':', "-")]);
 
     // What is here is not asked for again.
     drop(server);
     for reference in [&name, &by_digest] {
-        let resolved = place.store.resolve(reference, "ubuntu:24.04", silent()).await.unwrap();
+        let resolved = place.store.resolve(&wanted(reference, "ubuntu:24.04"), silent()).await.unwrap();
         assert_eq!((resolved.image.name, resolved.substituted), (reference.clone(), None));
     }
     place.store.remove(&by_digest).await.unwrap();
@@ -50,7 +51,7 @@ async fn a_name_without_tag_or_registry_means_what_it_means_to_docker() {
     let server = Server::start();
     let name = server.push(Layout::new(&[layer(vec![file("a", "")])], json!({})).path(), "library/thing:latest");
     let place = Place::new(json!({"docker.io": {"mirrors": [format!("http://{}", server.host)]}}));
-    let image = place.store.pull("thing", silent()).await.unwrap();
+    let image = place.store.pull("thing", OPERATOR, silent()).await.unwrap();
     assert_eq!(image.name, "thing");
     for same in ["thing:latest", "library/thing", "docker.io/library/thing:latest"] {
         assert_eq!(place.store.get(same).map(|image| image.digest), Some(image.digest.clone()), "{same}");
@@ -97,7 +98,7 @@ async fn layers_lie_over_each_other_and_hide_what_they_say() {
     let layout = Layout::new(&layers, json!({}));
     let name = server.push(layout.path(), "test/layers:1");
     let place = Place::using(&server);
-    let image = place.store.pull(&name, silent()).await.unwrap();
+    let image = place.store.pull(&name, OPERATOR, silent()).await.unwrap();
     let root = Root::of(&image);
     assert_eq!(root.text("usr/bin/tool"), "two");
     assert_eq!(root.text("usr/bin/same"), "two");
@@ -115,7 +116,7 @@ async fn layers_lie_over_each_other_and_hide_what_they_say() {
     assert_eq!(meta("home/user").mtime(), 1_600_000_000);
     assert_eq!(meta("etc").mtime(), 1_600_000_000, "the second layer changes it, but tells no other time");
     let other = Place::using(&server);
-    let again = other.store.pull(&name, silent()).await.unwrap();
+    let again = other.store.pull(&name, OPERATOR, silent()).await.unwrap();
     let [one, two] = [&image, &again].map(|image| std::fs::read(&image.rootfs).unwrap());
     assert!(one == two, "templates of the image stay valid when it is pulled anew");
     if nix::unistd::getuid().is_root() {
@@ -129,13 +130,21 @@ async fn layers_lie_over_each_other_and_hide_what_they_say() {
 #[tokio::test]
 async fn what_the_image_says_about_running_it_is_kept() {
     let server = Server::start();
-    let run = json!({"Env": ["PATH=/usr/bin", "EMPTY=", "EQUAL=a=b"], "WorkingDir": "/srv/app", "Cmd": ["x"]});
+    let run = json!({"Env": ["PATH=/usr/bin", "EMPTY=", "EQUAL=a=b"], "WorkingDir": "/srv/app", "Cmd": ["x", "-y"],
+        "Entrypoint": ["/entry"], "User": "app:staff", "StopSignal": "SIGQUIT",
+        "ExposedPorts": {"8080/tcp": {}, "80": {}, "53/udp": {}, "nonsense": {}}});
     let name = server.push(Layout::new(&[layer(vec![file("a", "")])], run).path(), "test/config:1");
     let place = Place::using(&server);
-    place.store.pull(&name, silent()).await.unwrap();
+    place.store.pull(&name, OPERATOR, silent()).await.unwrap();
     let config = place.store.get(&name).unwrap().config;
     let env = [("PATH", "/usr/bin"), ("EMPTY", ""), ("EQUAL", "a=b")].map(|(n, v)| (n.to_owned(), v.to_owned()));
-    assert_eq!((config.env, config.working_dir.as_deref()), (env.to_vec(), Some("/srv/app")));
+    assert_eq!((config.env.clone(), config.working_dir.as_deref()), (env.to_vec(), Some("/srv/app")));
+    assert_eq!(
+        (config.entrypoint.as_slice(), config.cmd.as_slice()),
+        (&["/entry".to_owned()][..], &["x".to_owned(), "-y".into()][..])
+    );
+    assert_eq!((config.user.as_deref(), config.stop_signal.as_deref()), (Some("app:staff"), Some("SIGQUIT")));
+    assert_eq!(config.exposed_ports, [80, 8080], "TCP alone");
 }
 
 #[tokio::test]
@@ -146,12 +155,12 @@ async fn an_index_gives_the_image_of_this_architecture() {
     let name = server.push(layout.path(), "test/multi:1");
     let place = Place::using(&server);
     for reference in [name, format!("{}/test/multi@{}", server.host, layout.digest)] {
-        let image = place.store.pull(&reference, silent()).await.unwrap();
+        let image = place.store.pull(&reference, OPERATOR, silent()).await.unwrap();
         assert_eq!(Root::of(&image).text("architecture"), "amd64");
     }
 
     let other = server.push(Layout::multi(&[("arm64", &arm)]).path(), "test/other:1");
-    let error = place.store.pull(&other, silent()).await.unwrap_err();
+    let error = place.store.pull(&other, OPERATOR, silent()).await.unwrap_err();
     assert!(
         matches!(&error, heyvm_images::Error::Invalid(_)) && error.to_string().contains("linux/amd64"),
         "{error:?}"
@@ -164,15 +173,16 @@ async fn an_image_whose_name_has_moved_on_stays_as_long_as_it_is_used() {
     let version = |text: &str| Layout::new(&[layer(vec![file("version", text)])], json!({}));
     let name = server.push(version("one").path(), "test/app:1");
     let place = Place::using(&server);
-    let old = place.store.pull(&name, silent()).await.unwrap();
+    let old = place.store.pull(&name, OPERATOR, silent()).await.unwrap();
     server.push(version("two").path(), "test/app:1");
-    let new = place.store.pull(&name, silent()).await.unwrap();
+    let new = place.store.pull(&name, OPERATOR, silent()).await.unwrap();
     assert_ne!((&old.digest, &old.root_digest), (&new.digest, &new.root_digest));
     assert_eq!(place.store.get(&name), Some(new.clone()));
-    place.store.prune([old.digest.clone()].into()).await.unwrap();
+    let beyond = Extent::Budget(u64::MAX);
+    assert!(prune(&place.store, &[&old.digest], beyond).await.is_empty());
     let kept = place.store.with_digest(&old.digest).unwrap();
     assert_eq!((&kept.name, &kept.rootfs, Root::of(&kept).text("version")), (&old.digest, &old.rootfs, "one".into()));
-    place.store.prune([].into()).await.unwrap();
+    assert_eq!(prune(&place.store, &[], beyond).await, std::slice::from_ref(&old.digest));
     assert_eq!(place.store.with_digest(&old.digest), None);
     assert_eq!(place.kept(), [new.digest.replace(':', "-")]);
 }

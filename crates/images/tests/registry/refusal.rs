@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     layout::{Layout, file, layer},
-    place::{Place, Root, silent},
+    place::{OPERATOR, Place, Root, silent, wanted},
     server::{PASSWORD, Server, USER},
 };
 
@@ -33,14 +33,14 @@ async fn a_missing_image_is_not_found() {
     let absent = format!("sha256:{}", "0".repeat(64));
     for name in ["test/hello:2".to_owned(), "test/nothing:1".to_owned(), format!("test/hello@{absent}")] {
         let name = format!("{}/{name}", server.host);
-        let error = place.store.pull(&name, silent()).await.unwrap_err();
+        let error = place.store.pull(&name, OPERATOR, silent()).await.unwrap_err();
         assert!(matches!(&error, Error::NotFound(missing) if *missing == name), "{error:?}");
         // What the registry knows to be missing is not replaced, even if it is the default.
-        let error = place.store.resolve(&name, &name, silent()).await.unwrap_err();
+        let error = place.store.resolve(&wanted(&name, &name), silent()).await.unwrap_err();
         assert!(matches!(error, Error::NotFound(_)), "{error:?}");
     }
     for name in ["", "UPPER:1", "a b", "x@sha256:1"] {
-        assert!(matches!(place.store.pull(name, silent()).await, Err(Error::Invalid(_))), "{name}");
+        assert!(matches!(place.store.pull(name, OPERATOR, silent()).await, Err(Error::Invalid(_))), "{name}");
     }
     assert!(place.store.list().is_empty() && place.kept().is_empty());
 }
@@ -49,7 +49,7 @@ async fn a_missing_image_is_not_found() {
 async fn a_registry_that_is_down_is_named_with_the_reason() {
     let host = nobody();
     let place = Place::new(json!({ &host: {"insecure": true} }));
-    let error = place.store.pull(&format!("{host}/test/hello:1"), silent()).await.unwrap_err();
+    let error = place.store.pull(&format!("{host}/test/hello:1"), OPERATOR, silent()).await.unwrap_err();
     assert!(matches!(error, Error::Registry { .. }), "{error:?}");
     let text = error.to_string();
     assert!(text.contains(&host) && text.contains("refused"), "{text}");
@@ -64,16 +64,16 @@ async fn a_registry_with_a_password_gives_to_those_who_know_it() {
         Place::new(json!({ &server.host: {"insecure": true, "username": USER, "password": password} }))
     };
 
-    let image = with(PASSWORD).store.pull(&name, silent()).await.unwrap();
+    let image = with(PASSWORD).store.pull(&name, OPERATOR, silent()).await.unwrap();
     assert_eq!(image.name, name);
 
-    let error = with("wrong-guess").store.pull(&name, silent()).await.unwrap_err();
+    let error = with("wrong-guess").store.pull(&name, OPERATOR, silent()).await.unwrap_err();
     assert!(matches!(error, Error::Registry { .. }), "{error:?}");
     let text = format!("{error} {error:?}");
     assert!(text.contains("refuses the user name and password") && !text.contains("wrong-guess"), "{text}");
 
     let place = Place::using(&server);
-    let error = place.store.pull(&name, silent()).await.unwrap_err();
+    let error = place.store.pull(&name, OPERATOR, silent()).await.unwrap_err();
     assert!(error.to_string().contains("wants a user name and password"), "{error}");
     assert!(place.kept().is_empty());
 }
@@ -91,9 +91,9 @@ async fn dockers_credentials_are_used_where_there_are_no_others() {
         let config: RegistryConfig = serde_json::from_value(json!({ &server.host: registry })).unwrap();
         ImageStore::open(home.path(), config.with_docker_config(&path)).unwrap()
     };
-    store(json!({"insecure": true})).pull(&name, silent()).await.unwrap();
+    store(json!({"insecure": true})).pull(&name, OPERATOR, silent()).await.unwrap();
     let own = store(json!({"insecure": true, "username": USER, "password": "wrong"}));
-    assert!(own.pull(&name, silent()).await.is_err(), "the configuration comes first");
+    assert!(own.pull(&name, OPERATOR, silent()).await.is_err(), "the configuration comes first");
 }
 
 #[tokio::test]
@@ -101,7 +101,7 @@ async fn a_mirror_stands_in_for_docker_io() {
     let server = Server::start();
     server.push(hello().path(), "library/ubuntu:24.04");
     let place = Place::new(json!({"docker.io": mirrors(&[&nobody(), &server.host])}));
-    let resolved = place.store.resolve("ubuntu:24.04", "ubuntu:24.04", silent()).await.unwrap();
+    let resolved = place.store.resolve(&wanted("ubuntu:24.04", "ubuntu:24.04"), silent()).await.unwrap();
     assert_eq!((resolved.image.name.as_str(), resolved.substituted), ("ubuntu:24.04", None));
     assert_eq!(Root::of(&resolved.image).text("hello"), "hi");
 }
@@ -113,11 +113,11 @@ async fn the_registry_is_asked_for_what_its_mirrors_lack() {
     let mut known = mirrors(&[&mirror.host]);
     known["insecure"] = json!(true);
     let place = Place::new(json!({ &registry.host: known }));
-    place.store.pull(&name, silent()).await.unwrap();
+    place.store.pull(&name, OPERATOR, silent()).await.unwrap();
 
     // It may have what its mirror has not: while it is silent, nobody knows.
     drop(registry);
-    let error = place.store.pull(&name, silent()).await.unwrap_err();
+    let error = place.store.pull(&name, OPERATOR, silent()).await.unwrap_err();
     assert!(matches!(error, Error::Registry { .. }), "{error:?}");
     let text = error.to_string();
     assert!(text.contains(&format!("{} has no such image", mirror.host)) && text.contains("refused"), "{text}");
@@ -130,10 +130,11 @@ async fn a_registrys_password_is_not_for_its_mirrors() {
     let mut registry = mirrors(&[&mirror.host]);
     registry["username"] = json!(USER);
     registry["password"] = json!(PASSWORD);
-    let error = Place::new(json!({"registry.invalid": registry})).store.pull(&name, silent()).await.unwrap_err();
+    let error =
+        Place::new(json!({"registry.invalid": registry})).store.pull(&name, OPERATOR, silent()).await.unwrap_err();
     assert!(error.to_string().contains("wants a user name and password"), "{error}");
 
     let own = json!({"username": USER, "password": PASSWORD});
     let place = Place::new(json!({"registry.invalid": mirrors(&[&mirror.host]), &mirror.host: own}));
-    place.store.pull(&name, silent()).await.unwrap();
+    place.store.pull(&name, OPERATOR, silent()).await.unwrap();
 }

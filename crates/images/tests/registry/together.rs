@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::{
     layout::{Layout, file, layer},
-    place::{Place, Root, silent},
+    place::{OPERATOR, Place, Root, silent},
     server::Server,
 };
 
@@ -29,7 +29,8 @@ async fn two_pulls_of_an_image_give_the_same() {
     let layout = Layout::new(&[layer(vec![file("data", noise(4 << 20))])], json!({}));
     let name = server.push(layout.path(), "test/large:1");
     let place = Place::using(&server);
-    let (one, two) = tokio::join!(place.store.pull(&name, silent()), place.store.pull(&name, silent()));
+    let (one, two) =
+        tokio::join!(place.store.pull(&name, OPERATOR, silent()), place.store.pull(&name, OPERATOR, silent()));
     let (one, two) = (one.unwrap(), two.unwrap());
     assert_eq!(one, two);
     assert_eq!(place.kept(), [one.digest.replace(':', "-")]);
@@ -47,7 +48,7 @@ async fn progress_is_told_during_a_layer() {
     let progress = Arc::new(move |step: &str, done: Option<u64>, total: Option<u64>| {
         keep.lock().unwrap().push((step.to_owned(), done, total));
     });
-    place.store.pull(&name, progress).await.unwrap();
+    place.store.pull(&name, OPERATOR, progress).await.unwrap();
     let told = told.lock().unwrap();
     let pulling: Vec<(u64, u64)> = told
         .iter()
@@ -78,9 +79,9 @@ async fn a_pull_that_is_dropped_leaves_nothing() {
     tokio::select! {
         biased;
         () = midway.notified() => {}
-        _ = place.store.pull(&name, progress) => panic!("the pull ended before it was dropped"),
+        _ = place.store.pull(&name, OPERATOR, progress) => panic!("the pull ended before it was dropped"),
     }
     assert!(seen.load(Ordering::Relaxed));
     assert!(place.kept().is_empty(), "{:?}", place.kept());
-    place.store.pull(&name, silent()).await.unwrap();
+    place.store.pull(&name, OPERATOR, silent()).await.unwrap();
 }

@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 pub use supervisor::main_egress;
 
-use crate::{Error, channel};
+use crate::{Error, channel, environment};
 
 /// Largest packet on guests' interfaces, in bytes: as large as pasta's own, so that nothing is cut up on the way.
 pub const MTU: u32 = 65_520;
@@ -141,7 +141,8 @@ fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(
         .open(&log_path)
         .map_err(Error::io("opening the egress log", log_path))?;
     let (ours, theirs) = channel::pair().map_err(Error::io("opening a channel to the egress holder", run_dir))?;
-    let mut child = Command::new(launcher)
+    // The supervisor lives as long as the sandboxes do, and pasta and nft get their environment from it.
+    let mut child = environment::clean(&mut Command::new(launcher))
         .arg("egress")
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())

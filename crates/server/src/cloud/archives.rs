@@ -11,6 +11,7 @@ use axum::{
     extract::{DefaultBodyLimit, FromRef, FromRequestParts, State},
 };
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
+use heyvm_accounts::{Accounts, Metered};
 use heyvm_api::{
     accounts::Scope,
     archives::{AccountArchive, FinalizeArchiveRequest, PresignedUpload},
@@ -39,7 +40,7 @@ pub fn routes<S>() -> OpenApiRouter<S>
 where
     S: Clone + Send + Sync + 'static,
     Arc<Archives>: FromRef<S>,
-    Arc<heyvm_accounts::Accounts>: FromRef<S>,
+    Arc<Accounts>: FromRef<S>,
     PublicUrl: FromRef<S>,
 {
     OpenApiRouter::new()
@@ -62,10 +63,13 @@ where
     responses((status = 200, description = "Where to PUT it", body = PresignedUpload)))]
 async fn presign(
     State(archives): State<Arc<Archives>>,
+    State(accounts): State<Arc<Accounts>>,
     base: BaseUrl,
     caller: Caller,
 ) -> Result<Json<PresignedUpload>, Problem> {
-    let ticket = archives.presign(&caller.require(Scope::Deploy)?.account_id).await?;
+    let account = caller.require(Scope::Deploy)?.account_id;
+    accounts.meter(Metered::Presign, &account)?;
+    let ticket = archives.presign(&account).await?;
     Ok(Json(PresignedUpload {
         upload_url: format!("{}/sandbox-archives/{}/content?token={}", base.0, ticket.id, ticket.secret),
         archive_id: ticket.id,
@@ -195,7 +199,13 @@ fn pieces(
 }
 
 fn told(archive: Archive) -> AccountArchive {
-    AccountArchive { id: archive.id, name: archive.name, size_bytes: archive.size, created_at: archive.created_at }
+    AccountArchive {
+        id: archive.id,
+        name: archive.name,
+        size_bytes: archive.size,
+        created_at: archive.created_at,
+        used_by: Vec::new(),
+    }
 }
 
 /// What URLs of this server begin with, for whoever asks.

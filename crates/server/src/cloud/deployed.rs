@@ -18,6 +18,7 @@ use heyvm_api::{
         BindRequest, CreateRequest, Endpoint, ListFilter, ReasonCode, ReplaceMountRequest, ResizeRequest, SandboxInfo,
         Status,
     },
+    start_command::StartCommand,
 };
 use http::{Method, StatusCode, header};
 use http_body_util::{BodyExt, Full};
@@ -34,6 +35,7 @@ use super::{
 use crate::{
     answer::to_its_end,
     extract::{Content, Params},
+    listing::{page, page_size},
     problem::Problem,
 };
 
@@ -76,8 +78,8 @@ pub struct DeployRequest {
     driver: Option<String>,
     /// Image reference; `ubuntu:24.04` when absent.
     image: Option<String>,
-    /// Run with `sh -c`, supervised; when it ends, the sandbox ends.
-    start_command: Option<String>,
+    /// Supervised; when it ends, the sandbox ends. A string is a script for `sh -c`, an array a program and its arguments.
+    start_command: Option<StartCommand>,
     /// Ports to bind.
     open_ports: Vec<i64>,
     /// Whether the ports are bound without authentication; default true.
@@ -98,6 +100,8 @@ pub struct DeployRequest {
     health_path: Option<String>,
     /// How long that may take; 120 when absent.
     health_timeout_seconds: Option<f64>,
+    /// Seconds that the app may take until the head of an answer, 1 to 86400; 60 when absent.
+    response_timeout_seconds: Option<i64>,
 }
 
 impl DeployRequest {
@@ -124,6 +128,7 @@ impl DeployRequest {
             size_class: self.size_class,
             health_path: self.health_path,
             health_timeout_seconds: self.health_timeout_seconds,
+            response_timeout_seconds: self.response_timeout_seconds,
             ..CreateRequest::default()
         })
     }
@@ -170,19 +175,27 @@ async fn deploy(
 pub struct NameQuery {
     /// Only the one with exactly this name.
     name: Option<String>,
+    /// How many at most: 1 to 500, the default.
+    #[param(minimum = 1, maximum = 500)]
+    limit: Option<usize>,
+    /// Where to go on: the `heyvm-next-cursor` of the last page.
+    cursor: Option<String>,
 }
 
 /// The account's sandboxes that are not gone, newest first.
+///
+/// A page holds up to 500, and up to 8 MiB. The header `heyvm-next-cursor` says that there are more: send it as `cursor`.
 #[utoipa::path(get, path = "/deployed-sandboxes", operation_id = "cloud_list", tag = "cloud", params(NameQuery),
-    responses((status = 200, description = "All of them", body = Vec<SandboxInfo>)))]
+    responses((status = 200, description = "Those asked for", body = Vec<SandboxInfo>)))]
 async fn list(
     State(served): State<Served>,
     Caller(identity): Caller,
     Params(query): Params<NameQuery>,
-) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    let mut found = served.cloud.list(&identity.account_id, ListFilter::All).await?;
-    found.retain(|info| info.status != Status::Removed && query.name.as_ref().is_none_or(|name| info.name == *name));
-    Ok(Json(found))
+) -> Result<Response, Problem> {
+    let size = page_size(query.limit)?;
+    let asked =
+        heyvm_cloud::ListQuery { filter: ListFilter::All, with_removed: false, name: query.name, after: query.cursor };
+    page(served.cloud.list(&identity.account_id, &asked, size).await?, size, None)
 }
 
 /// One sandbox.
@@ -191,7 +204,7 @@ async fn list(
     responses((status = 200, description = "The sandbox", body = SandboxInfo)))]
 async fn get(State(served): State<Served>, Caller(identity): Caller, Named(who): Named) -> Told {
     let info = served.cloud.get(&identity.account_id, &who).await?;
-    Ok(Json(not_gone(info, &who)?))
+    Ok(Json(not_gone(local::visible(&identity, info), &who)?))
 }
 
 /// One that could not be made is `failed`; one that was removed is not there.
@@ -363,7 +376,7 @@ async fn write_file(
     request: Request,
 ) -> Result<Response, Problem> {
     let place = served.cloud.find(&identity.account_id, &who).await?;
-    forward::to(&place, "/files/upload", request).await
+    forward::to(&place, "/files/upload", request, std::future::ready(())).await
 }
 
 /// One request of ours, and the region's answer as it comes.
@@ -380,7 +393,7 @@ async fn pass_on(
     let request = Request::builder().method(method).header(header::CONTENT_TYPE, "application/json").body(body);
     let request =
         request.map_err(|error| Problem::invalid(error.to_string(), "GET /openapi.json describes every field"))?;
-    forward::to(&place, path, request).await
+    forward::to(&place, path, request, std::future::ready(())).await
 }
 
 /// Goes on from the disk. Starting a running one succeeds.

@@ -26,13 +26,21 @@ pub async fn forward(
     let who = parts.iter().find(|(name, _)| name == "id").map(|(_, who)| who.clone()).unwrap_or_default();
     let sent = async {
         let place = served.cloud.find(&identity.account_id, &who).await?;
-        to(&place, &rest(request.uri()), request).await
+        let (accounts, credentials) = (served.accounts.clone(), identity.clone());
+        let lapsed = async move { accounts.lapsed(&credentials).await };
+        to(&place, &rest(request.uri()), request, lapsed).await
     };
     sent.await.unwrap_or_else(Problem::into_response)
 }
 
-/// Sends a request to a sandbox's region, as one for `rest` below the sandbox's own path.
-pub(super) async fn to(place: &Place<'_>, rest: &str, mut request: Request) -> Result<Response, Problem> {
+/// Sends a request to a sandbox's region, as one for `rest` below the sandbox's own path. A connection that it upgrades
+/// ends when `until` comes.
+pub(super) async fn to(
+    place: &Place<'_>,
+    rest: &str,
+    mut request: Request,
+    until: impl Future<Output = ()> + Send + 'static,
+) -> Result<Response, Problem> {
     *request.uri_mut() = place.path(rest).parse().map_err(|_| {
         ApiError::new(ErrorCode::InvalidArgument, "the path names no sandbox")
             .hint("GET /openapi.json describes every path")
@@ -45,7 +53,7 @@ pub(super) async fn to(place: &Place<'_>, rest: &str, mut request: Request) -> R
     let sent = place.client()?.send(request).await;
     let mut response = sent.map_err(|error| broken.explain(place.region.explain(error).into()))?;
     if let Some(visitor) = visitor {
-        relay::upgraded(visitor, &mut response);
+        relay::upgraded(visitor, &mut response, until);
     }
     Ok(response.map(Body::new))
 }

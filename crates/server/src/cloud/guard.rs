@@ -12,7 +12,7 @@ use heyvm_api::{
     ApiError, ErrorCode,
     accounts::{AuditEntry, Scope},
 };
-use http::{HeaderMap, Method};
+use http::{HeaderMap, Method, StatusCode};
 
 use super::{
     Served,
@@ -33,20 +33,23 @@ const OPEN: [&str; 8] = [
 ];
 /// Calls that carry their own proof.
 const SIGNED: [&str; 1] = ["/sandbox-archives/{id}/content"];
-/// What runs commands or writes files in a sandbox.
-const EXEC: [&str; 9] = [
+/// What runs commands in a sandbox, or reads or writes its files, whatever the method.
+const EXEC: [&str; 11] = [
     "/sandboxes/{id}/execute",
     "/sandboxes/{id}/exec",
     "/sandboxes/{id}/files",
+    "/sandboxes/{id}/files/download",
     "/sandboxes/{id}/files/upload",
     "/sandboxes/{id}/files/tar",
     "/sandbox/{id}/exec",
     "/sandbox/{id}/read-file",
     "/sandbox/{id}/write-file",
     "/deployed-sandboxes/{id}/shell-stream",
+    "/sandboxes/{id}/ports/{port}",
 ];
-/// GETs that do what they are asked, as WebSockets.
-const ACTING: [&str; 2] = ["/sandboxes/{id}/exec", "/deployed-sandboxes/{id}/shell-stream"];
+/// GETs that do what they are asked, as WebSockets and byte streams.
+const ACTING: [&str; 3] =
+    ["/sandboxes/{id}/exec", "/deployed-sandboxes/{id}/shell-stream", "/sandboxes/{id}/ports/{port}"];
 /// What concerns the account itself.
 const ADMIN: [&str; 3] = ["/api/api-keys", "/api/api-keys/{id}", "/api/audit"];
 
@@ -60,7 +63,7 @@ pub fn scope_of(method: &Method, path: &str) -> Scope {
     let reads = only_reads(method, path);
     if ADMIN.contains(&path) {
         Scope::Admin
-    } else if EXEC.contains(&path) && !reads {
+    } else if EXEC.contains(&path) {
         Scope::Exec
     } else if reads {
         Scope::Read
@@ -86,7 +89,8 @@ pub async fn guard(State(served): State<Served>, mut request: Request, next: Nex
     let peer = request.extract_parts::<ClientAddress>().await.ok().map(|address| address.0.to_string());
     request.extensions_mut().insert(Caller(identity.clone()));
     let response = next.run(request).await;
-    if changes {
+    // What is not there was not changed: made-up names fill no log.
+    if changes && response.status() != StatusCode::NOT_FOUND {
         let entry = AuditEntry {
             at: Utc::now(),
             account_id: identity.account_id,
@@ -125,10 +129,54 @@ async fn admit(served: &Served, headers: &HeaderMap, method: &Method, path: &str
 mod tests {
     use super::*;
 
+    /// The calls that credentials of scope `read` are good for: a new one is decided on here.
+    const READS: [&str; 19] = [
+        "/.well-known/jwks.json",
+        "/api/auth/whoami",
+        "/archives",
+        "/deployed-sandboxes",
+        "/deployed-sandboxes/{id}",
+        "/docs",
+        "/health",
+        "/images",
+        "/openapi.json",
+        "/public-images",
+        "/sandbox-archives",
+        "/sandbox-archives/{id}",
+        "/sandbox/{id}/status",
+        "/sandboxes",
+        "/sandboxes/inactive",
+        "/sandboxes/{id}",
+        "/sandboxes/{id}/logs",
+        "/sandboxes/{id}/proxy",
+        "/sandboxes/{id}/wait",
+    ];
+
+    #[test]
+    fn reading_reaches_no_more_than_what_is_listed() {
+        let document = serde_json::to_value(crate::cloud::document()).unwrap();
+        let mut reads = Vec::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            for method in item.as_object().unwrap().keys() {
+                let method: Method = method.to_uppercase().parse().unwrap();
+                if scope_of(&method, path) == Scope::Read {
+                    reads.push(path.clone());
+                }
+            }
+        }
+        let mut expected: Vec<_> = READS.map(str::to_owned).to_vec();
+        reads.sort();
+        expected.sort();
+        assert_eq!(reads, expected);
+    }
+
     #[test]
     fn what_changes_something_needs_more_than_reading() {
         assert_eq!(scope_of(&Method::GET, "/sandboxes"), Scope::Read);
-        assert_eq!(scope_of(&Method::GET, "/sandboxes/{id}/files"), Scope::Read);
+        for path in ["/sandboxes/{id}/files", "/sandboxes/{id}/files/download", "/sandboxes/{id}/files/tar"] {
+            assert_eq!(scope_of(&Method::GET, path), Scope::Exec, "{path}");
+        }
+        assert_eq!(scope_of(&Method::GET, "/sandboxes/{id}/logs"), Scope::Read);
         assert_eq!(scope_of(&Method::GET, "/sandboxes/{id}/exec"), Scope::Exec);
         assert_eq!(scope_of(&Method::DELETE, "/sandboxes/{id}/files"), Scope::Exec);
         assert_eq!(scope_of(&Method::POST, "/sandbox/{id}/read-file"), Scope::Exec);

@@ -7,8 +7,10 @@ use axum::{
     extract::{Path, State},
     response::{Html, IntoResponse, Response},
 };
+use heyvm_accounts::Identity;
 use heyvm_api::{
     ApiError, ErrorCode,
+    accounts::Scope,
     images::{ImageInfo, PullRequest},
     names,
     sandbox::{
@@ -26,6 +28,7 @@ use crate::{
     answer::{long, to_its_end},
     docs,
     extract::{Content, Params, idempotency_key},
+    listing::{page, page_size},
     problem::Problem,
 };
 
@@ -39,23 +42,29 @@ pub struct ListQuery {
     #[serde(default)]
     filter: ListFilter,
     name: Option<String>,
+    limit: Option<usize>,
+    cursor: Option<String>,
 }
 
 pub async fn list(
     State(served): State<Served>,
     Caller(identity): Caller,
     Params(query): Params<ListQuery>,
-) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    let mut found = served.cloud.list(&identity.account_id, query.filter).await?;
-    found.retain(|sandbox| query.name.as_ref().is_none_or(|name| sandbox.name == *name));
-    Ok(Json(found))
+) -> Result<Response, Problem> {
+    let size = page_size(query.limit)?;
+    let with_removed = query.filter == ListFilter::All;
+    let asked = heyvm_cloud::ListQuery { filter: query.filter, with_removed, name: query.name, after: query.cursor };
+    page(served.cloud.list(&identity.account_id, &asked, size).await?, size, None)
 }
 
-pub async fn inactive(
-    State(served): State<Served>,
-    Caller(identity): Caller,
-) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    Ok(Json(served.cloud.list(&identity.account_id, ListFilter::Stopped).await?))
+pub async fn inactive(served: State<Served>, caller: Caller) -> Result<Response, Problem> {
+    let query = ListQuery { filter: ListFilter::Stopped, name: None, limit: None, cursor: None };
+    list(served, caller, Params(query)).await
+}
+
+/// What a caller may see of a sandbox: values of its environment for those alone who may run commands in it.
+pub(super) fn visible(identity: &Identity, info: SandboxInfo) -> SandboxInfo {
+    if identity.scope >= Scope::Exec { info } else { info.without_values() }
 }
 
 pub async fn create(
@@ -71,7 +80,8 @@ pub async fn create(
 }
 
 pub async fn get(State(served): State<Served>, Caller(identity): Caller, Named(who): Named) -> Told {
-    Ok(Json(served.cloud.get(&identity.account_id, &who).await?))
+    let info = served.cloud.get(&identity.account_id, &who).await?;
+    Ok(Json(visible(&identity, info)))
 }
 
 pub async fn remove(State(served): State<Served>, Caller(identity): Caller, Named(who): Named) -> Told {

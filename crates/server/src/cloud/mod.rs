@@ -159,10 +159,11 @@ pub fn router(served: Served) -> Router {
 }
 
 /// Calls of the daemon's API that concern its machine, or that only a server makes.
-const NOT_IN_A_CLOUD: [&str; 11] = [
+const NOT_IN_A_CLOUD: &[&str] = &[
     "/doctor",
     "/images/import",
     "/images/prepare",
+    "/images/prune",
     "/images/{name}",
     "/kernels/import",
     "/orphans",

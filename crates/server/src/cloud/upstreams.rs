@@ -1,6 +1,6 @@
 //! The edge's way into a cloud: where host names lead, who may come in, and our own hosts.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use heyvm_accounts::Accounts;
@@ -22,7 +22,8 @@ impl Upstreams for Sandboxes {
             true => Access::Public,
             false => Access::Members { account: route.account_id },
         };
-        Ok(Route { sandbox: route.sandbox_id, port: route.port, access })
+        let response_timeout = route.response_timeout_seconds.map(|seconds| Duration::from_secs(seconds.into()));
+        Ok(Route { sandbox: route.sandbox_id, port: route.port, access, response_timeout })
     }
 
     async fn connect(&self, route: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {

@@ -14,7 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use heyvm_api::{client::notice_silence, headers};
-use heyvm_edge::serve_connection;
+use heyvm_edge::{Patience, serve_connection};
 use hyper_util::service::TowerToHyperService;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_rustls::TlsAcceptor;
@@ -28,7 +28,9 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How many may be showing theirs at the same time: each costs a signature.
 const HANDSHAKES: usize = 256;
 /// Head of a request, and idle time of a connection.
-const HEAD: Duration = Duration::from_secs(60);
+const PATIENCE: Patience = Patience { head: Duration::from_secs(60), idle: Duration::from_secs(3600) };
+/// A server says something as soon as it is connected.
+const FIRST_BYTES: Duration = Duration::from_secs(5);
 /// Pause after a connection could not be accepted.
 const BREATH: Duration = Duration::from_millis(100);
 /// What is asked for no account: whether we are there, what we can, and where an address leads.
@@ -54,8 +56,6 @@ impl Region {
         let api = api.layer(middleware::from_fn(must_name_an_account));
         let (serving, handshakes) = (TaskTracker::new(), Arc::new(Semaphore::new(HANDSHAKES)));
         loop {
-            // Closed never: there is always one to come.
-            let Ok(turn) = Arc::clone(&handshakes).acquire_owned().await else { return };
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
                 () = ending.cancelled() => break,
@@ -74,13 +74,18 @@ impl Region {
                 tracing::warn!(%error, "a server's silence will not be noticed");
             }
             let acceptor = TlsAcceptor::from(self.certificates.current());
-            let (api, ending) = (api.clone(), ending.clone());
+            let (api, ending, handshakes) = (api.clone(), ending.clone(), Arc::clone(&handshakes));
             serving.spawn(async move {
+                // Those who say nothing take no turn from those who shake hands.
+                if !matches!(tokio::time::timeout(FIRST_BYTES, stream.peek(&mut [0])).await, Ok(Ok(1..))) {
+                    return;
+                }
+                let Ok(turn) = handshakes.acquire_owned().await else { return };
                 let known = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await;
                 drop(turn);
                 match known {
                     Ok(Ok(stream)) => {
-                        let served = serve_connection(stream, TowerToHyperService::new(api), HEAD, ending).await;
+                        let served = serve_connection(stream, TowerToHyperService::new(api), PATIENCE, ending).await;
                         if let Err(error) = served {
                             tracing::debug!(%error, "a connection to the region's listener broke off");
                         }

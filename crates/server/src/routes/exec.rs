@@ -3,11 +3,12 @@
 use std::{io, sync::Arc, time::Duration};
 
 use axum::{
+    Json,
     extract::{
         State, WebSocketUpgrade,
         ws::{Message, WebSocket, rejection::WebSocketUpgradeRejection},
     },
-    response::Response,
+    response::{IntoResponse, Response},
 };
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::{
@@ -20,20 +21,24 @@ use heyvm_agent_protocol::{
 };
 use heyvm_api::{
     ApiError, ErrorCode,
-    exec::{ClientControl, ExecRequest, ExecResponse, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, PtySize, ServerControl},
+    exec::{
+        ClientControl, DetachedResponse, ExecRequest, ExecResponse, FRAME_STDERR, FRAME_STDIN, FRAME_STDOUT, PtySize,
+        ServerControl,
+    },
     names,
 };
 use heyvm_control_plane::ControlPlane;
 use heyvm_vm::AgentConnection;
 use http::StatusCode;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::Api;
 use crate::{
-    answer::{self, Spool, base64, escaped, text},
+    answer::{self, base64, escaped, text},
     extract::{self, Content, Plane, Who},
+    output::{Recording, Source},
     problem::Problem,
 };
 
@@ -43,16 +48,19 @@ const FIRST_FRAME: Duration = Duration::from_secs(30);
 const PING: Duration = Duration::from_secs(5);
 /// Largest frame of a client.
 const MAX_FRAME: usize = 4 << 20;
-/// Most output of one `execute`; the streaming form has no limit.
-const MAX_OUTPUT: u64 = 1 << 30;
+/// A guest that lives has ended a command, and told so, this long after its time-out, however busy it is.
+const GRACE: Duration = Duration::from_secs(20);
 const LONGEST: f64 = 30.0 * 86_400.0;
 
-/// Runs a command and answers when it has ended. Output of any size up to a GiB is answered whole.
+/// Runs a command and answers when it has ended. Of its output the first 256 MiB are kept, less while an account has more
+/// than 512 MiB waiting to be read; `truncated` says so. What it began is killed when the caller leaves.
 ///
-/// `stdin` and `pty` belong to the streaming form and are refused here.
+/// With `detach` it answers as soon as the command runs: the command goes on, its output goes to /dev/null. `stdin` and
+/// `pty` belong to the streaming form and are refused here.
 #[utoipa::path(post, path = "/sandboxes/{id}/execute", operation_id = "execute", tag = "commands",
     params(("id" = String, Path, description = "Id, name or slug")), request_body = ExecRequest,
-    responses((status = 200, description = "It has ended, with whatever exit code", body = ExecResponse)))]
+    responses((status = 200, description = "It has ended, with whatever exit code", body = ExecResponse),
+        (status = 202, description = "It runs detached", body = DetachedResponse)))]
 pub async fn execute(
     State(api): State<Api>,
     Plane(plane): Plane,
@@ -63,67 +71,112 @@ pub async fn execute(
         let hint = "GET /sandboxes/{id}/exec is the streaming form";
         return Err(Problem::invalid("stdin and pty belong to the streaming form", hint));
     }
+    if request.detach && request.session.is_some() {
+        let hint = "leave out session, or detach";
+        return Err(Problem::invalid("a detached command belongs to no session", hint));
+    }
     let start = start(request)?;
     let agent = plane.agent(&who).await?;
-    match to_the_end(&api, agent, start).await {
+    let recording = Recording::new(api.output(), who.account.as_str());
+    let deadline = deadline(&start);
+    match to_the_end(agent, start, deadline, recording).await {
         Ok(response) => Ok(response),
         Err(problem) => Err(plane.explain(&who, problem.into_error()).await.into()),
     }
 }
 
-async fn to_the_end(api: &Api, agent: AgentConnection, start: ExecStart) -> Result<Response, Problem> {
-    let mut client = agent.client().await?;
-    let input = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
-    let mut outputs = client.exec(tokio_stream::once(input)).await?.into_inner();
-    let [mut stdout, mut stderr, mut output] = [(); 3].map(|()| Spool::new(api.spool()));
-    let exit = loop {
-        match outputs.message().await?.and_then(|message| message.kind) {
-            Some(exec_output::Kind::Started(_) | exec_output::Kind::StdinTaken(_)) => {}
-            Some(exec_output::Kind::Stdout(data)) => keep(&data, &mut stdout, &mut output)?,
-            Some(exec_output::Kind::Stderr(data)) => keep(&data, &mut stderr, &mut output)?,
-            Some(exec_output::Kind::Exit(exit)) => break exit,
-            None => return Err(went_away().into()),
+async fn to_the_end(
+    agent: AgentConnection,
+    start: ExecStart,
+    deadline: Option<Instant>,
+    mut output: Recording,
+) -> Result<Response, Problem> {
+    let detach = start.detach;
+    let work = async {
+        let mut client = agent.client().await?;
+        let input = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
+        let mut outputs = client.exec(tokio_stream::once(input)).await?.into_inner();
+        loop {
+            match outputs.message().await?.and_then(|message| message.kind) {
+                Some(exec_output::Kind::Started(started)) if detach => return Ok(Outcome::Detached(started.pid)),
+                Some(exec_output::Kind::Started(_) | exec_output::Kind::StdinTaken(_)) => {}
+                Some(exec_output::Kind::Stdout(data)) => keep(&mut output, Source::Stdout, &data).await?,
+                Some(exec_output::Kind::Stderr(data)) => keep(&mut output, Source::Stderr, &data).await?,
+                Some(exec_output::Kind::Exit(exit)) => return Ok(Outcome::Ended(exit)),
+                None => return Err(Problem::from(went_away())),
+            }
         }
     };
+    let exit = match by(deadline, work).await {
+        Some(Ok(Outcome::Detached(pid))) => {
+            return Ok((StatusCode::ACCEPTED, Json(DetachedResponse { pid })).into_response());
+        }
+        Some(Ok(Outcome::Ended(exit))) => exit,
+        Some(Err(problem)) => return Err(problem),
+        None => overdue(),
+    };
     if !exit.error.is_empty() {
-        keep(format!("{}\n", printable(&exit.error)).as_bytes(), &mut stderr, &mut output)?;
+        keep(&mut output, Source::Stderr, format!("{}\n", printable(&exit.error)).as_bytes()).await?;
     }
-    Ok(told(&exit, stdout, stderr, output))
+    Ok(told(&exit, output))
 }
 
-fn keep(data: &[u8], stream: &mut Spool, output: &mut Spool) -> Result<(), Problem> {
-    if output.length() + data.len() as u64 > MAX_OUTPUT {
-        return Err(ApiError::new(ErrorCode::TooLarge, "the command printed more than a GiB")
-            .hint("GET /sandboxes/{id}/exec streams output of any size")
-            .into());
+enum Outcome {
+    Ended(Exit),
+    Detached(i32),
+}
+
+/// When the host gives up on a command with a time-out: the guest that enforces it may stand still.
+fn deadline(start: &ExecStart) -> Option<Instant> {
+    let timeout = Duration::from_millis(start.timeout_ms);
+    (!timeout.is_zero()).then(|| Instant::now() + timeout + GRACE)
+}
+
+/// `None` when the deadline comes first. Dropped work is a dropped call: the agent, where there is one, ends the command.
+async fn by<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline, work).await.ok(),
+        None => Some(work.await),
     }
-    stream.write(data).and_then(|()| output.write(data)).map_err(|error| {
+}
+
+/// The end of a command whose sandbox has not ended it in time.
+fn overdue() -> Exit {
+    let error = format!(
+        "the sandbox did not end the command within {} s of its timeout, so that it may not run any more: \
+         `heyvm get` says how it is, `heyvm restart` brings it back",
+        GRACE.as_secs()
+    );
+    Exit { code: 124, timed_out: true, error, ..Exit::default() }
+}
+
+async fn keep(output: &mut Recording, source: Source, data: &[u8]) -> Result<(), Problem> {
+    output.write(source, data).await.map_err(|error| {
         let full = error.kind() == io::ErrorKind::StorageFull;
         let code = if full { ErrorCode::OutOfResources } else { ErrorCode::Internal };
-        ApiError::new(code, format!("the output could not be kept: {error}")).into()
+        ApiError::new(code, format!("could not keep the output: {error}"))
+            .hint("GET /sandboxes/{id}/exec streams output without keeping it")
+            .into()
     })
 }
 
 /// The answer, put together as it is sent: see [`ExecResponse`].
-fn told(exit: &Exit, stdout: Spool, stderr: Spool, output: Spool) -> Response {
-    let (stdout_is_text, stderr_is_text) = (stdout.is_text(), stderr.is_text());
-    let (stdout, stderr, output) = (stdout.finish(), stderr.finish(), output.finish());
-    let head = format!("{{\"exit_code\":{},\"timed_out\":{},\"output\":\"", exit.code, exit.timed_out);
-    let mut pieces = vec![
-        text(head),
-        escaped(output.read()),
-        text("\",\"stdout\":\""),
-        escaped(stdout.read()),
-        text("\",\"stderr\":\""),
-        escaped(stderr.read()),
-    ];
-    if !stdout_is_text {
-        pieces.extend([text("\",\"stdout_base64\":\""), base64(stdout.read())]);
+fn told(exit: &Exit, output: Recording) -> Response {
+    let truncated = if output.is_truncated() { ",\"truncated\":true" } else { "" };
+    let head = format!("{{\"exit_code\":{},\"timed_out\":{}{truncated}", exit.code, exit.timed_out);
+    let in_base64: Vec<_> = [("stdout_base64", Source::Stdout), ("stderr_base64", Source::Stderr)]
+        .into_iter()
+        .filter(|(_, source)| !output.is_text(*source))
+        .collect();
+    let output = output.finish();
+    let mut pieces = vec![text(head)];
+    for (name, source) in [("output", None), ("stdout", Some(Source::Stdout)), ("stderr", Some(Source::Stderr))] {
+        pieces.extend([text(format!(",\"{name}\":\"")), escaped(output.read(source)), text("\"")]);
     }
-    if !stderr_is_text {
-        pieces.extend([text("\",\"stderr_base64\":\""), base64(stderr.read())]);
+    for (name, source) in in_base64 {
+        pieces.extend([text(format!(",\"{name}\":\"")), base64(output.read(Some(source))), text("\"")]);
     }
-    pieces.push(text("\"}\n"));
+    pieces.push(text("}\n"));
     answer::json(pieces)
 }
 
@@ -131,7 +184,7 @@ fn told(exit: &Exit, stdout: Spool, stderr: Spool, output: Spool) -> Response {
 /// stdout, 3 stderr) and text frames carry `stdin_close`, `signal`, `resize`, and back `stdin_taken`; the last one is
 /// `exit` or `error`.
 ///
-/// When the client goes away the command's whole process group is killed.
+/// When the client goes away, all that the command began is killed.
 #[utoipa::path(get, path = "/sandboxes/{id}/exec", operation_id = "exec_stream", tag = "commands",
     params(("id" = String, Path, description = "Id, name or slug")),
     responses((status = 101, description = "The WebSocket is open")))]
@@ -159,6 +212,7 @@ async fn run(socket: WebSocket, agent: AgentConnection, plane: Arc<ControlPlane>
             exit_code: exit.code,
             timed_out: exit.timed_out,
             message: Some(printable(&exit.error)).filter(|message| !message.is_empty()),
+            stdin_read: Some(exit.stdin_read).filter(|_| !exit.timed_out || exit.error.is_empty()),
         },
         Err(Interrupted::Failed(problem)) => {
             ServerControl::Error { error: plane.explain(&who, problem.into_error()).await }
@@ -182,7 +236,7 @@ impl<P: Into<Problem>> From<P> for Interrupted {
     }
 }
 
-/// Carries frames both ways until the command ends. Dropping the call to the agent kills the process group.
+/// Carries frames both ways until the command ends. Dropping the call to the agent kills all that the command began.
 async fn bridge(
     outgoing: &mut SplitSink<WebSocket, Message>,
     incoming: &mut SplitStream<WebSocket>,
@@ -191,16 +245,22 @@ async fn bridge(
     let request = tokio::time::timeout(FIRST_FRAME, first_frame(incoming));
     let request = request.await.map_err(|_| Problem::invalid("no request came", "send an ExecRequest first"))??;
     let stdin = request.stdin;
-    let start = exec_input::Kind::Start(start(request)?);
+    if request.detach {
+        let hint = "POST /sandboxes/{id}/execute starts a detached command";
+        return Err(Problem::invalid("detach does not belong to the streaming form", hint).into());
+    }
+    let start = start(request)?;
+    let deadline = deadline(&start);
+    let start = exec_input::Kind::Start(start);
     let (sender, receiver) = mpsc::channel(4);
     let _ = sender.send(ExecInput { kind: Some(start) }).await;
-    let mut client = agent.client().await?;
     let output = async {
+        let mut client = agent.client().await?;
         let outputs = client.exec(ReceiverStream::new(receiver)).await?.into_inner();
         carry_output(outputs, outgoing).await
     };
     tokio::select! {
-        exit = output => exit,
+        exit = by(deadline, output) => exit.unwrap_or_else(|| Ok(overdue())),
         interrupted = carry_input(incoming, sender, stdin) => Err(interrupted),
     }
 }
@@ -267,7 +327,7 @@ async fn carry_output(
     mut outputs: Streaming<ExecOutput>,
     outgoing: &mut SplitSink<WebSocket, Message>,
 ) -> Result<Exit, Interrupted> {
-    let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
+    let mut ping = tokio::time::interval_at(Instant::now() + PING, PING);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let frame = tokio::select! {
@@ -337,7 +397,7 @@ fn start(request: ExecRequest) -> Result<ExecStart, Problem> {
         timeout_ms,
         pty: request.pty.map(pty),
         stdin: request.stdin,
-        detach: false,
+        detach: request.detach,
     })
 }
 
@@ -379,5 +439,22 @@ mod tests {
         ] {
             assert!(request(bad.clone()).is_err(), "{bad}");
         }
+    }
+    #[tokio::test]
+    async fn command_in_a_guest_that_stands_still_ends_at_the_hosts_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent");
+        // Takes the connection, and says nothing.
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let agent = AgentConnection::at(move || path.clone(), std::path::PathBuf::new);
+        let start = request(serde_json::json!({"command": "true", "timeout_seconds": 2})).unwrap();
+        assert!(super::deadline(&start).is_some_and(|end| end > Instant::now() + GRACE));
+        let recording = Recording::new(&crate::output::Budget::new("/tmp".into()), "ada");
+        let deadline = Some(Instant::now() + Duration::from_millis(200));
+        let response = to_the_end(agent, start, deadline, recording).await.unwrap();
+        let body = axum::body::to_bytes(response.into_body(), 10_000).await.unwrap();
+        let answer: ExecResponse = serde_json::from_slice(&body).unwrap();
+        assert!(answer.exit_code == 124 && answer.timed_out, "{answer:?}");
+        assert!(answer.stderr.contains("heyvm restart"), "{answer:?}");
     }
 }

@@ -36,6 +36,7 @@ const IMAGE: Codes = &[ImageNotFound, ImageInvalid, RegistryUnavailable, RegionU
 const ARCHIVE: Codes = &[ArchiveNotFound, StorageUnavailable, OutOfResources];
 const UPLOAD: Codes = &[InvalidName, ArchiveInvalid];
 const NEW: Codes = &[
+    LimitExceeded,
     InvalidName,
     InvalidPort,
     UnknownSizeClass,
@@ -58,7 +59,7 @@ const OF_A_CLOUD: [ErrorCode; 4] = [QuotaExceeded, RateLimited, RegionUnavailabl
 /// What a call answers beyond what its path and its body say of it.
 fn own(id: &str) -> &'static [Codes] {
     match id {
-        "create_sandbox" => &[NEW, ARCHIVE, IMAGE, FIRST_STEPS, VM, START],
+        "create_sandbox" => &[NEW, ARCHIVE, IMAGE, &[RateLimited], FIRST_STEPS, VM, START],
         // The answer comes before anything is made.
         "cloud_deploy" => &[NEW, ARCHIVE],
         "start_sandbox" | "restart_sandbox" | "restore_sandbox" => &[VM, START],
@@ -78,19 +79,22 @@ fn own(id: &str) -> &'static [Codes] {
             &[AGENT, FILES]
         }
         "cloud_read_file" | "cloud_write_file" => &[AGENT, FILES],
-        "bind_port" | "cloud_bind" => &[SANDBOX, &[InvalidPort, PortNotBound, InvalidState, Unsupported]],
+        "bind_port" | "cloud_bind" => {
+            &[SANDBOX, &[LimitExceeded, InvalidPort, PortNotBound, InvalidState, Unsupported]]
+        }
         "unbind_port" | "unbind_port_by_query" => &[&[InvalidPort, PortNotBound]],
         "dial_port" => &[AGENT, &[InvalidPort, PortNotListening]],
         "wait_for_port" => &[AGENT, &[InvalidPort]],
         "get_route" => &[SANDBOX],
         "list_images" | "cloud_images" => &[&[RegionUnavailable]],
-        "pull_image" | "import_image" => &[IMAGE, &[HostNotReady, OutOfResources]],
+        "pull_image" | "import_image" => &[IMAGE, &[RateLimited, HostNotReady, OutOfResources]],
         "prepare_default_image" => &[IMAGE, VM],
         "import_kernel" => &[&[ImageInvalid, HostNotReady, OutOfResources]],
         "remove_image" => &[&[ImageNotFound, InvalidState]],
         "put_archive" | "upload_archive" => &[ARCHIVE, UPLOAD, &[Forbidden, InvalidState, QuotaExceeded]],
         "finalize_archive" => &[ARCHIVE, &[InvalidName, InvalidState]],
-        "list_archives" | "list_archives_as_local" | "presign_archive" => &[&[StorageUnavailable]],
+        "list_archives" | "list_archives_as_local" => &[&[StorageUnavailable]],
+        "presign_archive" => &[&[StorageUnavailable, RateLimited]],
         "get_archive" | "remove_archive" | "remove_archive_as_local" => &[ARCHIVE, &[InvalidState]],
         "log_in" | "exchange_api_key" => &[&[Unauthorized, RateLimited, HostNotReady]],
         "refresh_tokens" => &[&[Unauthorized, HostNotReady]],

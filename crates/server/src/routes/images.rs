@@ -1,11 +1,13 @@
 //! Images and guest kernels on the daemon's machine.
 
 use axum::{Json, extract::Path, response::Response};
-use heyvm_api::images::{ImageInfo, ImportRequest, KernelInfo, KernelRequest, PullRequest};
+use heyvm_api::images::{
+    ImageInfo, ImportRequest, KernelInfo, KernelRequest, PruneRequest, PruneResponse, PullRequest,
+};
 use http::{HeaderMap, StatusCode};
 
 use crate::{
-    answer::long,
+    answer::{long, to_its_end},
     extract::{Content, For, Plane},
     problem::Problem,
 };
@@ -13,8 +15,8 @@ use crate::{
 /// Images here.
 #[utoipa::path(get, path = "/images", operation_id = "list_images", tag = "images",
     responses((status = 200, description = "All of them", body = Vec<ImageInfo>)))]
-pub async fn list(Plane(plane): Plane) -> Result<Json<Vec<ImageInfo>>, Problem> {
-    Ok(Json(plane.images().await?))
+pub async fn list(Plane(plane): Plane, For(account): For) -> Result<Json<Vec<ImageInfo>>, Problem> {
+    Ok(Json(plane.images(&account).await?))
 }
 
 /// Fetches an image from its registry.
@@ -22,8 +24,27 @@ pub async fn list(Plane(plane): Plane) -> Result<Json<Vec<ImageInfo>>, Problem> 
 /// With `Accept: text/event-stream` the answer is a stream of events, as for `create_sandbox`.
 #[utoipa::path(post, path = "/images/pull", operation_id = "pull_image", tag = "images", request_body = PullRequest,
     responses((status = 200, description = "It is here", body = ImageInfo)))]
-pub async fn pull(Plane(plane): Plane, headers: HeaderMap, Content(request): Content<PullRequest>) -> Response {
-    long(&headers, StatusCode::OK, |progress| async move { plane.pull_image(request, progress).await }).await
+pub async fn pull(
+    Plane(plane): Plane,
+    For(account): For,
+    headers: HeaderMap,
+    Content(request): Content<PullRequest>,
+) -> Response {
+    long(&headers, StatusCode::OK, |progress| async move { plane.pull_image(request, &account, progress).await }).await
+}
+
+/// Removes images that no sandbox uses.
+///
+/// The default image stays, and what was imported, unless `all` is set.
+#[utoipa::path(post, path = "/images/prune", operation_id = "prune_images", tag = "images", request_body = PruneRequest,
+    responses((status = 200, description = "They are gone", body = PruneResponse)))]
+pub async fn prune(
+    Plane(plane): Plane,
+    For(account): For,
+    Content(request): Content<PruneRequest>,
+) -> Result<Json<PruneResponse>, Problem> {
+    account.must_be_owner("removing images")?;
+    Ok(Json(to_its_end(async move { plane.prune_unused_images(request).await }).await?))
 }
 
 /// Takes an image from a file on the daemon's machine.

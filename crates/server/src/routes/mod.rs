@@ -7,14 +7,11 @@ mod images;
 mod logs;
 mod orphans;
 mod ports;
+pub mod restricted;
 mod sandboxes;
 pub mod system;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use axum::{
     Router,
@@ -22,7 +19,7 @@ use axum::{
     middleware::{self, Next},
     response::Response,
 };
-use heyvm_api::{ApiError, ErrorCode};
+use heyvm_api::{ApiError, ErrorCode, limits};
 use heyvm_control_plane::ControlPlane;
 use http::{Method, StatusCode, Uri};
 use tokio::sync::watch;
@@ -33,20 +30,19 @@ use utoipa::{
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use self::failures::Server;
-use crate::{linger, problem::Problem};
+use crate::{linger, output::Budget, problem::Problem};
 
 /// What handlers share.
 #[derive(Clone)]
 pub struct Api {
-    /// Where output that is too large for memory waits.
-    spool: Arc<PathBuf>,
+    output: Arc<Budget>,
     opened: watch::Receiver<Option<Result<Arc<ControlPlane>, ApiError>>>,
 }
 
 impl Api {
-    /// Handlers wait until `opened` holds something.
+    /// Handlers wait until `opened` holds something. Output that is too large for memory waits in `spool`.
     pub fn new(spool: PathBuf, opened: watch::Receiver<Option<Result<Arc<ControlPlane>, ApiError>>>) -> Self {
-        Self { spool: Arc::new(spool), opened }
+        Self { output: Budget::new(spool), opened }
     }
 
     /// The control plane, once it is open.
@@ -57,9 +53,9 @@ impl Api {
         outcome.clone().unwrap_or_else(|| Err(ending()))
     }
 
-    /// Where output that is too large for memory waits.
-    pub fn spool(&self) -> &Path {
-        &self.spool
+    /// Room for output that is too large for memory.
+    pub(crate) fn output(&self) -> &Arc<Budget> {
+        &self.output
     }
 }
 
@@ -134,6 +130,7 @@ fn collected() -> OpenApiRouter<Api> {
         .routes(routes!(images::pull))
         .routes(routes!(images::import))
         .routes(routes!(images::prepare))
+        .routes(routes!(images::prune))
         .routes(routes!(images::remove))
         .routes(routes!(images::import_kernel))
 }
@@ -142,6 +139,7 @@ fn collected() -> OpenApiRouter<Api> {
 pub fn router(api: Api) -> Router {
     let (router, _) = collected().split_for_parts();
     router
+        .route_layer(middleware::from_fn_with_state(api.clone(), restricted::confine))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         // Each handler has its own limit, or streams.
@@ -168,6 +166,9 @@ pub fn calls() -> utoipa::openapi::OpenApi {
 /// A document with what every call has: our version, and errors.
 pub fn completed(mut document: utoipa::openapi::OpenApi, server: Server) -> utoipa::openapi::OpenApi {
     document.info.version = env!("CARGO_PKG_VERSION").into();
+    let limits: Vec<_> = limits::ALL.iter().map(|limit| format!("{} {}", limit.name, limit.shown())).collect();
+    let text = document.info.description.get_or_insert_default();
+    text.push_str(&format!(" Limits, beyond which a call answers `limit_exceeded`: {}.", limits.join(", ")));
     failures::describe(&mut document, server);
     document
 }
@@ -253,6 +254,26 @@ mod tests {
         let (sent, taken) = crate::trials::bodies::try_all(&document, &daemon.router, "", &id).await;
         assert!(sent > 300, "{sent}");
         assert!(taken.is_empty(), "{} of {sent}:\n{}", taken.len(), taken.join("\n"));
+    }
+
+    #[test]
+    fn the_document_and_the_page_show_every_limit() {
+        let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/api.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let document = serde_json::to_value(super::document()).unwrap();
+        for limit in heyvm_api::limits::ALL {
+            let row = format!("| {} | {} |", limit.name, limit.shown());
+            assert!(page.contains(&row), "docs/api.md lacks {row}");
+            assert!(document["info"]["description"].as_str().unwrap().contains(limit.name));
+        }
+        let fields = &document["components"]["schemas"]["CreateRequest"]["properties"];
+        for (field, limit) in [
+            ("open_ports", heyvm_api::limits::PORTS),
+            ("setup_hooks", heyvm_api::limits::HOOKS),
+            ("mounts", heyvm_api::limits::MOUNTS),
+        ] {
+            assert_eq!(fields[field]["maxItems"], limit.most, "{field}");
+        }
     }
 
     #[test]

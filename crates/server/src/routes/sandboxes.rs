@@ -3,9 +3,14 @@
 use std::sync::Arc;
 
 use axum::{Json, response::Response};
-use heyvm_api::sandbox::{
-    CreateRequest, ListFilter, Mount, ReplaceMountRequest, ResizeRequest, RestartPolicyRequest, SandboxInfo, TtlRequest,
+use heyvm_api::{
+    limits,
+    sandbox::{
+        CreateRequest, ListFilter, Mount, ReplaceMountRequest, ResizeRequest, RestartPolicyRequest, SandboxInfo,
+        TtlRequest,
+    },
 };
+use heyvm_control_plane::{self as plane, Account};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -13,7 +18,9 @@ use utoipa::IntoParams;
 use crate::{
     answer::{long, to_its_end},
     extract::{Content, For, Params, Plane, Who, Whose, asked},
+    listing::{page, page_size},
     problem::Problem,
+    routes::restricted,
 };
 
 /// Query of the list.
@@ -26,19 +33,53 @@ pub struct ListQuery {
     filter: ListFilter,
     /// Only those with exactly this name.
     name: Option<String>,
+    /// How many at most: 1 to 500, the default.
+    #[param(minimum = 1, maximum = 500)]
+    limit: Option<usize>,
+    /// Where to go on: the `heyvm-next-cursor` of the last page.
+    cursor: Option<String>,
+    /// Of a daemon alone: those that changed since: the `heyvm-revision` of the last list, or the `heyvm-next-cursor` while there is one.
+    since: Option<String>,
+    /// Of a daemon alone: only these, up to 500 ids with commas between them.
+    ids: Option<String>,
 }
 
 /// Sandboxes, newest first.
+///
+/// A page holds up to 500, and up to 8 MiB. The header `heyvm-next-cursor` says that there are more: send it as `cursor`.
+/// The last page has the header `heyvm-revision`: sent as `since` it lists what has changed from then on, longest
+/// unchanged first.
 #[utoipa::path(get, path = "/sandboxes", operation_id = "list_sandboxes", tag = "sandboxes", params(ListQuery),
     responses((status = 200, description = "Those asked for", body = Vec<SandboxInfo>)))]
 pub async fn list(
     Plane(plane): Plane,
     Whose(account): Whose,
+    headers: HeaderMap,
     Params(query): Params<ListQuery>,
-) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    let mut found = plane.list(query.filter, account.as_ref()).await?;
-    found.retain(|sandbox| query.name.as_ref().is_none_or(|name| sandbox.name == *name));
-    Ok(Json(found))
+) -> Result<Response, Problem> {
+    let since = query.since.as_deref().map(revision).transpose()?;
+    if since.is_some() && query.cursor.is_some() {
+        return Err(Problem::invalid("cursor and since are for different lists", "send one of them"));
+    }
+    // Values of the environment are for its owner, who asks for their own sandboxes without a server in between.
+    let values = account.as_ref().is_some_and(Account::is_owner) && !restricted::is_restricted(&headers);
+    let size = page_size(query.limit)?;
+    let ids: Option<Vec<String>> = query.ids.map(|ids| ids.split(',').map(str::to_owned).collect());
+    limits::PAGE.check(ids.as_ref().map_or(0, Vec::len))?;
+    let asked = plane::ListQuery { filter: query.filter, account, name: query.name, ids, after: query.cursor, since };
+    let listing = plane.list_pages(&asked)?;
+    let entries =
+        listing.sandboxes(&plane).map(|(cursor, info)| (cursor, if values { info } else { info.without_values() }));
+    page(entries, size, Some(listing.revision.to_string()))
+}
+
+fn revision(text: &str) -> Result<plane::Revision, Problem> {
+    text.parse().map_err(|()| {
+        Problem::invalid(
+            "since is not a revision of a list",
+            "send the heyvm-revision of the last list, or leave it out",
+        )
+    })
 }
 
 /// Makes a sandbox; answers when it is running, and healthy where a health path is given.
@@ -55,6 +96,7 @@ pub async fn create(
     headers: HeaderMap,
     Content(request): Content<CreateRequest>,
 ) -> Result<Response, Problem> {
+    restricted::check_create(&plane, &headers, &request)?;
     let asked = asked(account, &headers)?;
     Ok(long(&headers, StatusCode::CREATED, |progress| async move { plane.create(request, asked, progress).await })
         .await)
@@ -63,16 +105,19 @@ pub async fn create(
 /// Stopped and failed sandboxes.
 #[utoipa::path(get, path = "/sandboxes/inactive", operation_id = "list_inactive_sandboxes", tag = "sandboxes",
     responses((status = 200, description = "Newest first", body = Vec<SandboxInfo>)))]
-pub async fn inactive(Plane(plane): Plane, Whose(account): Whose) -> Result<Json<Vec<SandboxInfo>>, Problem> {
-    Ok(Json(plane.list(ListFilter::Stopped, account.as_ref()).await?))
+pub async fn inactive(plane: Plane, account: Whose, headers: HeaderMap) -> Result<Response, Problem> {
+    let query =
+        ListQuery { filter: ListFilter::Stopped, name: None, limit: None, cursor: None, since: None, ids: None };
+    list(plane, account, headers, Params(query)).await
 }
 
 /// One sandbox; also one that was removed within the last day.
 #[utoipa::path(get, path = "/sandboxes/{id}", operation_id = "get_sandbox", tag = "sandboxes",
     params(("id" = String, Path, description = "Id, name or slug")),
     responses((status = 200, description = "The sandbox", body = SandboxInfo)))]
-pub async fn get(Plane(plane): Plane, Who(who): Who) -> Result<Json<SandboxInfo>, Problem> {
-    Ok(Json(plane.get(&who).await?))
+pub async fn get(Plane(plane): Plane, Who(who): Who, headers: HeaderMap) -> Result<Json<SandboxInfo>, Problem> {
+    let info = plane.get(&who).await?;
+    Ok(Json(if restricted::is_restricted(&headers) { info.without_values() } else { info }))
 }
 
 /// Destroys a sandbox with its disk and URLs. Removing a removed one succeeds.
@@ -181,6 +226,8 @@ pub async fn replace_mount(
 }
 
 /// Mounts a directory of the daemon's host into a sandbox: at once where it runs, else when it starts.
+///
+/// Over TCP it needs the token that `heyvm --api` made at its start, as does a create with mounts.
 #[utoipa::path(post, path = "/sandboxes/{id}/mounts", operation_id = "add_mount", tag = "sandboxes",
     params(("id" = String, Path, description = "Id, name or slug")), request_body = Mount,
     responses((status = 200, description = "Mounted", body = SandboxInfo)))]

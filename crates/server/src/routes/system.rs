@@ -18,6 +18,7 @@ use super::{Binary, document as made_document};
 use crate::{
     docs,
     extract::{For, Params, Plane, Who},
+    internet,
     problem::Problem,
 };
 
@@ -48,14 +49,19 @@ pub async fn docs() -> Html<&'static str> {
     responses((status = 200, description = "Every check", body = DoctorReport)))]
 pub async fn doctor(Plane(plane): Plane, For(account): For) -> Result<Json<DoctorReport>, Problem> {
     account.must_be_owner("doctor")?;
-    Ok(Json(plane.doctor().await?))
+    let network = plane.guest_defaults();
+    let (report, internet) = tokio::join!(plane.doctor(), internet::look(network));
+    let mut report = report?;
+    report.checks.extend(internet);
+    Ok(Json(report))
 }
 
-/// Takes a tar.gz of up to 1 GiB, for `archive_id` of a create.
+/// Takes a tar.gz or tar.zst for `archive_id` of a create: of any size from the owner of the machine, of up to 1 GiB from
+/// the accounts of a region.
 ///
 /// It is kept while a sandbox names it, and for a day after it was last sent or used; with a name, until it is removed.
 #[utoipa::path(put, path = "/archives", operation_id = "put_archive", tag = "system", params(ArchiveQuery),
-    request_body(content = inline(Binary), content_type = "application/gzip", description = "A tar.gz"),
+    request_body(content = inline(Binary), content_type = "application/gzip", description = "A tar.gz or tar.zst"),
     responses((status = 201, description = "Kept", body = ArchiveInfo)))]
 pub async fn put_archive(
     Plane(plane): Plane,
@@ -67,7 +73,7 @@ pub async fn put_archive(
         account.must_be_owner("naming an archive")?;
     }
     let pieces = body.into_data_stream().map_err(std::io::Error::other).map_ok(Bytes::from);
-    let archive = plane.put_archive(query.name, pieces.boxed()).await?;
+    let archive = plane.put_archive(&account, query.name, pieces.boxed()).await?;
     Ok((StatusCode::CREATED, Json(archive)))
 }
 
@@ -80,12 +86,25 @@ pub struct ArchiveQuery {
     pub(crate) name: Option<String>,
 }
 
-/// Archives with a name, newest first.
-#[utoipa::path(get, path = "/archives", operation_id = "list_archives", tag = "system",
+/// Query of the list of archives.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub struct ListArchivesQuery {
+    /// Also those without a name, which deploys leave, and who uses them.
+    all: bool,
+}
+
+/// Archives with a name, or all, newest first.
+#[utoipa::path(get, path = "/archives", operation_id = "list_archives", tag = "system", params(ListArchivesQuery),
     responses((status = 200, description = "They can be deployed", body = Vec<AccountArchive>)))]
-pub async fn list_archives(Plane(plane): Plane, For(account): For) -> Result<Json<Vec<AccountArchive>>, Problem> {
+pub async fn list_archives(
+    Plane(plane): Plane,
+    For(account): For,
+    Params(query): Params<ListArchivesQuery>,
+) -> Result<Json<Vec<AccountArchive>>, Problem> {
     account.must_be_owner("listing archives")?;
-    Ok(Json(plane.archives().await?))
+    Ok(Json(plane.archives(query.all).await?))
 }
 
 /// Removes an archive. Sandboxes that were made from it go on.

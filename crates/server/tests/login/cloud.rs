@@ -93,7 +93,7 @@ struct Apps {
 impl Upstreams for Apps {
     async fn route(&self, subdomain: &str) -> Result<Route, ConnectError> {
         let access = self.routes.get(subdomain).cloned().ok_or(ConnectError::UnknownSubdomain)?;
-        Ok(Route { sandbox: subdomain.into(), port: self.address.port(), access })
+        Ok(Route { sandbox: subdomain.into(), port: self.address.port(), access, response_timeout: None })
     }
 
     async fn connect(&self, _: &Route) -> Result<Box<dyn ByteStream>, ConnectError> {

@@ -1,6 +1,6 @@
 //! API keys, each known by its hash alone.
 
-use sqlx::{Row, any::AnyRow};
+use sqlx::{AssertSqlSafe, Row, any::AnyRow};
 
 use crate::{Error, Store};
 
@@ -55,9 +55,20 @@ impl Store {
 
     /// The API key of this hash, and who stands behind it.
     pub async fn api_key_of_hash(&self, hash: &str) -> Result<Option<ApiKeyOwner>, Error> {
-        let sql = "SELECT api_keys.*, users.email AS email, users.disabled_at AS disabled_at \
-                   FROM api_keys LEFT JOIN users ON users.id = api_keys.user_id WHERE hash = $1";
-        let row = sqlx::query(sql).bind(hash).fetch_optional(&self.pool).await?;
+        self.api_key_owner("hash", hash).await
+    }
+
+    /// The API key of this id, and who stands behind it.
+    pub async fn api_key_of_id(&self, id: &str) -> Result<Option<ApiKeyOwner>, Error> {
+        self.api_key_owner("id", id).await
+    }
+
+    async fn api_key_owner(&self, column: &'static str, value: &str) -> Result<Option<ApiKeyOwner>, Error> {
+        let sql = format!(
+            "SELECT api_keys.*, users.email AS email, users.disabled_at AS disabled_at \
+             FROM api_keys LEFT JOIN users ON users.id = api_keys.user_id WHERE api_keys.{column} = $1"
+        );
+        let row = sqlx::query(AssertSqlSafe(sql)).bind(value).fetch_optional(&self.pool).await?;
         row.map(|row| {
             let (email, disabled_at) = (row.try_get("email")?, row.try_get("disabled_at")?);
             Ok(ApiKeyOwner { key: api_key(&row)?, email, disabled_at })

@@ -38,6 +38,12 @@ impl Store {
         Ok(())
     }
 
+    /// Forgets rows of before `moment`.
+    pub async fn forget_audit(&self, moment: i64) -> Result<(), Error> {
+        sqlx::query("DELETE FROM audit_log WHERE at < $1").bind(moment).execute(&self.pool).await?;
+        Ok(())
+    }
+
     /// The newest rows of an account first, at most `limit`, with ids below `before`.
     pub async fn audit(&self, account_id: &str, before: i64, limit: u32) -> Result<Vec<AuditRow>, Error> {
         let sql = "SELECT * FROM audit_log WHERE account_id = $1 AND id < $2 ORDER BY id DESC LIMIT $3";

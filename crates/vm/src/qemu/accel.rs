@@ -1,14 +1,15 @@
 //! KVM or translation: a verdict by trying, since a `/dev/kvm` that opens proves nothing.
 //!
 //! A stock kernel is started on KVM without a root file system. Where KVM works it prints its first line within a
-//! fraction of a second; where it does not (nested set-ups that lack what a guest needs) it never does. The verdict is
-//! kept for as long as the host runs.
+//! fraction of a second; where it does not (nested set-ups that lack what a guest needs) it never does. A verdict with a
+//! reason that QEMU named is kept for as long as the host runs. Silence may have been a busy host's: it is tried again
+//! after a while, beside the creates, which use TCG meanwhile.
 
 use std::{
     fs::File,
     os::fd::AsFd,
     path::Path,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use heyvm_images::Kernel;
@@ -42,6 +43,20 @@ impl Acceleration {
     }
 }
 
+/// What a verdict rests on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum Ground {
+    /// A test guest started.
+    Started,
+    /// The device cannot be opened, which every look tries again.
+    CannotOpen,
+    /// QEMU said why it does not run.
+    Named,
+    /// A test guest printed nothing in time; earlier versions did not record the ground.
+    #[default]
+    Silence,
+}
+
 /// What was found out, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
@@ -53,36 +68,66 @@ pub struct Verdict {
     boot_id: String,
     /// Kernel and QEMU it was found with.
     tried_with: String,
+    #[serde(default)]
+    ground: Ground,
+    /// When it was tried.
+    #[serde(default = "SystemTime::now")]
+    tried_at: SystemTime,
 }
 
-/// A guest that has not said a word after this long never will; where KVM works it takes a tenth of a second.
-const DEADLINE: Duration = Duration::from_secs(5);
+impl Verdict {
+    /// Whether it may have changed since it was found.
+    pub fn is_stale(&self) -> bool {
+        match self.ground {
+            Ground::Started | Ground::Named => false,
+            Ground::CannotOpen => open_kvm().is_ok(),
+            Ground::Silence => self.tried_at.elapsed().is_ok_and(|age| age > SILENCE_KEPT),
+        }
+    }
+}
+
+fn open_kvm() -> std::io::Result<File> {
+    File::options().read(true).write(true).open("/dev/kvm")
+}
+
+/// Where KVM works, a guest's first word takes a tenth of a second, on a busy host some seconds.
+const DEADLINE: Duration = Duration::from_secs(20);
+/// A silent guest is tried again after this.
+const SILENCE_KEPT: Duration = Duration::from_secs(600);
 const POLL: Duration = Duration::from_millis(10);
 /// The first line of every Linux kernel.
 const SIGN_OF_LIFE: &str = "Linux version";
 const FIRST_DESCRIPTOR: i32 = 3;
 
 /// The verdict kept in `file`, or a new one. Whether we may open the device every daemon looks at anew: that changes
-/// when somebody follows `doctor`'s advice. Only what a trial has shown is kept.
-pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel) -> Result<Verdict, Error> {
+/// when somebody follows `doctor`'s advice. Only what a trial has shown is kept; with `again`, not even that once it is
+/// stale.
+pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel, again: bool) -> Result<Verdict, Error> {
     let boot_id = host_boot_id().map_err(Error::io("reading", "/proc/sys/kernel/random/boot_id"))?;
     let tried_with = format!("{} {}", kernel.digest, root.digest);
-    if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+    let tried_at = SystemTime::now();
+    if let Err(error) = open_kvm() {
         let why = format!("/dev/kvm cannot be opened: {error}");
-        return Ok(Verdict { acceleration: Acceleration::Tcg, why, boot_id, tried_with });
+        let ground = Ground::CannotOpen;
+        return Ok(Verdict { acceleration: Acceleration::Tcg, why, boot_id, tried_with, ground, tried_at });
     }
     let kept = std::fs::read(file).ok().and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok());
-    if let Some(kept) = kept.filter(|v| v.boot_id == boot_id && v.tried_with == tried_with) {
+    if let Some(kept) = kept.filter(|v| v.boot_id == boot_id && v.tried_with == tried_with && !(again && v.is_stale()))
+    {
         return Ok(kept);
     }
     let trial = boots(Acceleration::Kvm, launcher, root, kernel, &file.with_extension("pid"), DEADLINE);
-    let (acceleration, why) = match trial {
-        Ok(Trial::Started) => (Acceleration::Kvm, "a test guest started on KVM".to_owned()),
-        Ok(Trial::Silent) => (Acceleration::Tcg, "/dev/kvm opens, but a test guest did not start on it".to_owned()),
-        Ok(Trial::Ended(why)) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU ended on it: {why}")),
-        Err(error) => (Acceleration::Tcg, format!("/dev/kvm opens, but QEMU does not run on it: {error}")),
+    let (ground, why) = match trial {
+        Ok(Trial::Started) => (Ground::Started, "a test guest started on KVM".to_owned()),
+        Ok(Trial::Silent) => {
+            let waited = DEADLINE.as_secs();
+            (Ground::Silence, format!("/dev/kvm opens, but a test guest did not start on it within {waited} s"))
+        }
+        Ok(Trial::Ended(why)) => (Ground::Named, format!("/dev/kvm opens, but QEMU ended on it: {why}")),
+        Err(error) => (Ground::Silence, format!("/dev/kvm opens, but QEMU does not run on it: {error}")),
     };
-    let verdict = Verdict { acceleration, why, boot_id, tried_with };
+    let acceleration = if ground == Ground::Started { Acceleration::Kvm } else { Acceleration::Tcg };
+    let verdict = Verdict { acceleration, why, boot_id, tried_with, ground, tried_at };
     record::write(file, &verdict)?;
     Ok(verdict)
 }
@@ -152,4 +197,31 @@ pub fn boots(
     process.kill().map_err(Error::io("ending", "the test guest"))?;
     let _ = std::fs::remove_file(id_file);
     Ok(trial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_tried_again_and_a_named_reason_is_not() {
+        let verdict = |ground, age: Duration| Verdict {
+            acceleration: Acceleration::Tcg,
+            why: String::new(),
+            boot_id: String::new(),
+            tried_with: String::new(),
+            ground,
+            tried_at: SystemTime::now() - age,
+        };
+        let (new, old) = (Duration::ZERO, 2 * SILENCE_KEPT);
+        assert!(!verdict(Ground::Silence, new).is_stale());
+        assert!(verdict(Ground::Silence, old).is_stale());
+        assert!(!verdict(Ground::Named, old).is_stale() && !verdict(Ground::Started, old).is_stale());
+    }
+
+    #[test]
+    fn verdict_of_an_earlier_version_can_be_read() {
+        let kept = r#"{"acceleration":"tcg","why":"w","boot_id":"b","tried_with":"t"}"#;
+        assert_eq!(serde_json::from_str::<Verdict>(kept).unwrap().ground, Ground::Silence);
+    }
 }

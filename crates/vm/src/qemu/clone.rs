@@ -1,4 +1,4 @@
-//! A VM from a template: on a new disk, on a kept one, or out of the reserve.
+//! A VM from a template: on a new disk, on a kept one, or out of the warm pool.
 
 use std::{
     fs,
@@ -16,15 +16,15 @@ use super::{
     blocking, disk,
     launch::{Launch, Launched, launch, tap},
     machine::fd,
-    qmp::Qmp,
+    pool::Kind,
+    qmp::{LATE, Qmp},
     record::{Place, Record},
-    rehearsal::rehearse,
-    reserve::{self, Kind},
+    remove_directory,
     running::{Belongings, RunningVm, Watched},
     silent,
-    template::{BOOT_DEADLINE, Recipe, agent_has_come_up},
+    template::{BOOT_DEADLINE, Recipe, Template, agent_has_come_up},
 };
-use crate::{Error, Rehearsal, Vm, VmId, VmSpec, agent::unreachable_agent, clock};
+use crate::{Error, Vm, VmId, VmSpec, agent::unreachable_agent, clock};
 
 /// Bytes of fresh entropy that a clone gets before its first command.
 const ENTROPY: usize = 64;
@@ -34,10 +34,9 @@ const PERSONALIZE_DEADLINE: Duration = Duration::from_secs(60);
 const PROMPT: Duration = Duration::from_millis(60);
 /// A clone is there within a tenth of a second; others wait for its turn to end.
 const RESUME_DEADLINE: Duration = Duration::from_secs(60);
-/// A command and a program of the image, which is ended before this.
-const REHEARSAL_DEADLINE: Duration = Duration::from_secs(60);
-/// The one who asked for the last sandbox wants the processor first.
-const REFILL_DELAY: Duration = Duration::from_millis(400);
+
+/// A start that takes longer lets the next one begin.
+const LONGEST_TURN: Duration = Duration::from_secs(15);
 
 /// What a clone is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +56,7 @@ impl QemuDriver {
         Ok(Recipe::new(spec, acceleration, self.egress().await?.is_some()))
     }
 
-    /// What a VM in reserve must be to become one like `spec`.
+    /// What a pooled VM must be to become one like `spec`.
     pub(super) async fn kind_of(&self, spec: &VmSpec) -> Result<Kind, Error> {
         let (host, recipe) = (self.host().await?, self.recipe(spec).await?);
         // Where the processor itself runs the guest, nothing is worth rehearsing.
@@ -69,62 +68,112 @@ impl QemuDriver {
     pub(super) async fn create_anew(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
         self.make_disk(id, spec).await?;
         let watched = self.begin(id, spec, Becoming::Sandbox { disk_bytes: 0 }).await?;
-        Ok(RunningVm::new(id.clone(), watched))
+        Ok(RunningVm::started(id.clone(), watched))
     }
 
-    async fn make_disk(&self, id: &VmId, spec: &VmSpec) -> Result<(), Error> {
+    pub(super) async fn make_disk(&self, id: &VmId, spec: &VmSpec) -> Result<(), Error> {
         let (dir, seeds, gib) = (self.dir(id), self.home.join("templates"), spec.disk_gib);
         dir.make(false)?;
         blocking(move || disk::create(&seeds, &dir.disk(), gib)).await
     }
 
-    /// A VM from the reserve under a sandbox's id.
-    pub(super) async fn take_over(
-        &self,
-        reserved: Arc<Watched>,
-        id: &VmId,
-        spec: &VmSpec,
-    ) -> Result<Arc<dyn Vm>, Error> {
-        let moved = reserved.place.move_to(self.dir(id));
-        let taken = match moved {
-            Ok(()) => self.make_own(&reserved, spec, Becoming::Sandbox { disk_bytes: 0 }).await,
-            Err(error) => Err(error),
+    /// Claims a VM from the warm pool for a sandbox; `None` where none fits, or the one that did has failed.
+    pub(super) async fn claim(&self, kind: &Kind, id: &VmId, spec: &VmSpec) -> Option<Arc<dyn Vm>> {
+        // One that has warmed up with nothing is better than none.
+        let plain = Kind { rehearsal: None, ..kind.clone() };
+        while let Some(pooled) = self.pool.take(kind).or_else(|| self.pool.take(&plain)) {
+            if !pooled.is_alive() {
+                self.discard(&pooled).await;
+                continue;
+            }
+            return match self.personalize_pooled(pooled, id, spec).await {
+                Ok(vm) => Some(vm),
+                Err(error) => {
+                    tracing::warn!(%error, "a VM of the warm pool could not be claimed");
+                    None
+                }
+            };
+        }
+        None
+    }
+
+    async fn personalize_pooled(&self, pooled: Arc<Watched>, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
+        let claimed = async {
+            pooled.unpause().await?;
+            pooled.place.move_to(self.dir(id))?;
+            self.make_own(&pooled, spec, Becoming::Sandbox { disk_bytes: 0 }).await
         };
-        if let Err(error) = taken {
-            self.discard(&reserved).await;
+        if let Err(error) = claimed.await {
+            self.discard(&pooled).await;
             return Err(error);
         }
-        Ok(RunningVm::new(id.clone(), reserved))
+        Ok(RunningVm::started(id.clone(), pooled))
     }
 
     /// Ends a VM that is nobody's and removes its files.
     pub(super) async fn discard(&self, vm: &Watched) {
         let _ = vm.kill().await;
-        let _ = heyvm_trees::remove(vm.place.dir().path());
+        let dir = vm.place.dir();
+        if let Err(error) = blocking(move || remove_directory(dir.path())).await {
+            tracing::warn!(%error, "the files of a VM that was terminated are left");
+        }
     }
 
-    /// A running VM on the disk in its directory, when it is its turn to start.
+    /// A running VM on the disk in its directory, when it is its turn to start. A template that QEMU does not resume (written
+    /// by another host kernel, or damaged) is made again, once.
     pub(super) async fn begin(&self, id: &VmId, spec: &VmSpec, becoming: Becoming) -> Result<Arc<Watched>, Error> {
-        let _room = self.starts.acquire().await.map_err(|_| Error::Unreachable("the daemon is ending".into()))?;
-        let watched = self.resume(id, spec).await?;
-        self.make_own(&watched, spec, becoming).await?;
-        Ok(watched)
+        if !self.settings.templates {
+            return self.begin_from(None, id, spec, becoming).await;
+        }
+        // Others' turns do not wait for this: making a template may take minutes.
+        let template = self.template(spec, silent()).await?;
+        let begun = self.begin_from(Some(template.clone()), id, spec, becoming).await;
+        let Err(Error::NotResumed { .. }) = &begun else { return begun };
+        if !self.templates.discard(&template).await? {
+            return begun;
+        }
+        tracing::warn!(key = template.key, "a template does not resume; it is made again");
+        drop(template);
+        let template = self.template(spec, silent()).await?;
+        self.begin_from(Some(template), id, spec, becoming).await
     }
 
-    /// A running clone on the disk in the VM's directory, or a guest that has booted there. Nothing has been said to its agent.
-    async fn resume(&self, id: &VmId, spec: &VmSpec) -> Result<Arc<Watched>, Error> {
+    async fn begin_from(
+        &self,
+        template: Option<Template>,
+        id: &VmId,
+        spec: &VmSpec,
+        becoming: Becoming,
+    ) -> Result<Arc<Watched>, Error> {
+        let turn = self.starts.acquire().await.map_err(|_| Error::Unreachable("the daemon is ending".into()))?;
+        let begun = async {
+            let watched = self.resume(template, id, spec).await?;
+            self.make_own(&watched, spec, becoming).await?;
+            Ok(watched)
+        };
+        tokio::pin!(begun);
+        // A guest that hangs keeps its turn no longer than one that is slow would.
+        match tokio::time::timeout(LONGEST_TURN, &mut begun).await {
+            Ok(done) => done,
+            Err(_) => {
+                drop(turn);
+                begun.await
+            }
+        }
+    }
+
+    /// A running clone on the disk in the VM's directory, or a guest that has booted there. Nothing has been said to its
+    /// agent.
+    async fn resume(&self, template: Option<Template>, id: &VmId, spec: &VmSpec) -> Result<Arc<Watched>, Error> {
         let (host, egress) = (self.host().await?, self.egress().await?);
         let recipe = self.recipe(spec).await?;
-        let template = match self.settings.templates {
-            true => Some(self.template(spec, silent()).await?),
-            false => None,
-        };
         let boots = template.is_none();
         let (slot, dir) = (self.slots.take(id), self.dir(id));
-        let record = Record::new(slot, id, &host.cgroups).inspect_err(|_| self.slots.give_back(slot, id))?;
+        let record =
+            Record::new(slot, id, &host.cgroups, spec.cpu_millis).inspect_err(|_| self.slots.give_back(slot, id))?;
         let start = {
             let (host, egress, dir, spec) = (Arc::clone(&host), egress.clone(), dir.clone(), spec.clone());
-            let record = record.clone();
+            let (record, template) = (record.clone(), template.clone());
             move || -> Result<Launched, Error> {
                 let (mut descriptors, machine) = match template {
                     Some(template) => (template.descriptors(&spec.image.rootfs)?, recipe.clone_machine()),
@@ -135,7 +184,7 @@ impl QemuDriver {
                 if let Some(tap) = tap(egress.as_deref(), slot)? {
                     descriptors.add(fd::TAP, tap);
                 }
-                launch(&host, Launch { dir: &dir, record, machine, cpu_millis: spec.cpu_millis, descriptors })
+                launch(&host, Launch { dir: &dir, record, machine, descriptors })
             }
         };
         let launched = blocking(start).await.inspect_err(|_| self.slots.give_back(slot, id))?;
@@ -151,7 +200,7 @@ impl QemuDriver {
         let late = || Err(Error::Unreachable("it was not there in time".into()));
         match tokio::time::timeout(deadline, resumed).await.unwrap_or_else(|_| late()) {
             Ok(qmp) => {
-                let belongings = Belongings { slots: Arc::clone(&self.slots), record };
+                let belongings = Belongings { slots: Arc::clone(&self.slots), record, template };
                 Ok(Watched::new(Place::new(dir), launched.process, qmp, belongings))
             }
             Err(error) => {
@@ -159,7 +208,12 @@ impl QemuDriver {
                 let (process, path) = (launched.process, dir.path().to_owned());
                 blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
                 self.slots.give_back(slot, id);
-                Err(Error::Boot { what: format!("could not be resumed: {error}"), console_tail })
+                Err(match error {
+                    Error::Qmp { message, .. } if !boots && message != LATE => {
+                        Error::NotResumed { message, console_tail }
+                    }
+                    error => Error::Boot { what: format!("could not be resumed: {error}"), console_tail },
+                })
             }
         }
     }
@@ -197,56 +251,6 @@ impl QemuDriver {
             }
         }
     }
-
-    /// Makes up the reserve of a kind, in the background.
-    pub(super) fn refill(&self, kind: Kind, spec: VmSpec) {
-        let (Some(driver), wanted) = (self.me.upgrade(), self.settings.reserve) else { return };
-        if wanted == 0 || !self.settings.templates {
-            return;
-        }
-        let spec = nobodys(spec);
-        tokio::spawn(async move {
-            tokio::time::sleep(REFILL_DELAY).await;
-            let _one_at_a_time = driver.reserve.making.lock().await;
-            while driver.reserve.has_room(&kind, wanted) {
-                match driver.make_reserve(&spec, kind.rehearsal).await {
-                    Ok(vm) => driver.reserve.add(kind.clone(), vm),
-                    Err(error) => {
-                        tracing::warn!(%error, "no VM could be made in reserve");
-                        return;
-                    }
-                }
-            }
-            drop(_one_at_a_time);
-            tokio::time::sleep(reserve::SHELF_LIFE).await;
-            for old in driver.reserve.older_than(reserve::SHELF_LIFE) {
-                driver.discard(&old).await;
-            }
-        });
-    }
-
-    async fn make_reserve(&self, spec: &VmSpec, rehearsal: Option<Rehearsal>) -> Result<Arc<Watched>, Error> {
-        let id = reserve::new_id();
-        let made = async {
-            self.make_disk(&id, spec).await?;
-            let vm = self.begin(&id, spec, Becoming::Reserve).await?;
-            tokio::time::timeout(REHEARSAL_DEADLINE, rehearse(&vm, rehearsal))
-                .await
-                .unwrap_or_else(|_| Err(Error::Unreachable("its rehearsal did not end in time".into())))?;
-            Ok(vm)
-        };
-        let made = made.await;
-        if made.is_err() {
-            let _ = crate::Driver::destroy(self, &id).await;
-        }
-        made
-    }
-}
-
-/// What a VM in reserve is made from: nothing of the sandbox that was asked for last, whose environment may hold secrets.
-fn nobodys(spec: VmSpec) -> VmSpec {
-    let env = spec.image.config.env.clone();
-    VmSpec { env, hostname: "reserve".into(), working_dir: String::new(), ..spec }
 }
 
 fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becoming) -> PersonalizeRequest {
@@ -268,6 +272,8 @@ fn personalize_request(spec: &VmSpec, slot: u32, network: bool, becoming: Becomi
         }),
         env: spec.env.iter().map(|(name, value)| EnvVar { name: name.clone(), value: value.clone() }).collect(),
         working_dir: spec.working_dir.clone(),
+        user: spec.user.clone(),
+        certificates: spec.certificates.clone(),
         reserve: becoming == Becoming::Reserve,
         disk_bytes: match becoming {
             Becoming::Sandbox { disk_bytes } => disk_bytes,

@@ -1,6 +1,6 @@
 //! The guest's console: its last lines, fit to be shown, and what they say about a guest's end.
 
-use super::{machine::CONSOLE_BYTES, qmp::Qmp};
+use super::qmp::{Ended, Qmp};
 use crate::{Exit, ExitCause};
 
 /// Lines that are kept.
@@ -16,21 +16,32 @@ pub async fn tail(qmp: &Qmp) -> Vec<String> {
 }
 
 async fn whole(qmp: &Qmp) -> String {
-    qmp.console(CONSOLE_BYTES).await.unwrap_or_else(|error| {
+    qmp.console().await.unwrap_or_else(|error| {
         tracing::warn!(%error, "a guest's console could not be read");
         String::new()
     })
 }
 
-/// How a guest ended that QEMU says has ended.
-pub async fn judge(qmp: &Qmp) -> Exit {
-    judged(&whole(qmp).await)
+/// Judges the end of a guest whose QEMU reports it as ended.
+pub async fn judge(qmp: &Qmp, ended: Ended) -> Exit {
+    judged(&whole(qmp).await, ended)
 }
 
-/// A panic is told from its first line on: registers and the like that follow would push it out of the last lines.
-fn judged(console: &str) -> Exit {
+/// Whether a panic stands in it, or its words.
+pub fn shows_panic(console: &str) -> bool {
+    console.contains(PANIC)
+}
+
+/// A panic is shown from its first line on: registers and the like that follow would push it out of the last lines.
+fn judged(console: &str, ended: Ended) -> Exit {
     let Some(at) = console.find(PANIC) else {
-        return Exit { cause: ExitCause::GuestShutdown, console_tail: lines(console) };
+        let cause = match ended {
+            Ended::Shutdown => ExitCause::GuestShutdown,
+            Ended::Panicked => ExitCause::GuestPanic,
+            Ended::Unrunnable => ExitCause::Unrunnable,
+            Ended::Halted => ExitCause::GuestHalted,
+        };
+        return Exit { cause, console_tail: lines(console) };
     };
     let begin = console[..at].rfind('\n').map_or(0, |end| end + 1);
     let mut console_tail = tamed(&console[begin..]);
@@ -59,10 +70,11 @@ mod tests {
     #[test]
     fn a_panic_is_known_however_much_follows_it() {
         let console = format!("booting\n[ 1.0] Kernel panic - not syncing: no\n{}", "R15: 0\n".repeat(100));
-        let exit = judged(&console);
+        let exit = judged(&console, Ended::Shutdown);
         assert_eq!((exit.cause, exit.console_tail.len()), (ExitCause::GuestPanic, LINES));
         assert!(exit.console_tail[0].starts_with("[ 1.0] Kernel panic"));
-        assert_eq!(judged("reboot: Power down\n").cause, ExitCause::GuestShutdown);
+        assert_eq!(judged("reboot: Power down\n", Ended::Shutdown).cause, ExitCause::GuestShutdown);
+        assert_eq!(judged("running\n", Ended::Unrunnable).cause, ExitCause::Unrunnable);
     }
 
     #[test]

@@ -16,12 +16,12 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
     checks.push(match kernel {
         None => warn("kvm", "cannot be tried without a guest kernel".into(), "run ./quickstart, which fetches one"),
         Some(kernel) => match driver.acceleration(kernel).await {
-            Ok(verdict) => acceleration(verdict),
+            Ok(verdict) => acceleration(&verdict),
             Err(error) => fail("kvm", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)"),
         },
     });
     checks.push(match driver.egress().await {
-        Ok(Some(_)) => ok("network", "sandboxes reach the internet, and neither this host nor each other".into()),
+        Ok(Some(_)) => ok("network", "sandboxes have a network, and reach neither this host nor each other".into()),
         Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
         Err(error) => fail(
             "network",

@@ -78,8 +78,6 @@ pub struct Launch<'a> {
     pub record: Record,
     /// The machine.
     pub machine: Machine,
-    /// Thousandths of a processor.
-    pub cpu_millis: u32,
     /// Everything but the sockets, which are made here.
     pub descriptors: Descriptors,
 }
@@ -105,10 +103,11 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     launch.dir.write_record(&launch.record)?;
     launch.descriptors.add(fd::QMP, listen(&launch.dir.qmp_socket())?);
     launch.descriptors.add(fd::AGENT, listen(&launch.dir.agent_socket())?);
+    launch.descriptors.add(fd::PORTS, listen(&launch.dir.ports_socket())?);
     let machine = &launch.machine;
     let limits = Limits {
         memory_bytes: (u64::from(machine.memory_mib) * CHARGED_PER_GUEST_PAGE + OVERHEAD_MIB) << 20,
-        cpu_millis: launch.cpu_millis,
+        cpu_millis: launch.record.cpu_millis,
         tasks: THREADS + machine.processors,
     };
     let cgroups = &launch.record.cgroups;

@@ -21,16 +21,18 @@ pub mod fd {
     pub const TAP: i32 = 7;
     /// Listening socket of the control protocol.
     pub const QMP: i32 = 8;
-    /// Listening socket of the agent's port.
+    /// Listening socket for calls to the agent.
     pub const AGENT: i32 = 9;
     /// Kernel and initramfs (templates).
     pub const KERNEL: i32 = 10;
     /// See [`KERNEL`].
     pub const INITRAMFS: i32 = 11;
+    /// Listening socket for connections to programs.
+    pub const PORTS: i32 = 12;
 }
 
 /// Changes whenever the machine below does, so that old templates are not resumed on it.
-pub const MACHINE_VERSION: u32 = 6;
+pub const MACHINE_VERSION: u32 = 7;
 /// Bytes of console output that QEMU remembers.
 pub const CONSOLE_BYTES: u32 = 32 << 10;
 /// Code translated from guest code is kept in this many MiB; it is private memory of each VM.
@@ -69,10 +71,11 @@ impl Machine {
         self.processor(&mut argv);
         argv.option("-m", format!("{}M", self.memory_mib));
         let share = if self.start == Start::Boot { "on" } else { "off" };
+        // Merged pages would tell one guest by time what another one holds.
         argv.option(
             "-object",
             format!(
-                "memory-backend-file,id=memory,size={}M,mem-path={DESCRIPTORS_DIR}/{},share={share}",
+                "memory-backend-file,id=memory,size={}M,mem-path={DESCRIPTORS_DIR}/{},share={share},merge=off,dump=off",
                 self.memory_mib,
                 fd::MEMORY
             ),
@@ -93,7 +96,8 @@ impl Machine {
         match self.acceleration {
             Acceleration::Kvm => {
                 argv.option("-accel", "kvm");
-                argv.option("-cpu", "host");
+                // Nested virtualisation would be KVM's largest surface, and counters tell of neighbours.
+                argv.option("-cpu", "host,vmx=off,svm=off,pmu=off");
             }
             Acceleration::Tcg => {
                 argv.option("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"));
@@ -116,6 +120,8 @@ impl Machine {
         argv.option("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT));
         argv.option("-device", "virtio-serial-device");
         argv.option("-device", format!("virtserialport,chardev=agent,name={}", heyvm_agent_protocol::PORT_NAME));
+        argv.option("-chardev", format!("socket,id=ports,fd={},server=on,wait=off", fd::PORTS));
+        argv.option("-device", format!("virtserialport,chardev=ports,name={}", heyvm_agent_protocol::ports::PORT_NAME));
         if self.network {
             argv.option("-netdev", format!("tap,id=net,fd={}", fd::TAP));
             argv.option("-device", format!("virtio-net-device,netdev=net,host_mtu={}", heyvm_jail::egress::MTU));
@@ -175,6 +181,14 @@ mod tests {
         assert!(template.contains("share=on") && clone.contains("share=off"));
         let head = |text: &str| text.split("x-option-roms=off").next().unwrap().replace("share=on", "share=off");
         assert_eq!(head(&template), head(&clone));
+    }
+
+    #[test]
+    fn guests_memory_is_neither_merged_nor_dumped() {
+        assert!(
+            machine(Start::Boot).contains("merge=off,dump=off")
+                && machine(Start::Resume).contains("merge=off,dump=off")
+        );
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! - [`machine`]: QEMU's command line.  [`launch`]: one confined QEMU.  [`qmp`]: its control protocol.
 //! - [`template`]: booted once, cloned ever after.  [`memory`]: sealed guest memory.  [`disk`]: sparse ext4 disks.
-//! - [`clone`]: a VM from a template.  [`checkpoint`]: a copy of its disk to go back to.  [`reserve`]: clones made ahead.
+//! - [`clone`]: a VM from a template.  [`checkpoint`]: a copy of its disk to go back to.  [`pool`]: clones made ahead, [`pool_keeper`] makes
+//!   them.  [`templates`]: made once, kept within a budget.  [`vitals`]: guests that stand still.
 //! - [`accel`]: KVM or translation.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
 //! - [`turns`]: one thing at a time with each VM.  [`doctor`]: whether this host can do it.
 
@@ -16,21 +17,27 @@ mod guest_kernel;
 mod launch;
 mod machine;
 mod memory;
+mod pool;
+mod pool_keeper;
 mod qmp;
 mod record;
 mod rehearsal;
-mod reserve;
 mod running;
 mod template;
+mod templates;
 mod turns;
+mod vitals;
 
 use std::{
     fs, io,
     num::NonZero,
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::available_parallelism,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -43,15 +50,17 @@ use heyvm_jail::{
 use tokio::sync::{OnceCell, Semaphore};
 
 pub(crate) use self::record::Place;
+pub use self::templates::Budgets;
 use self::{
     accel::Verdict,
     clone::Becoming,
     launch::{Host, Uids},
+    pool::WarmPool,
     qmp::Qmp,
     record::{Slots, VmDir},
-    reserve::{Kind, Reserve},
     running::{Belongings, RunningVm, Watched},
-    template::{Template, Templates},
+    template::Template,
+    templates::Templates,
     turns::Turns,
 };
 use crate::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Vm, VmId, VmSpec};
@@ -67,8 +76,10 @@ pub struct Settings {
     pub egress: EgressSettings,
     /// Whether VMs are clones of a template; without, each boots its kernel.
     pub templates: bool,
-    /// How many VMs of the kind that was last asked for are kept in reserve.
+    /// How many VMs of one kind the warm pool holds at most; 0: there is none.
     pub reserve: usize,
+    /// What templates may take.
+    pub template_budgets: Budgets,
 }
 
 /// VMs that may be starting at a time. Each takes a second of a processor without KVM; more of them would only make each
@@ -77,13 +88,20 @@ const STARTS_PER_PROCESSOR: usize = 2;
 /// A VM's directory is written to for a moment after its process has ended.
 const REMOVE_TRIES: u32 = 50;
 const REMOVE_PAUSE: Duration = Duration::from_millis(10);
-/// A second and a third sandbox in a row come from the reserve as well; more would cost memory for little.
-const DEFAULT_RESERVE: usize = 2;
+/// Ten sandboxes in a row come from the warm pool: that many are made in a minute of quiet, where there is no KVM.
+const DEFAULT_RESERVE: usize = 10;
 
 impl Default for Settings {
     fn default() -> Self {
         let launcher = std::env::current_exe().unwrap_or_else(|_| "heyvm".into());
-        Self { launcher, network: true, egress: EgressSettings::default(), templates: true, reserve: DEFAULT_RESERVE }
+        Self {
+            launcher,
+            network: true,
+            egress: EgressSettings::default(),
+            templates: true,
+            reserve: DEFAULT_RESERVE,
+            template_budgets: Budgets::of_this_host(),
+        }
     }
 }
 
@@ -93,10 +111,13 @@ pub struct QemuDriver {
     settings: Settings,
     host: OnceCell<Arc<Host>>,
     egress: tokio::sync::Mutex<Option<Arc<Egress>>>,
-    verdict: OnceCell<Verdict>,
+    verdict: tokio::sync::Mutex<Option<Verdict>>,
+    trying_again: AtomicBool,
     templates: Templates,
     slots: Arc<Slots>,
-    reserve: Reserve,
+    pool: Arc<WarmPool<Arc<Watched>>>,
+    /// Held while the warm pool is changed.
+    making: tokio::sync::Mutex<()>,
     turns: Turns,
     starts: Semaphore,
     me: Weak<Self>,
@@ -109,15 +130,17 @@ impl QemuDriver {
         fs::create_dir_all(&sandboxes).map_err(Error::io("making", &sandboxes))?;
         let driver = Arc::new_cyclic(|me| Self {
             me: me.clone(),
-            reserve: Reserve::default(),
+            pool: Arc::new(WarmPool::new(settings.reserve)),
+            making: tokio::sync::Mutex::default(),
             turns: Turns::default(),
             starts: Semaphore::new(STARTS_PER_PROCESSOR * available_parallelism().map_or(1, NonZero::get)),
-            templates: Templates::new(home.join("templates")),
+            templates: Templates::new(home.join("templates"), settings.template_budgets),
             home: home.to_owned(),
             settings,
             host: OnceCell::new(),
             egress: tokio::sync::Mutex::default(),
-            verdict: OnceCell::new(),
+            verdict: tokio::sync::Mutex::default(),
+            trying_again: AtomicBool::new(false),
             slots: Arc::default(),
         });
         for id in driver.list().await? {
@@ -134,22 +157,45 @@ impl QemuDriver {
             Ok(())
         })
         .await?;
+        if driver.settings.templates {
+            pool_keeper::spawn(Arc::downgrade(&driver));
+        }
         Ok(driver)
     }
 
-    /// How guests run here, found out at the first call.
-    pub async fn acceleration(&self, kernel: &heyvm_images::Kernel) -> Result<&Verdict, Error> {
+    /// How guests run here, found out at the first call. What may have changed since is tried again beside this.
+    pub async fn acceleration(&self, kernel: &heyvm_images::Kernel) -> Result<Verdict, Error> {
+        let mut known = self.verdict.lock().await;
+        if let Some(verdict) = known.clone() {
+            if verdict.is_stale() && !self.trying_again.swap(true, Ordering::Relaxed) {
+                self.try_acceleration_again(kernel.clone());
+            }
+            return Ok(verdict);
+        }
+        let verdict = self.try_acceleration(kernel, false).await?;
+        *known = Some(verdict.clone());
+        Ok(verdict)
+    }
+
+    async fn try_acceleration(&self, kernel: &heyvm_images::Kernel, again: bool) -> Result<Verdict, Error> {
         let host = self.host().await?;
-        self.verdict
-            .get_or_try_init(|| async {
-                let (file, kernel) = (self.home.join("templates/acceleration.json"), kernel.clone());
-                blocking(move || {
-                    fs::create_dir_all(file.parent().unwrap_or(&file)).map_err(Error::io("making", &file))?;
-                    accel::verdict(&file, &host.launcher, &host.root, &kernel)
-                })
-                .await
-            })
-            .await
+        let (file, kernel) = (self.home.join("templates/acceleration.json"), kernel.clone());
+        blocking(move || {
+            fs::create_dir_all(file.parent().unwrap_or(&file)).map_err(Error::io("making", &file))?;
+            accel::verdict(&file, &host.launcher, &host.root, &kernel, again)
+        })
+        .await
+    }
+
+    fn try_acceleration_again(&self, kernel: heyvm_images::Kernel) {
+        let Some(driver) = self.me.upgrade() else { return };
+        tokio::spawn(async move {
+            match driver.try_acceleration(&kernel, true).await {
+                Ok(verdict) => *driver.verdict.lock().await = Some(verdict),
+                Err(error) => tracing::warn!(%error, "KVM could not be tried again"),
+            }
+            driver.trying_again.store(false, Ordering::Relaxed);
+        });
     }
 
     async fn host(&self) -> Result<Arc<Host>, Error> {
@@ -212,17 +258,13 @@ impl QemuDriver {
 
     async fn create_now(&self, id: &VmId, spec: VmSpec) -> Result<Arc<dyn Vm>, Error> {
         let kind = self.kind_of(&spec).await?;
-        // One that has rehearsed nothing is better than none.
-        let plain = Kind { rehearsal: None, ..kind.clone() };
-        let from_reserve = match self.reserve.take(&kind).or_else(|| self.reserve.take(&plain)) {
-            Some(reserved) => self.take_over(reserved, id, &spec).await.ok(),
-            None => None,
-        };
-        let created = match from_reserve {
+        let created = match self.claim(&kind, id, &spec).await {
             Some(vm) => Ok(vm),
             None => self.create_anew(id, &spec).await,
         };
-        self.refill(kind, spec);
+        if self.settings.templates {
+            self.pool.ask(&kind, pool_keeper::nobodys(spec), Instant::now());
+        }
         match created {
             Ok(vm) => Ok(vm),
             Err(error) => {
@@ -239,7 +281,7 @@ impl QemuDriver {
         let (disk, gib) = (self.dir(id).disk(), spec.disk_gib);
         let disk_bytes = blocking(move || disk::grow(&disk, gib)).await?;
         let watched = self.begin(id, spec, Becoming::Sandbox { disk_bytes }).await?;
-        Ok(RunningVm::new(id.clone(), watched))
+        Ok(RunningVm::started(id.clone(), watched))
     }
 
     async fn destroy_now(&self, id: &VmId) -> Result<(), Error> {
@@ -289,17 +331,17 @@ impl Driver for QemuDriver {
             // Its process lives: it may be slow, or this daemon out of descriptors. The caller looks again.
             Err(error) => return Err(error),
         };
-        if qmp.has_ended().await? {
-            return put_down(dir, console::judge(&qmp).await).await.map(|()| None);
+        if let Some(ended) = qmp.ended().await? {
+            return put_down(dir, console::judge(&qmp, ended).await).await.map(|()| None);
         }
         self.slots.mark(record.slot, &record.cgroup);
         // Existing taps keep their namespace alive; the daemon's own connection keeps its holder there.
         if let Err(error) = self.egress().await {
             tracing::warn!(%error, id, "the network of a running sandbox cannot be looked after");
         }
-        let belongings = Belongings { slots: Arc::clone(&self.slots), record };
+        let belongings = Belongings { slots: Arc::clone(&self.slots), record, template: None };
         let watched = Watched::new(Place::new(dir), process, qmp, belongings);
-        Ok(Some(RunningVm::new(id.clone(), watched)))
+        Ok(Some(RunningVm::adopted(id.clone(), watched)))
     }
 
     async fn kill(&self, id: &VmId) -> Result<(), Error> {
@@ -354,7 +396,7 @@ impl Driver for QemuDriver {
     }
 
     fn is_of_the_pool(&self, id: &str) -> bool {
-        reserve::is_of_the_pool(id)
+        pool::is_of_the_pool(id)
     }
 
     async fn keep_note(&self, id: &VmId, note: Vec<u8>) -> Result<(), Error> {
@@ -367,13 +409,12 @@ impl Driver for QemuDriver {
         blocking(move || dir.remains()).await
     }
 
-    async fn let_go_of_reserve(&self) {
-        // One that is being made is on the shelf afterwards.
-        self.reserve.close();
-        let _no_more = self.reserve.making.lock().await;
-        for vm in self.reserve.older_than(Duration::ZERO) {
+    async fn empty_pool(&self) {
+        for vm in self.pool.close() {
             self.discard(&vm).await;
         }
+        // One that is being made finds no place afterwards.
+        drop(self.making.lock().await);
     }
 
     async fn doctor(&self, kernel: Option<&heyvm_images::Kernel>) -> Vec<HostCheck> {

@@ -39,13 +39,16 @@ pub struct Record {
     /// Their directories, for a later daemon may run elsewhere in the hierarchy and would look for them there.
     #[serde(default)]
     pub cgroups: Vec<PathBuf>,
+    /// Thousandths of a processor that it may use once it is live; 0 where an earlier version has set that already.
+    #[serde(default)]
+    pub cpu_millis: u32,
 }
 
 impl Record {
     /// Of a VM of this name that starts now.
-    pub fn new(slot: u32, name: &str, cgroups: &Cgroups) -> Result<Self, Error> {
+    pub fn new(slot: u32, name: &str, cgroups: &Cgroups, cpu_millis: u32) -> Result<Self, Error> {
         let (host_boot_id, cgroups) = (this_boot()?, cgroups.dirs(name));
-        Ok(Self { slot, host_boot_id, cgroup: name.to_owned(), cgroups })
+        Ok(Self { slot, host_boot_id, cgroup: name.to_owned(), cgroups, cpu_millis })
     }
 
     /// Whether the host has not been restarted since QEMU was started. A process is known by its number and when it began,
@@ -119,9 +122,14 @@ impl VmDir {
         self.path.join("checkpoint.half")
     }
 
-    /// Socket of the agent's port.
+    /// Socket for calls to the agent.
     pub fn agent_socket(&self) -> PathBuf {
         self.path.join("agent.sock")
+    }
+
+    /// Socket for connections to programs.
+    pub fn ports_socket(&self) -> PathBuf {
+        self.path.join("ports.sock")
     }
 
     /// File with QEMU's process id and start time.
@@ -313,7 +321,13 @@ mod tests {
         let exit = Exit { cause: ExitCause::GuestPanic, console_tail: vec!["Kernel panic".into()] };
         dir.write_exit(&exit).unwrap();
         assert_eq!(dir.exit(), Some(exit));
-        let record = Record { slot: 7, host_boot_id: "b".into(), cgroup: "c".into(), cgroups: vec!["/cg/c".into()] };
+        let record = Record {
+            slot: 7,
+            host_boot_id: "b".into(),
+            cgroup: "c".into(),
+            cgroups: vec!["/cg/c".into()],
+            cpu_millis: 250,
+        };
         dir.write_record(&record).unwrap();
         assert_eq!((dir.record().unwrap(), dir.exit()), (Some(record), None));
     }

@@ -8,21 +8,20 @@
 //! sandbox is in it and every clone begins with a fresh connection.
 
 use std::{
-    collections::HashMap,
     fs::{self, File},
     io::Write,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::{OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use heyvm_agent_protocol::v1::{MetricsRequest, WarmUpRequest};
 use heyvm_jail::{egress::Egress, process::ProcessId};
-use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::fstat;
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 use tonic::Code;
@@ -33,17 +32,20 @@ use super::{
     launch::{Descriptors, Host, Launch, launch, listen, tap},
     machine::{MACHINE_VERSION, Machine, Start, fd},
     memory,
-    qmp::{GuestState, Qmp},
-    record::{Place, Record, Slots, VmDir},
+    qmp::{Ended, Qmp},
+    record::{Place, Record, VmDir},
 };
-use crate::{AgentConnection, Error, Progress, VmSpec, agent::unreachable_agent};
+use crate::{AgentConnection, Error, VmSpec, agent::unreachable_agent};
 
 /// Between a template's key and its maker's process id and start time, in the name of one in the making.
-const MAKING: &str = ".making-";
+pub const MAKING: &str = ".making-";
 /// Booting takes some six seconds under translation on an idle machine.
 pub const BOOT_DEADLINE: Duration = Duration::from_secs(180);
-/// Booting and warming up together; what of the image runs meanwhile takes a second or two.
-const TEMPLATE_DEADLINE: Duration = Duration::from_secs(300);
+/// What of the image runs in the warm-up takes a second or two.
+const WARM_UP_DEADLINE: Duration = Duration::from_secs(90);
+/// Longest that a whole build takes.
+pub const BUILD_DEADLINE: Duration =
+    Duration::from_secs(BOOT_DEADLINE.as_secs() + WARM_UP_DEADLINE.as_secs() + SAVE_DEADLINE.as_secs());
 /// A state is some hundred kilobytes, written to the disk.
 const SAVE_DEADLINE: Duration = Duration::from_secs(60);
 /// What a guest's kernel may count time with; others (`refined-jiffies`) lose time whenever the host is busy.
@@ -123,117 +125,92 @@ impl Recipe {
     }
 }
 
-/// What the guest sees of the host's processor goes into a template that was made with it.
-fn processor_model() -> String {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mut lines = info.lines().filter(|line| line.starts_with("model name") || line.starts_with("flags"));
-    lines.next().into_iter().chain(lines.next()).collect()
+/// What the guest sees of the host's processor goes into a template that was made with it: the model with its flags and
+/// microcode, and what the host's kernel and its KVM make of them.
+fn processor_model() -> &'static str {
+    static MODEL: OnceLock<String> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let wanted = ["model name", "flags", "microcode"];
+        // The first processor's; a host with several kinds of them is none that VMs could move within.
+        let first = info.lines().take_while(|line| !line.is_empty());
+        let mut model: Vec<String> =
+            first.filter(|line| wanted.iter().any(|name| line.starts_with(name))).map(str::to_owned).collect();
+        model.push(fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
+        for dir in ["/sys/module/kvm", "/sys/module/kvm_intel", "/sys/module/kvm_amd"] {
+            model.extend(values_in(&Path::new(dir).join("parameters")));
+        }
+        model.extend(values_in(Path::new("/sys/devices/system/cpu/vulnerabilities")));
+        model.join("\n")
+    })
 }
 
-/// A template that is ready to be cloned.
+/// Names and contents of a directory's files, in order; none where there is no such directory.
+fn values_in(dir: &Path) -> Vec<String> {
+    let mut values: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| format!("{}: {}", entry.path().display(), fs::read_to_string(entry.path()).unwrap_or_default()))
+        .collect();
+    values.sort();
+    values
+}
+
+/// A template that is ready to be cloned. It stays whole for as long as a copy of this is kept, whatever is evicted.
 #[derive(Clone)]
 pub struct Template {
-    /// Sealed guest memory.
-    pub memory: Arc<OwnedFd>,
-    /// Device state.
-    pub state: PathBuf,
+    /// What it is known by.
+    pub key: String,
+    memory: Arc<OwnedFd>,
+    state: Arc<File>,
 }
 
-/// All templates of a daemon.
-pub struct Templates {
-    dir: PathBuf,
-    loaded: Mutex<HashMap<String, Template>>,
-    building: tokio::sync::Mutex<()>,
-}
-
-impl Templates {
-    /// Templates kept in `dir`.
-    pub fn new(dir: PathBuf) -> Self {
-        Self { dir, loaded: Mutex::default(), building: tokio::sync::Mutex::default() }
+impl Template {
+    /// Brings a template's memory from disk into sealed memory. Blocks while it is read.
+    pub fn load(key: &str, home: &Path) -> Result<Self, Error> {
+        let path = home.join("memory");
+        let file = open(&path)?;
+        let loaded = || {
+            let bytes = file.metadata()?.len();
+            let memory = memory::create(bytes)?;
+            memory::copy_sparse(&file, &memory)?;
+            memory::seal(&memory)?;
+            Ok(memory)
+        };
+        let memory = loaded().map_err(Error::io("loading the template's memory", &path))?;
+        let state = open(&home.join("state"))?;
+        Ok(Self { key: key.to_owned(), memory: Arc::new(memory.into()), state: Arc::new(state) })
     }
 
-    /// Removes what a daemon that was killed while it made a template has left, its QEMU first.
-    pub fn clean_up(&self) {
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let Some((_, maker)) = name.split_once(MAKING) else { continue };
-            // Another daemon may share this directory; its process id alone would not tell it from a later one.
-            if maker.replace('-', " ").parse::<ProcessId>().is_ok_and(ProcessId::is_alive) {
-                continue;
-            }
-            let _ = VmDir::new(&self.dir, &name).put_down();
-            let _ = heyvm_trees::remove(&entry.path());
-        }
+    /// Whether any other copy of this is kept: a VM runs on its memory, or one is about to.
+    pub fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.memory) > 1
     }
 
-    /// The template of a recipe: loaded, from disk, or made.
-    pub async fn get(
-        &self,
-        host: &Arc<Host>,
-        egress: Option<&Arc<Egress>>,
-        slots: &Slots,
-        recipe: &Recipe,
-        progress: &Progress,
-    ) -> Result<Template, Error> {
-        let key = recipe.key(host);
-        if let Some(found) = self.loaded(&key) {
-            return Ok(found);
-        }
-        let _one_at_a_time = self.building.lock().await;
-        if let Some(found) = self.loaded(&key) {
-            return Ok(found);
-        }
-        fs::create_dir_all(&self.dir).map_err(Error::io("making", &self.dir))?;
-        let _across_daemons = lock(&self.dir.join(format!("{key}.lock"))).await?;
-        let home = self.dir.join(&key);
-        if !home.join("state").exists() {
-            progress("booting a template (once per image and size)", None, None);
-            let slot = slots.take(&key);
-            let built = build_with_a_good_clock(|| Build { host, egress, recipe, home: &home, slot }).await;
-            slots.give_back(slot, &key);
-            built?;
-        }
-        let template = tokio::task::spawn_blocking(move || load(&home)).await.map_err(Error::task)??;
-        self.lock_loaded().insert(key, template.clone());
-        Ok(template)
+    /// Whether both are copies of one.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.memory, &other.memory)
     }
 
-    fn loaded(&self, key: &str) -> Option<Template> {
-        self.lock_loaded().get(key).cloned()
+    /// Bytes of memory it takes, as far as that is known.
+    pub fn bytes(&self) -> u64 {
+        fstat(&self.memory).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
     }
 
-    fn lock_loaded(&self) -> std::sync::MutexGuard<'_, HashMap<String, Template>> {
-        self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// The descriptors of a clone, without disk and network.
+    pub fn descriptors(&self, rootfs: &Path) -> Result<Descriptors, Error> {
+        let mut descriptors = image_descriptors(rootfs)?;
+        let memory = self.memory.as_fd().try_clone_to_owned().map_err(Error::io("passing", "the template's memory"))?;
+        descriptors.add(fd::MEMORY, memory);
+        // Opened again: each clone reads it from its beginning, also where the file has been removed since.
+        descriptors.add(fd::STATE, open(Path::new(&format!("/proc/self/fd/{}", self.state.as_raw_fd())))?);
+        Ok(descriptors)
     }
-}
-
-async fn lock(path: &Path) -> Result<Flock<File>, Error> {
-    let path = path.to_owned();
-    tokio::task::spawn_blocking(move || {
-        let file = File::create(&path).map_err(Error::io("making", &path))?;
-        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::io("locking", path)(errno.into()))
-    })
-    .await
-    .map_err(Error::task)?
-}
-
-/// Brings a template's memory from disk into sealed memory.
-fn load(home: &Path) -> Result<Template, Error> {
-    let path = home.join("memory");
-    let file = File::open(&path).map_err(Error::io("opening the template's memory", &path))?;
-    let loaded = || {
-        let bytes = file.metadata()?.len();
-        let memory = memory::create(bytes)?;
-        memory::copy_sparse(&file, &memory)?;
-        memory::seal(&memory)?;
-        Ok(memory)
-    };
-    let memory = loaded().map_err(Error::io("loading the template's memory", &path))?;
-    Ok(Template { memory: Arc::new(memory.into()), state: home.join("state") })
 }
 
 /// Builds again when the guest's kernel does not count time with a good clock: all clones would have that one.
-async fn build_with_a_good_clock<'a>(build: impl Fn() -> Build<'a>) -> Result<(), Error> {
+pub async fn build_with_a_good_clock<'a>(build: impl Fn() -> Build<'a>) -> Result<(), Error> {
     for _ in 1..CLOCK_TRIES {
         match build().run().await {
             Err(Error::GuestClock(source)) => tracing::warn!(source, "a template's clock is bad: it is built again"),
@@ -243,17 +220,23 @@ async fn build_with_a_good_clock<'a>(build: impl Fn() -> Build<'a>) -> Result<()
     build().run().await
 }
 
-/// One template in the making.
-struct Build<'a> {
-    host: &'a Arc<Host>,
-    egress: Option<&'a Arc<Egress>>,
-    recipe: &'a Recipe,
-    home: &'a Path,
-    slot: u32,
+/// One template to be made.
+pub struct Build<'a> {
+    /// Where QEMU runs.
+    pub host: &'a Arc<Host>,
+    /// Its way out, where it has one.
+    pub egress: Option<&'a Arc<Egress>>,
+    /// What it is made from.
+    pub recipe: &'a Recipe,
+    /// Directory that is there once it is whole.
+    pub home: &'a Path,
+    /// Network slot meanwhile.
+    pub slot: u32,
 }
 
 impl Build<'_> {
-    async fn run(self) -> Result<(), Error> {
+    /// Boots it and keeps it; on an error nothing of it is left.
+    pub async fn run(self) -> Result<(), Error> {
         let me = ProcessId::of(std::process::id() as i32).map_err(Error::io("looking at", "this process"))?;
         let half = PathBuf::from(format!("{}{MAKING}{}-{}", self.home.display(), me.pid, me.started));
         let _ = heyvm_trees::remove(&half);
@@ -267,7 +250,8 @@ impl Build<'_> {
             let _ = heyvm_trees::remove(&half);
             return built;
         }
-        for leftover in [dir.disk(), dir.qmp_socket(), dir.agent_socket(), dir.id_file(), half.join("state.sock")] {
+        let sockets = [dir.qmp_socket(), dir.agent_socket(), dir.ports_socket(), half.join("state.sock")];
+        for leftover in sockets.into_iter().chain([dir.disk(), dir.id_file()]) {
             let _ = fs::remove_file(leftover);
         }
         fs::rename(&half, self.home).map_err(Error::io("keeping the template", self.home))
@@ -286,10 +270,8 @@ impl Build<'_> {
         }
         let start = Launch {
             dir,
-            record: Record::new(self.slot, name, &self.host.cgroups)?,
+            record: Record::new(self.slot, name, &self.host.cgroups, 1000 * self.recipe.machine.processors)?,
             machine: self.recipe.boot_machine(),
-            // A template boots as fast as it can, whatever its clones are allowed later.
-            cpu_millis: 1000 * self.recipe.machine.processors,
             descriptors,
         };
         let launched = launch(self.host, start)?;
@@ -298,14 +280,7 @@ impl Build<'_> {
             console_tail: launched.last_words(),
         })?;
         // The image's own programs run meanwhile: what they do to the guest must not hold up others for good.
-        tokio::select! {
-            booted = tokio::time::timeout(TEMPLATE_DEADLINE, boot(dir, &qmp)) => {
-                booted.unwrap_or_else(|_| Err(Error::Unreachable("the template was not ready in time".into())))?;
-            }
-            state = qmp.guest_ended() => {
-                return Err(Error::Boot { what: ended(state).into(), console_tail: console::tail(&qmp).await });
-            }
-        }
+        unless_ended(&qmp, boot(dir, &qmp)).await?;
         qmp.stop().await?;
         let half = dir.path().join("half");
         let saved = save_state(&qmp, listener, &half);
@@ -314,14 +289,20 @@ impl Build<'_> {
             .unwrap_or_else(|_| Err(Error::Unreachable("the template's state was not saved in time".into())))?;
         save_memory(&guest_memory, &dir.path().join("memory"))?;
         fs::rename(half, dir.path().join("state")).map_err(Error::io("keeping", dir.path()))?;
-        qmp.quit().await
+        // It is killed in any case.
+        let _ = qmp.quit().await;
+        Ok(())
     }
 }
 
 /// Waits for the agent, has it warm up, and leaves it waiting.
 async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
-    let agent = agent_has_come_up(dir, qmp).await?;
-    let warm = agent.client().await?.warm_up(WarmUpRequest {}).await.map_err(|status| unreachable_agent(&status))?;
+    let agent = agent_of_booting(dir, qmp).await?;
+    let late = |_| Error::Unreachable("the image's programs did not end in time".into());
+    let mut client = agent.client().await?;
+    let warm_up = tokio::time::timeout(WARM_UP_DEADLINE, client.warm_up(WarmUpRequest {})).await.map_err(late)?;
+    let warm = warm_up.map_err(|status| unreachable_agent(&status))?;
+    drop(client);
     drop(agent);
     let source = warm.into_inner().clock_source;
     if !GOOD_CLOCKS.contains(&source.as_str()) {
@@ -331,8 +312,27 @@ async fn boot(dir: &VmDir, qmp: &Qmp) -> Result<(), Error> {
     Ok(())
 }
 
-/// Waits until the agent of a guest that boots answers.
+/// Waits until the agent of a guest that boots answers, or the guest has ended.
 pub async fn agent_has_come_up(dir: &VmDir, qmp: &Qmp) -> Result<AgentConnection, Error> {
+    unless_ended(qmp, agent_of_booting(dir, qmp)).await
+}
+
+/// Does something with a guest that boots; its end is the error that is worth telling. The console is read after
+/// `work` is dropped, never beside it.
+async fn unless_ended<T>(qmp: &Qmp, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let ended = tokio::select! {
+        done = work => return done,
+        ended = qmp.guest_ended() => ended,
+    };
+    let what = match ended {
+        None => "ended while it booted: QEMU went away",
+        Some(Ended::Unrunnable) => "ended while it booted: KVM could not run it",
+        Some(Ended::Shutdown | Ended::Panicked | Ended::Halted) => "ended while it booted",
+    };
+    Err(Error::Boot { what: what.into(), console_tail: console::tail(qmp).await })
+}
+
+async fn agent_of_booting(dir: &VmDir, qmp: &Qmp) -> Result<AgentConnection, Error> {
     let give_up = Instant::now() + BOOT_DEADLINE;
     loop {
         let agent = AgentConnection::new(Place::new(dir.clone()));
@@ -343,13 +343,7 @@ pub async fn agent_has_come_up(dir: &VmDir, qmp: &Qmp) -> Result<AgentConnection
                 other => other.map(drop).map_err(|status| unreachable_agent(&status)),
             }
         };
-        let outcome = tokio::select! {
-            answer = answer => answer,
-            state = qmp.guest_ended() => {
-                return Err(Error::Boot { what: ended(state).into(), console_tail: console::tail(qmp).await });
-            }
-        };
-        match outcome {
+        match answer.await {
             Ok(()) => return Ok(agent),
             Err(_) if Instant::now() < give_up => tokio::time::sleep(Duration::from_millis(100)).await,
             Err(error) => {
@@ -357,13 +351,6 @@ pub async fn agent_has_come_up(dir: &VmDir, qmp: &Qmp) -> Result<AgentConnection
                 return Err(Error::Boot { what, console_tail: console::tail(qmp).await });
             }
         }
-    }
-}
-
-fn ended(state: GuestState) -> &'static str {
-    match state {
-        GuestState::Disconnected => "ended while it booted: QEMU went away",
-        _ => "ended while it booted",
     }
 }
 
@@ -423,17 +410,6 @@ fn image_descriptors(rootfs: &Path) -> Result<Descriptors, Error> {
     Ok(descriptors)
 }
 
-impl Template {
-    /// The descriptors of a clone, without disk and network.
-    pub fn descriptors(&self, rootfs: &Path) -> Result<Descriptors, Error> {
-        let mut descriptors = image_descriptors(rootfs)?;
-        let memory = self.memory.as_fd().try_clone_to_owned().map_err(Error::io("passing", "the template's memory"))?;
-        descriptors.add(fd::MEMORY, memory);
-        descriptors.add(fd::STATE, open(&self.state)?);
-        Ok(descriptors)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use heyvm_images::{Image, Kernel};
@@ -459,6 +435,8 @@ mod tests {
                 config: Default::default(),
                 created_at: 0,
                 source: "registry".into(),
+                private: false,
+                recipe: None,
             };
             let kernel =
                 Kernel { version: "6".into(), vmlinuz: empty.clone(), initramfs: empty.clone(), digest: "k".into() };
@@ -471,6 +449,8 @@ mod tests {
                 hostname: "box".into(),
                 env: Vec::new(),
                 working_dir: String::new(),
+                user: String::new(),
+                certificates: String::new(),
                 rehearsal: None,
             };
             Recipe::new(&spec, Acceleration::Tcg, true).key(&host)

@@ -1,4 +1,5 @@
 //! One thing at a time with each VM: a `destroy` waits for a launch that is under way, even one whose caller has left.
+//! The same for templates, by their keys.
 
 use std::{
     collections::HashMap,

@@ -1,55 +1,106 @@
-//! Into a sandbox: a file or directory here becomes a tar, sent as it is made.
+//! Into a sandbox: a file or directory here becomes a tar, sent as it is made. What is neither (a pipe, a terminal, the
+//! standard input) is read to its end first, since a tar says beforehand how long its files are.
 
 use std::{
-    ffi::OsString,
-    fs,
-    io::{self, Write},
-    path::Path,
+    ffi::{OsStr, OsString},
+    fs::{self, File, Metadata},
+    io::{self, Seek, Write},
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
 };
 
-use bytes::Bytes;
-use futures::stream;
 use heyvm_api::{ApiError, ErrorCode, client::Client, files::UnpackResponse};
+use heyvm_bounded_tar::{Packer, Problem};
 use ignore::WalkBuilder;
-use tar::Builder;
-use tokio::sync::mpsc;
 
-use super::{Copied, Remote, invalid, watched};
+use super::{Copied, Remote, STANDARD, invalid, watched};
 use crate::{
-    archive::entry::{self, Problem, Purpose},
+    archive::{RULES, left_out},
+    outgoing::{self, Outgoing},
     progress::Line,
 };
 
-const PIECE: usize = 256 << 10;
-/// Pieces made ahead of the sandbox.
-const AHEAD: usize = 2;
+/// Mode of a file whose source has none of its own.
+const MODE: u32 = 0o644;
 
 /// Copies `source` into a sandbox.
 pub async fn into(client: &Client, source: &Path, target: Remote<'_>, line: Line) -> Result<Copied, ApiError> {
-    let missing =
-        |error| invalid(format!("{}: {error}", source.display())).hint("name a file or directory that is there");
-    // A link's copy is called as the link is; `.` and the like have no name of their own.
-    let typed = source.file_name().map(|_| source.to_owned());
-    let source = source.canonicalize().map_err(missing)?;
-    let meta = fs::metadata(&source).map_err(missing)?;
-    if !meta.is_dir() && !meta.is_file() {
-        return Err(refuse(&Problem::Special { path: source, what: "neither a file nor a directory" }));
-    }
+    let source = Source::of(source)?;
     let is_directory = target.is_directory(client).await?;
-    let place = place(typed.as_ref().unwrap_or(&source), meta.is_dir(), &target.absolute(), is_directory)?;
+    let place = place(source.name.as_deref(), source.is_directory(), &target.absolute(), is_directory)?;
     let url = target.tar(&place.directory);
-    let (pieces, receiver) = mpsc::channel(AHEAD);
-    let packing = tokio::task::spawn_blocking(move || pack(&source, Path::new(&place.name), pieces));
-    let body = stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|piece| (piece, receiver)) });
-    let body = watched(body, line);
-    let sent: Result<UnpackResponse, ApiError> = client.put(&url, "application/x-tar", body).await;
+    let (outgoing, body) = outgoing::pipe();
+    let packing = tokio::task::spawn_blocking(move || pack(source, Path::new(&place.name), outgoing));
+    let sent: Result<UnpackResponse, ApiError> = client.put(&url, "application/x-tar", watched(body, line)).await;
     let packed = packing.await.map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?;
     match (packed, sent) {
         // The sandbox has said why it takes no more.
         (Err(Problem::Output(_)) | Ok(_), Err(error)) => Err(error),
         (Err(problem), _) => Err(refuse(&problem)),
-        (Ok(left_out), Ok(done)) => Ok(Copied { bytes: done.bytes, entries: done.entries, left_out }),
+        (Ok(notes), Ok(done)) => {
+            Ok(Copied { bytes: done.bytes, entries: done.entries, notes: notes.into_iter().collect() })
+        }
     }
+}
+
+/// What is to be copied.
+struct Source {
+    what: What,
+    /// What it is called; `.` and the standard input have no name of their own.
+    name: Option<OsString>,
+}
+
+enum What {
+    Directory(PathBuf),
+    File(PathBuf),
+    /// Its end shows only at the end.
+    Stream(File),
+}
+
+impl Source {
+    fn of(typed: &Path) -> Result<Self, ApiError> {
+        if typed.as_os_str() == STANDARD {
+            let stdin = File::open("/dev/stdin").or_else(|_| owned_stdin());
+            let stdin =
+                stdin.map_err(|error| invalid(format!("standard input: {error}")).hint("Redirect a file to it."))?;
+            return Ok(Self { what: What::Stream(stdin), name: None });
+        }
+        let missing =
+            |error| invalid(format!("{}: {error}", typed.display())).hint("name a file or directory that is there");
+        let meta = fs::metadata(typed).map_err(missing)?;
+        // A link's copy is called as the link is.
+        let named = |path: &Path| path.file_name().map(OsString::from);
+        if is_stream(&meta) {
+            // /dev/fd/63 of a `<(command)` leads to no path: what it stands for is opened, not where its text leads.
+            let stream = File::open(typed).map_err(missing)?;
+            return Ok(Self { what: What::Stream(stream), name: named(typed) });
+        }
+        let real = typed.canonicalize().map_err(missing)?;
+        let name = named(typed).or_else(|| named(&real));
+        if meta.is_dir() {
+            return Ok(Self { what: What::Directory(real), name });
+        }
+        if meta.is_file() {
+            return Ok(Self { what: What::File(real), name });
+        }
+        Err(invalid(format!("{} is a socket or a block device", typed.display()))
+            .hint("Copy files, directories, pipes or the standard input."))
+    }
+
+    fn is_directory(&self) -> bool {
+        matches!(self.what, What::Directory(_))
+    }
+}
+
+fn is_stream(meta: &Metadata) -> bool {
+    let kind = meta.file_type();
+    kind.is_fifo() || kind.is_char_device()
+}
+
+/// A socket as standard input cannot be opened by its name.
+fn owned_stdin() -> io::Result<File> {
+    use std::os::fd::AsFd;
+    Ok(io::stdin().as_fd().try_clone_to_owned()?.into())
 }
 
 /// Where a copy goes.
@@ -62,10 +113,17 @@ struct Place {
 }
 
 /// A target that is a directory gets a copy in it; any other target becomes the copy.
-fn place(source: &Path, source_is_directory: bool, target: &str, target_is_directory: bool) -> Result<Place, ApiError> {
-    let name = source.file_name().unwrap_or_default();
+fn place(
+    name: Option<&OsStr>,
+    source_is_directory: bool,
+    target: &str,
+    target_is_directory: bool,
+) -> Result<Place, ApiError> {
     if !source_is_directory {
         if target_is_directory || target.ends_with('/') {
+            let name = name.ok_or_else(|| {
+                invalid("the copy of the standard input has no name".into()).hint("Name it: SANDBOX:/path/NAME")
+            })?;
             return Ok(Place { directory: target.into(), name: name.into() });
         }
         let (parent, last) = target.rsplit_once('/').unwrap_or(("", target));
@@ -75,99 +133,72 @@ fn place(source: &Path, source_is_directory: bool, target: &str, target_is_direc
         return Ok(Place { directory: target.into(), name: OsString::new() });
     }
     // Part of a query from here on.
+    let name = name.unwrap_or_default();
     let name = name.to_str().ok_or_else(|| {
-        invalid(format!("the name of {} is not UTF-8", source.display())).hint("name the copy: SANDBOX:/path/NAME")
+        invalid(format!("the name {} is not UTF-8", name.display())).hint("name the copy: SANDBOX:/path/NAME")
     })?;
     Ok(Place { directory: format!("{}/{name}", target.trim_end_matches('/')), name: OsString::new() })
 }
 
-fn pack(source: &Path, name: &Path, pieces: mpsc::Sender<io::Result<Bytes>>) -> Result<Vec<String>, Problem> {
-    let outgoing = Outgoing { pieces: pieces.clone(), data: Vec::with_capacity(PIECE) };
-    let packed = write(source, name, outgoing);
-    if packed.is_err() {
-        // Cut off, so that half a tar is not taken for a whole one.
-        let _ = pieces.blocking_send(Err(io::Error::other("the copy was given up")));
+fn pack(source: Source, name: &Path, outgoing: Outgoing) -> Result<Option<String>, Problem> {
+    let mut packer = Packer::new(outgoing, RULES);
+    match source.what {
+        What::File(path) => drop(packer.append_file(&path, name)?),
+        What::Directory(path) => directory(&mut packer, &path)?,
+        What::Stream(stream) => {
+            let file = whole(stream).map_err(|error| Problem::Io { path: name.to_owned(), error })?;
+            packer.append_opened(name, name, &file, Some(MODE))?;
+        }
     }
-    packed
+    let note = left_out(packer.left_out());
+    packer.finish()?.finish().map_err(Problem::Output)?;
+    Ok(note)
 }
 
-/// A file under its name, or what a directory holds; tells the links that lead out of it, which are left out.
-fn write(source: &Path, name: &Path, out: impl Write) -> Result<Vec<String>, Problem> {
-    let mut builder = Builder::new(out);
-    let left_out = if source.is_file() {
-        entry::append_file(&mut builder, source, name, Purpose::Copy)?;
-        Vec::new()
-    } else {
-        directory(&mut builder, source)?
-    };
-    builder.into_inner().and_then(|mut out| out.flush()).map_err(Problem::Output)?;
-    Ok(left_out)
+/// All of a stream as a file without a name, which says how long it is.
+fn whole(mut stream: File) -> io::Result<File> {
+    let mut file = tempfile::tempfile()?;
+    io::copy(&mut stream, &mut file)?;
+    file.flush()?;
+    file.rewind()?;
+    Ok(file)
 }
 
-fn directory(builder: &mut Builder<impl Write>, source: &Path) -> Result<Vec<String>, Problem> {
-    let mut left_out = Vec::new();
+fn directory(packer: &mut Packer<impl Write>, source: &Path) -> Result<(), Problem> {
     for found in WalkBuilder::new(source).standard_filters(false).sort_by_file_name(|a, b| a.cmp(b)).build() {
         let found = found.map_err(|error| Problem::Io { path: source.to_owned(), error: io::Error::other(error) })?;
         if found.depth() == 0 {
             continue;
         }
         let name = found.path().strip_prefix(source).unwrap_or(found.path());
-        match entry::append(builder, found.path(), name, Purpose::Copy) {
-            Ok(()) | Err(Problem::Gone) => {}
-            Err(Problem::LeadsOut { .. }) => left_out.push(name.display().to_string()),
+        match packer.append(found.path(), name) {
+            Ok(_) | Err(Problem::Gone) => {}
             Err(problem) => return Err(problem),
         }
     }
-    Ok(left_out)
+    Ok(())
 }
 
 fn refuse(problem: &Problem) -> ApiError {
     let hint = match problem {
-        Problem::Special { .. } => "copy files, directories and links",
-        Problem::LeadsOut { .. } | Problem::LeadsNowhere { .. } => {
-            "make it a relative link to a file within the directory, or remove it"
-        }
         Problem::Changed { .. } | Problem::Gone => "copy again, once nothing writes to it",
-        Problem::Io { .. } | Problem::Output(_) => "is it readable?",
+        Problem::Io { .. } | Problem::Output(_) => "Make it readable.",
     };
     invalid(problem.to_string()).hint(hint)
 }
 
-/// Bytes on their way, in pieces of a good size.
-struct Outgoing {
-    pieces: mpsc::Sender<io::Result<Bytes>>,
-    data: Vec<u8>,
-}
-
-impl Write for Outgoing {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let length = bytes.len().min(PIECE - self.data.len());
-        self.data.extend_from_slice(&bytes[..length]);
-        if self.data.len() == PIECE {
-            self.flush()?;
-        }
-        Ok(length)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.data.is_empty() {
-            return Ok(());
-        }
-        let data = std::mem::replace(&mut self.data, Vec::with_capacity(PIECE));
-        self.pieces.blocking_send(Ok(data.into())).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::symlink, path::PathBuf};
+    use std::os::unix::fs::symlink;
+
+    use nix::sys::stat::Mode;
 
     use super::*;
 
     #[test]
     fn a_directory_gets_a_copy_and_anything_else_becomes_it() {
         let place = |source: &str, dir, target: &str, target_is_dir| {
-            let place = super::place(Path::new(source), dir, target, target_is_dir).unwrap();
+            let place = super::place(Path::new(source).file_name(), dir, target, target_is_dir).unwrap();
             (place.directory, place.name.into_string().unwrap())
         };
         let told = |directory: &str, name: &str| (directory.to_owned(), name.to_owned());
@@ -179,50 +210,60 @@ mod tests {
         assert_eq!(place("/here/tree", true, "/", true), told("/tree", ""));
         assert_eq!(place("/here/tree", true, "/srv/new", false), told("/srv/new", ""));
         assert_eq!(place("/", true, "/srv", true), told("/srv/", ""));
+        assert!(super::place(None, false, "/srv", true).is_err(), "the standard input has no name");
     }
 
-    fn names(source: &Path, name: &str) -> Result<Vec<PathBuf>, Problem> {
-        let mut tar = Vec::new();
-        write(source, Path::new(name), &mut tar)?;
-        let mut archive = tar::Archive::new(&tar[..]);
-        Ok(archive.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().into_owned()).collect())
+    /// The tar of a copy, and its note.
+    async fn packed(source: &Path, name: &str) -> Result<(Vec<u8>, Option<String>), Problem> {
+        use futures::TryStreamExt;
+        let (outgoing, body) = outgoing::pipe();
+        let (source, name) = (Source::of(source).unwrap(), PathBuf::from(name));
+        let packing = tokio::task::spawn_blocking(move || pack(source, &name, outgoing));
+        let tar: Result<Vec<_>, _> = body.try_collect().await;
+        let note = packing.await.unwrap()?;
+        Ok((tar.unwrap().concat(), note))
     }
 
-    #[test]
-    fn nothing_of_a_directory_is_left_out() {
+    fn entries(tar: &[u8]) -> Vec<(PathBuf, String)> {
+        let mut archive = tar::Archive::new(tar);
+        let entries = archive.entries().unwrap().map(Result::unwrap);
+        entries.map(|mut entry| (entry.path().unwrap().into_owned(), io::read_to_string(&mut entry).unwrap())).collect()
+    }
+
+    #[tokio::test]
+    async fn nothing_of_a_directory_is_ignored_and_links_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         for name in [".git/config", "node_modules/m.js", "a"] {
             fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
             fs::write(dir.path().join(name), "x").unwrap();
         }
         fs::write(dir.path().join(".gitignore"), "a\n").unwrap();
-        symlink("nowhere", dir.path().join("link")).unwrap();
-        let all = [".git", ".git/config", ".gitignore", "a", "link", "node_modules", "node_modules/m.js"];
-        assert_eq!(names(dir.path(), "").unwrap(), all.map(PathBuf::from));
-        assert_eq!(names(&dir.path().join("a"), "b").unwrap(), [Path::new("b")]);
-    }
-
-    #[test]
-    fn links_that_lead_out_are_left_out_and_told_of() {
-        for target in ["/etc/passwd", "../x"] {
-            let dir = tempfile::tempdir().unwrap();
-            symlink(target, dir.path().join("link")).unwrap();
-            assert_eq!(write(dir.path(), Path::new(""), io::sink()).unwrap(), ["link"]);
-            assert!(names(dir.path(), "").unwrap().is_empty());
+        for (name, target) in [("dangling", "nowhere"), ("etc", "/etc/passwd"), ("up", "../x")] {
+            symlink(target, dir.path().join(name)).unwrap();
         }
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("b.sock")).unwrap();
+        nix::unistd::mkfifo(&dir.path().join("queue"), Mode::S_IRWXU).unwrap();
+        let (tar, note) = packed(dir.path(), "").await.unwrap();
+        let names: Vec<_> = entries(&tar).into_iter().map(|(name, _)| name.display().to_string()).collect();
+        let all =
+            [".git", ".git/config", ".gitignore", "a", "dangling", "etc", "node_modules", "node_modules/m.js", "up"];
+        assert_eq!(names, all);
+        assert_eq!(note.unwrap(), "2 sockets, FIFOs and devices were left out: b.sock, queue");
+        let (tar, note) = packed(&dir.path().join("a"), "b").await.unwrap();
+        assert_eq!((entries(&tar), note), (vec![("b".into(), "x".into())], None));
     }
 
-    #[test]
-    fn a_copy_that_is_given_up_is_cut_off() {
+    #[tokio::test]
+    async fn a_pipe_is_read_to_its_end() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("a"), "x").unwrap();
-        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("b")).unwrap();
-        let (sender, mut receiver) = mpsc::channel(8);
-        assert!(matches!(pack(dir.path(), Path::new(""), sender), Err(Problem::Special { .. })));
-        let mut last = None;
-        while let Some(piece) = receiver.blocking_recv() {
-            last = Some(piece);
-        }
-        assert!(last.unwrap().is_err());
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+        let writing = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs::write(pipe, "content").unwrap()
+        });
+        let (tar, _) = packed(&pipe, "f").await.unwrap();
+        writing.join().unwrap();
+        assert_eq!(entries(&tar), [("f".into(), "content".into())]);
     }
 }

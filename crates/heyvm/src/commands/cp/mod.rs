@@ -21,11 +21,14 @@ use crate::{
 /// `cp`.
 #[derive(Debug, clap::Args)]
 pub struct CpArgs {
-    /// A path here, or SANDBOX:PATH there; a relative one is below /workspace
+    /// A path here (- for the standard input), or SANDBOX:PATH there; a relative one is below /workspace
     pub from: String,
-    /// A path here, or SANDBOX:PATH there
+    /// A path here (- for the standard output), or SANDBOX:PATH there
     pub to: String,
 }
+
+/// Standard input or output as a path.
+const STANDARD: &str = "-";
 
 /// What a copy has moved.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
@@ -34,9 +37,9 @@ struct Copied {
     bytes: u64,
     /// Files, directories and links.
     entries: u64,
-    /// Links that stayed behind, since they lead out of the copy.
+    /// What was left out, and why: a line for each kind.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    left_out: Vec<String>,
+    notes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -66,8 +69,10 @@ pub async fn cp(context: &Context, args: &CpArgs) -> Outcome {
         }
     };
     drop(progress);
-    for link in &what.left_out {
-        output::note(&format!("{link} was left out: it leads out of the copy"));
+    what.notes.iter().for_each(|note| output::note(note));
+    // The file itself is the answer there.
+    if args.to == STANDARD {
+        return Ok(0);
     }
     output::answer(context.format, &Answer { copied: true, from: &args.from, to: &args.to, what }, String::new);
     Ok(0)

@@ -28,6 +28,8 @@ use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 
 use super::{stdin, terminal};
 
+/// A command that was asked to end (SIGTERM, SIGHUP), and its sandbox, have this long to do so; then we end.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// A second interrupt within this gives up waiting.
 const IMPATIENCE: Duration = Duration::from_secs(1);
 /// A command that does not live to see its signal keeps no more than these waiting.
@@ -42,6 +44,8 @@ pub struct End {
     pub timed_out: bool,
     /// Why it could not be started.
     pub message: Option<String>,
+    /// Bytes of standard input that it has read, where that is known.
+    pub stdin_read: Option<u64>,
 }
 
 /// Where its output goes.
@@ -76,32 +80,42 @@ pub fn cannot_keep(error: io::Error) -> ApiError {
         .hint("make room where standard output goes, and in the directory for temporary files (TMPDIR)")
 }
 
-/// Starts the command and stays with it to its end; two interrupts in a row end the wait, and with it the command.
-pub async fn hold<S>(socket: S, request: ExecRequest, output: &mut impl Output) -> Result<End, Broken>
+/// Starts the command and stays with it to its end. Two interrupts in a row end the wait, and with it the command; so
+/// does a request to end that it has not followed within [`FAREWELL`], and `silence`: a daemon that does not answer.
+pub async fn hold<S>(
+    socket: S,
+    request: ExecRequest,
+    output: &mut impl Output,
+    silence: impl Future<Output = ApiError>,
+) -> Result<End, Broken>
 where
     S: Sink<Message, Error = WebSocketError> + Stream<Item = Result<Message, WebSocketError>> + Send + 'static,
 {
-    let (mut outgoing, mut incoming) = socket.split();
+    let (outgoing, mut incoming) = socket.split();
     let text = serde_json::to_string(&request).unwrap_or_default();
-    outgoing.send(Message::text(text)).await.map_err(gone)?;
     let mut signals = Signals::catch(request.pty.is_some())?;
     let (controls, waiting) = mpsc::channel(SIGNALS_WAITING);
-    let input = request.stdin.then(stdin::read);
+    let source = request.stdin.then(stdin::Source::open);
+    let input = source.as_ref().map(stdin::Source::read);
     let window = Arc::new(Semaphore::new(STDIN_WINDOW));
-    let sending = tokio::spawn(send(outgoing, waiting, input, Arc::clone(&window)));
+    let sending = tokio::spawn(send(outgoing, text, waiting, input, Arc::clone(&window)));
     // Output that nobody takes holds up what comes in, but not the signals.
     let listening = listen(&mut incoming, output, &window);
-    tokio::pin!(listening);
+    tokio::pin!(listening, silence);
     let end = loop {
         tokio::select! {
             end = &mut listening => break end,
+            error = &mut silence => break Err(Broken::Failed(error)),
             heard = signals.next() => match heard {
                 Heard::Control(control) => drop(controls.try_send(control)),
-                Heard::GiveUp(exit_code) => break Ok(End { exit_code, timed_out: false, message: None }),
+                Heard::GiveUp(exit_code) => break Ok(End { exit_code, timed_out: false, message: None, stdin_read: None }),
             },
         }
     };
     sending.abort();
+    if let (Some(source), Ok(End { stdin_read: Some(bytes), .. })) = (&source, &end) {
+        source.give_back(*bytes);
+    }
     end
 }
 
@@ -123,12 +137,17 @@ where
 /// Sends signals before input, and input as there is room for it, until it ends.
 async fn send<S>(
     mut socket: S,
+    request: String,
     mut controls: mpsc::Receiver<ClientControl>,
     mut input: Option<mpsc::Receiver<Bytes>>,
     window: Arc<Semaphore>,
 ) where
     S: Sink<Message, Error = WebSocketError> + Unpin,
 {
+    // A connection that takes nothing shows where the answers do not come.
+    if socket.send(Message::text(request)).await.is_err() {
+        return;
+    }
     loop {
         let next_input = async {
             match &mut input {
@@ -186,8 +205,8 @@ async fn hear(message: Message, output: &mut impl Output, window: &Semaphore) ->
             _ => Ok(()),
         },
         Message::Text(text) => match serde_json::from_str(text) {
-            Ok(ServerControl::Exit { exit_code, timed_out, message }) => {
-                return Ok(Some(End { exit_code, timed_out, message }));
+            Ok(ServerControl::Exit { exit_code, timed_out, message, stdin_read }) => {
+                return Ok(Some(End { exit_code, timed_out, message, stdin_read }));
             }
             Ok(ServerControl::StdinTaken { bytes }) => {
                 window.add_permits(usize::try_from(bytes).unwrap_or(STDIN_WINDOW).min(STDIN_WINDOW));
@@ -219,6 +238,8 @@ struct Signals {
     resize: Signal,
     has_terminal: bool,
     last: Option<(i32, Instant)>,
+    /// When we end, and for which signal.
+    end: Option<(i32, Instant)>,
 }
 
 impl Signals {
@@ -234,11 +255,23 @@ impl Signals {
             resize: catch(SignalKind::window_change())?,
             has_terminal,
             last: None,
+            end: None,
         })
     }
 
     async fn next(&mut self) -> Heard {
+        let end = self.end;
+        let farewell = async {
+            match end {
+                Some((number, at)) => {
+                    tokio::time::sleep_until(at.into()).await;
+                    number
+                }
+                None => std::future::pending().await,
+            }
+        };
         let number = tokio::select! {
+            number = farewell => return Heard::GiveUp(128 + number),
             _ = self.interrupt.recv() => nix::libc::SIGINT,
             _ = self.terminate.recv() => nix::libc::SIGTERM,
             _ = self.hang_up.recv() => nix::libc::SIGHUP,
@@ -249,6 +282,9 @@ impl Signals {
         };
         let again = self.last.is_some_and(|(before, at)| before == number && at.elapsed() < IMPATIENCE);
         self.last = Some((number, Instant::now()));
+        if number != nix::libc::SIGINT && self.end.is_none() {
+            self.end = Some((number, Instant::now() + FAREWELL));
+        }
         if again { Heard::GiveUp(128 + number) } else { Heard::Control(ClientControl::Signal { signal: number }) }
     }
 }

@@ -12,7 +12,12 @@ use std::{
     io::{self, IsTerminal, Write},
 };
 
-use heyvm_api::{ApiError, ErrorCode, exec::ExecRequest, names};
+use heyvm_api::{
+    ApiError, ErrorCode,
+    client::Client,
+    exec::{DetachedResponse, ExecRequest, ExecResponse},
+    names,
+};
 use tokio::io::AsyncWriteExt;
 
 use super::{Context, Outcome, path};
@@ -27,14 +32,26 @@ use conversation::{End, Output};
 pub struct ExecArgs {
     /// Id, name or slug
     pub sandbox: String,
+    /// Pass standard input on (the default, as in ssh; accepted for the habit of `-it`)
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Leave standard input alone, as ssh -n does: for loops that read it themselves
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty"])]
+    pub no_stdin: bool,
+    /// Run it on a terminal of its own, joined to this one
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Answer once it runs and leave it running; its output goes to /dev/null unless it redirects that
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty", "session"])]
+    pub detach: bool,
     /// Environment variable KEY=VALUE (repeatable)
-    #[arg(long)]
+    #[arg(short, long)]
     pub env: Vec<String>,
     /// Directory to run it in; the sandbox's working directory when absent
-    #[arg(long)]
+    #[arg(short = 'w', long, visible_alias = "workdir")]
     pub cwd: Option<String>,
     /// User to run it as, by name or by uid[:gid]; root when absent
-    #[arg(long)]
+    #[arg(short, long)]
     pub user: Option<String>,
     /// Named session, which keeps its directory and environment
     #[arg(long)]
@@ -42,23 +59,25 @@ pub struct ExecArgs {
     /// Kill it and all it started after this long (30s, 2m), and exit with 124
     #[arg(long)]
     pub timeout: Option<String>,
-    /// Run it on a terminal of its own, joined to this one
-    #[arg(short, long)]
-    pub tty: bool,
-    /// The command
-    #[arg(last = true, required = true)]
+    /// The command, behind -- where its first word begins with a dash
+    #[arg(required = true, trailing_var_arg = true)]
     pub command: Vec<String>,
 }
 
 /// Runs it; the answer is its exit status.
 pub async fn exec(context: &Context, args: ExecArgs) -> Outcome {
     let request = request(&args, context.format)?;
-    let socket = context.client().await?.websocket(&path(&args.sandbox, "/exec")).await?;
+    let client = context.client().await?;
+    if args.detach {
+        return detach(context, &client, &args.sandbox, &request).await;
+    }
+    let socket = client.websocket(&path(&args.sandbox, "/exec")).await?;
     let _raw = if args.tty { terminal::Raw::enter()? } else { None };
+    let silence = client.until_silent();
     match context.format {
         Format::Text => {
             let mut streams = Streams { stdout: tokio::io::stdout(), stderr: tokio::io::stderr() };
-            let end = match conversation::hold(socket, request, &mut streams).await {
+            let end = match conversation::hold(socket, request, &mut streams, silence).await {
                 Err(conversation::Broken::OutputClosed) => return Ok(output::PIPE_CLOSED),
                 other => other?,
             };
@@ -69,8 +88,35 @@ pub async fn exec(context: &Context, args: ExecArgs) -> Outcome {
         }
         Format::Json => {
             let mut spools = Spools { stdout: Spool::new(), stderr: Spool::new() };
-            let end = conversation::hold(socket, request, &mut spools).await?;
+            let end = conversation::hold(socket, request, &mut spools, silence).await?;
             spools.tell(&end)
+        }
+    }
+}
+
+/// The answer to a command that is to run by itself.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Detached {
+    Runs(DetachedResponse),
+    /// It could not be started.
+    Ended(ExecResponse),
+}
+
+async fn detach(context: &Context, client: &Client, sandbox: &str, request: &ExecRequest) -> Outcome {
+    match client.post(&path(sandbox, "/execute"), request).await? {
+        Detached::Runs(running) => {
+            let answer = serde_json::json!({"pid": running.pid, "detached": true});
+            output::answer(context.format, &answer, || running.pid.to_string());
+            Ok(0)
+        }
+        Detached::Ended(ended) => {
+            let answer = serde_json::json!({"exit_code": ended.exit_code, "stdout": "", "stderr": ended.stderr});
+            match context.format {
+                Format::Json => output::answer(Format::Json, &answer, String::new),
+                Format::Text => drop(write!(io::stderr(), "heyvm: {}", ended.stderr)),
+            }
+            Ok(ended.exit_code)
         }
     }
 }
@@ -92,7 +138,8 @@ fn request(args: &ExecArgs, format: Format) -> Result<ExecRequest, ApiError> {
         user: args.user.clone(),
         session: args.session.clone(),
         timeout_seconds: timeout.map(|timeout| timeout.as_secs_f64()),
-        stdin: stdin::is_wanted(),
+        stdin: !args.no_stdin && !args.detach && stdin::is_wanted(),
+        detach: args.detach,
         pty: args.tty.then(terminal::size),
     })
 }
@@ -185,14 +232,14 @@ mod tests {
 
     #[test]
     fn text_is_told_in_three_fields() {
-        let end = End { exit_code: 0, timed_out: false, message: None };
+        let end = End { exit_code: 0, timed_out: false, message: None, stdin_read: None };
         let told = document(b"hello\n", b"", &end);
         assert_eq!(told, json!({"exit_code": 0, "stdout": "hello\n", "stderr": ""}));
     }
 
     #[test]
     fn bytes_and_time_outs_have_fields_of_their_own() {
-        let end = End { exit_code: 124, timed_out: true, message: None };
+        let end = End { exit_code: 124, timed_out: true, message: None, stdin_read: None };
         let told = document(b"\xff\0x", b"fine", &end);
         assert_eq!(
             told,

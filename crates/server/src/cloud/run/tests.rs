@@ -78,7 +78,8 @@ async fn place(store: &Store, account: &str) -> String {
         archive_id: None,
         info: "{}".into(),
     };
-    assert_eq!(store.place(&row, &placements::Limits::default()).await.unwrap(), None);
+    let placed = store.place(&row, &placements::Limits::default(), None).await.unwrap();
+    assert_eq!(placed, placements::Placed::Added);
     id
 }
 

@@ -31,10 +31,16 @@ const LAST_FRAME: Duration = Duration::from_secs(5);
 /// Frames between session and socket.
 const UNDER_WAY: usize = 8;
 
-/// Serves a client to its end.
-pub async fn serve(socket: WebSocket, shells: Arc<Shells>, owner: Owner, daemon: Client) {
+/// Serves a client to its end, or until its credentials have lapsed: then the shell ends, too.
+pub async fn serve(
+    socket: WebSocket,
+    shells: Arc<Shells>,
+    owner: Owner,
+    daemon: Client,
+    lapsed: impl Future<Output = ()>,
+) {
     let (mut outgoing, mut incoming) = socket.split();
-    if let Err(fault) = converse(&mut outgoing, &mut incoming, &shells, &owner, &daemon).await {
+    if let Err(fault) = converse(&mut outgoing, &mut incoming, &shells, &owner, &daemon, lapsed).await {
         let _ = tokio::time::timeout(LAST_FRAME, async {
             let _ = outgoing.send(Answer::Error(fault).frame()).await;
             let _ = outgoing.close().await;
@@ -49,6 +55,7 @@ async fn converse(
     shells: &Arc<Shells>,
     owner: &Owner,
     daemon: &Client,
+    lapsed: impl Future<Output = ()>,
 ) -> Result<(), Fault> {
     let first = tokio::time::timeout(FIRST_FRAME, first_frame(incoming)).await;
     let Some(init) = first.map_err(|_| Fault::new("invalid_frame", "no init came"))?? else { return Ok(()) };
@@ -61,6 +68,10 @@ async fn converse(
     let ended = tokio::select! {
         () = carry_out(outgoing, &mut coming) => Ok(()),
         heard = carry_in(incoming, &session, from) => heard,
+        () = lapsed => {
+            session.tell(Told::Close { from }).await;
+            return Err(Fault::new("unauthorized", "the credentials are no longer valid"));
+        }
     };
     session.tell(Told::Detach { from }).await;
     ended

@@ -139,7 +139,8 @@ where
 /// The client's first frame is JSON, `{"type":"init","cols","rows","env"?,"cwd"?,"sessionId"?}`; the server answers
 /// `{"type":"ready","sessionId","lastSeq"}` when the shell prompts. Then input is binary, a byte 1 and the bytes; output is binary, a byte 2, a
 /// sequence number (64 bits, big-endian) and the bytes. JSON from the client: `resize {cols, rows}`, `ack {seq}`, `close`;
-/// from the server: `exit {code}`, `error {code, message}`, after which it closes. Who loses the connection connects again
+/// from the server: `exit {code}`, `error {code, message}`, after which it closes. When the credentials are revoked, or
+/// their session ends, the shell ends with the error `unauthorized`. Who loses the connection connects again
 /// within 60 seconds with `sessionId`, and gets what it has not acknowledged once more, under the same numbers. Output that
 /// nobody acknowledges is kept up to 4 MiB; then the command waits.
 #[utoipa::path(get, path = "/deployed-sandboxes/{id}/shell-stream", operation_id = "shell_stream", tag = "cloud",
@@ -147,6 +148,7 @@ where
     responses((status = 101, description = "A WebSocket")))]
 async fn stream(
     State(shells): State<Arc<Shells>>,
+    State(accounts): State<Arc<Accounts>>,
     caller: Caller,
     Named(who): Named,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
@@ -163,9 +165,12 @@ async fn stream(
         Problem::invalid(message, "connect with a WebSocket client, or use POST /sandbox/{id}/exec")
             .with_status(StatusCode::UPGRADE_REQUIRED)
     })?;
-    let owner = Owner { account: caller.account_id, sandbox: info.id };
+    let owner = Owner { account: caller.account_id.clone(), sandbox: info.id };
     let upgrade = upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME);
-    Ok(upgrade.on_upgrade(move |socket| connection::serve(socket, shells, owner, daemon)))
+    Ok(upgrade.on_upgrade(move |socket| async move {
+        let lapsed = accounts.lapsed(&caller);
+        connection::serve(socket, shells, owner, daemon, lapsed).await;
+    }))
 }
 
 #[cfg(test)]

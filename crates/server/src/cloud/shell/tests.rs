@@ -57,6 +57,7 @@ struct Place {
     address: SocketAddr,
     path: String,
     tokens: Vec<String>,
+    accounts: Arc<Accounts>,
     _directory: tempfile::TempDir,
     vm_id: String,
     host: Host,
@@ -77,13 +78,13 @@ impl Place {
             let from = std::net::Ipv4Addr::LOCALHOST.into();
             tokens.push(accounts.log_in(email, "correct horse", from).await.unwrap().access_token);
         }
-        let served = Served { shells: Shells::new(Arc::new(OneDaemon(daemon))), accounts };
+        let served = Served { shells: Shells::new(Arc::new(OneDaemon(daemon))), accounts: Arc::clone(&accounts) };
         let (router, _) = routes::<Served>().split_for_parts();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(axum::serve(listener, router.with_state(served)).into_future());
         let path = format!("/deployed-sandboxes/{vm_id}/shell-stream");
-        Self { address, path, tokens, _directory: directory, vm_id, host }
+        Self { address, path, tokens, accounts, _directory: directory, vm_id, host }
     }
 
     async fn connect(&self, init: Value) -> Shell {
@@ -209,7 +210,8 @@ async fn not_a_byte_is_lost_or_doubled_when_connections_are_cut() {
                 Heard::Output(seq, bytes) => {
                     if seq > last {
                         assert_eq!(seq, last + 1);
-                        (last, output) = (seq, [output, bytes].concat());
+                        last = seq;
+                        output.extend_from_slice(&bytes);
                     }
                     if last.is_multiple_of(5) {
                         shell.say(json!({"type": "ack", "seq": last})).await;
@@ -308,4 +310,20 @@ async fn what_cannot_be_meant_ends_the_connection_and_no_more() {
     // Ended in order, the shell hears of it before its sandbox is gone.
     let end = last.told().await;
     assert!(end["type"] == "error" || end == json!({"type": "exit", "code": 129}), "{end}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shell_ends_with_its_credentials() {
+    let place = Place::new().await;
+    let mut shell = place.connect(json!({"type": "init"})).await;
+    let id = shell.ready().await;
+    place.accounts.disable_user("ada@example.com").await.unwrap();
+    let told = shell.told().await;
+    assert_eq!((&told["type"], &told["code"]), (&json!("error"), &json!("unauthorized")), "{told}");
+    place.accounts.enable_user("ada@example.com").await.unwrap();
+    let from = std::net::Ipv4Addr::LOCALHOST.into();
+    let token = place.accounts.log_in("ada@example.com", "correct horse", from).await.unwrap().access_token;
+    let init = json!({"type": "init", "sessionId": id});
+    let mut again = Shell::connect(place.address, &place.path, &token, init).await;
+    assert_eq!(again.told().await["code"], "session_expired");
 }
