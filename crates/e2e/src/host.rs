@@ -2,13 +2,13 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::{fs::symlink, process::CommandExt},
     path::{Path, PathBuf},
     process::Command,
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{SigHandler, Signal, kill, signal},
     unistd::Pid,
 };
 use serde_json::Value;
@@ -157,6 +157,9 @@ impl Host {
             }
         };
         self.environment(&mut command);
+        // What a shell starts in the background ignores Ctrl-C, and so would the program under test.
+        // SAFETY: sigaction is safe to call between fork and exec.
+        unsafe { command.pre_exec(|| Ok(signal(Signal::SIGINT, SigHandler::SigDfl).map(drop)?)) };
         command
     }
 
