@@ -13,7 +13,7 @@
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
 //! - [`image_run`]: what an image runs by itself.  [`pulls`]: limits on images.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
-//!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
+//!   or start short.  [`endpoints`], [`archives`], [`logs`] ([`log_lines`]), [`images`]: what their names say.  [`errors`]: codes and hints.
 //! - [`supervised`]: panics that end one sandbox alone.
 #![forbid(unsafe_code)]
 
@@ -34,6 +34,7 @@ mod images;
 mod lifecycle;
 mod list;
 mod local_ports;
+mod log_lines;
 mod logs;
 mod main_command;
 mod mounts;
@@ -73,7 +74,7 @@ pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
 pub use list::{ListQuery, Listing};
 pub use local_ports::{LocalPorts, WantedPort};
-pub use logs::LogChunk;
+pub use logs::{LogChunk, LogQuery};
 pub use pulls::ImageLimits;
 use pulls::Pulls;
 use record::Record;

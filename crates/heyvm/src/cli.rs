@@ -278,7 +278,8 @@ It goes on until SIGINT or SIGTERM. The port needs no URL, and its program may l
 const LOGS_EXAMPLES: &str = "\
 Examples:
   heyvm logs web
-  heyvm logs -f web";
+  heyvm logs -f web
+  heyvm logs -t -n 20 web";
 const STOP_EXAMPLES: &str = "\
 Examples:
   heyvm stop web --format json
@@ -326,8 +327,8 @@ const PULL_EXAMPLES: &str = "\
 Example:
   heyvm pull ubuntu:24.04";
 const CP_EXAMPLES: &str = "\
-A target that is a directory gets a copy in it; any other target becomes the copy. Links are copied as links, sockets and
-FIFOs left out; modes, times, hard links and holes are kept. - is the standard input or output.
+A target that is a directory gets a copy in it; any other target becomes the copy. Links are copied as links,
+sockets and FIFOs left out; modes, times, hard links and holes are kept. - is the standard input or output.
 
 Examples:
   heyvm cp ./data web:/workspace/data
