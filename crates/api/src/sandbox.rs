@@ -468,7 +468,8 @@ pub struct SandboxInfo {
     pub reason: Option<Reason>,
     /// Bound ports; never null.
     pub urls: Vec<Endpoint>,
-    /// What was done otherwise than asked for, in sentences.
+    /// What was done otherwise than asked for, and that its disk was full when it was last looked at (at its start, and
+    /// when it alone is asked for), in sentences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
     /// `unresponsive` while its VM runs and its agent does not answer; absent otherwise.
