@@ -9,11 +9,11 @@
 //! - [`list`]: lists and their pages.  [`changes`]: what has changed since.  [`deadlines`]: what is due by itself.
 //! - [`orphans`]: VMs that no row names.  [`agent_watch`]: whether an adopted VM's agent answers.
 //! - [`mounts`]: directories of this host in a sandbox.
-//! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
+//! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.  [`disk_space`]: a full one.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
 //! - [`image_run`]: what an image runs by itself.  [`pulls`]: limits on images.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
-//!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
+//!   or start short.  [`endpoints`], [`archives`], [`logs`] ([`log_lines`]), [`images`]: what their names say.  [`errors`]: codes and hints.
 //! - [`supervised`]: panics that end one sandbox alone.
 #![forbid(unsafe_code)]
 
@@ -25,6 +25,7 @@ mod checkpoint;
 mod create;
 mod cut;
 mod deadlines;
+mod disk_space;
 mod endpoints;
 mod errors;
 mod guest_command;
@@ -34,6 +35,7 @@ mod images;
 mod lifecycle;
 mod list;
 mod local_ports;
+mod log_lines;
 mod logs;
 mod main_command;
 mod mounts;
@@ -73,7 +75,7 @@ pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
 pub use list::{ListQuery, Listing};
 pub use local_ports::{LocalPorts, WantedPort};
-pub use logs::LogChunk;
+pub use logs::{LogChunk, LogQuery};
 pub use pulls::ImageLimits;
 use pulls::Pulls;
 use record::Record;
@@ -198,6 +200,8 @@ struct Sandbox {
     agent_is_silent: AtomicBool,
     /// Whether its next start by itself is under way.
     is_starting_again: AtomicBool,
+    /// Whether its disk was full when it was last looked at.
+    disk: disk_space::DiskSpace,
 }
 
 impl Sandbox {
@@ -217,11 +221,17 @@ impl Sandbox {
             log_offset: AtomicU64::new(0),
             agent_is_silent: AtomicBool::new(false),
             is_starting_again: AtomicBool::new(false),
+            disk: disk_space::DiskSpace::default(),
         })
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Whether it runs, and its agent answers as far as is known.
+    fn is_reachable(&self) -> bool {
+        self.record().status == Status::Running && !self.agent_is_silent.load(Ordering::Relaxed)
     }
 
     fn snapshot(&self) -> Record {
@@ -240,7 +250,9 @@ impl Sandbox {
 impl ControlPlane {
     /// One sandbox; also one removed within the last day.
     pub async fn get(&self, who: &Who) -> Result<SandboxInfo, ApiError> {
-        Ok(self.info(&self.find(who)?.snapshot()))
+        let sandbox = self.find(who)?;
+        self.look_at_disk_again(&sandbox).await;
+        Ok(self.info(&sandbox.snapshot()))
     }
 
     /// Whether a sandbox sees directories of the host; false where there is no such sandbox.
@@ -344,7 +356,10 @@ impl ControlPlane {
     }
 
     fn info(&self, record: &Record) -> SandboxInfo {
-        let info = record.info(self.urls_of(&record.id));
+        let mut info = record.info(self.urls_of(&record.id));
+        if record.status != Status::Removed {
+            info.warnings.extend(self.with_id(&record.id).and_then(|sandbox| sandbox.disk.note(&record.name)));
+        }
         let provisioning = Some(record).filter(|record| record.status == Status::Provisioning);
         let step = provisioning.and_then(|record| self.with_id(&record.id)).and_then(|sandbox| sandbox.step());
         // One whose VM could not be found yet is as unresponsive as one whose agent is silent.

@@ -190,9 +190,15 @@ impl ControlPlane {
         }
         let vm = self.driver.start(&record.id, &spec).await.map_err(|error| errors::vm(error).step("vm"))?;
         sandbox.set_vm(Some(Arc::clone(&vm)));
+        // Before anything runs that a full disk may keep from running.
+        self.look_at_disk(sandbox, &vm.agent()).await;
         self.mount_all(sandbox, &vm).await.map_err(|error| error.step("mount"))?;
-        let mut main = self.run_start_command(sandbox, &vm, progress).await?;
-        self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
+        let begun = async {
+            let mut main = self.run_start_command(sandbox, &vm, progress).await?;
+            self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
+            Ok(main)
+        };
+        let main = begun.await.map_err(|error| sandbox.disk.explain(&record.name, error))?;
         self.save(sandbox, Record::run).await?;
         self.watch(sandbox, vm, main);
         Ok(())

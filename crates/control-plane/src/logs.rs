@@ -1,40 +1,64 @@
-//! What start commands print, kept on the host: `logs/<id>`, in records of a kind byte, a length, an offset and the bytes.
-//! Kept apart from the sandbox's own directory, since it outlives the sandbox by a day.
+//! What start commands print, kept on the host: `logs/<id>`, in records of a kind byte, a length, an offset, a time and the
+//! bytes. Kept apart from the sandbox's own directory, since it outlives the sandbox by a day.
 
 use std::{
     collections::HashSet,
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    io::{self, Write},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
 };
 
 use bytes::{Buf, Bytes};
+use chrono::{DateTime, Utc};
 use futures::stream::BoxStream;
 use heyvm_api::ApiError;
 use heyvm_store::SandboxRow;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{ControlPlane, Sandbox, Who, errors, guest_command::Tail};
+use crate::{
+    ControlPlane, Sandbox, Who, errors,
+    guest_command::Tail,
+    log_lines::{Beginnings, Lines, Skip},
+};
 
 /// A piece of what a start command printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogChunk {
     /// Whether it came on standard error.
     pub stderr: bool,
+    /// When it came, by the host's clock; earlier versions did not record that.
+    pub time: Option<DateTime<Utc>>,
     /// The bytes.
     pub data: Bytes,
+}
+
+/// Which part of a log is asked for, and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LogQuery {
+    /// Go on until the sandbox ends.
+    pub follow: bool,
+    /// Only so many lines of what there is.
+    pub tail: Option<u64>,
+    /// A chunk per line, so that each has its time. A line is waited for until it is whole, unless it is very long.
+    pub by_line: bool,
 }
 
 /// A log that has grown to this is turned over; the one before it is kept.
 const MAX_LOG: u64 = 8 << 20;
 /// Bytes that are read at a time.
-const PIECE: u64 = 256 << 10;
+const PIECE: usize = 256 << 10;
 /// Length of a record's head: kind, length, offset in what one run of the start command has printed.
 const HEAD: usize = 13;
+/// Bits of a record's kind. A bit for the time, so that logs of earlier versions, whose records have none, are read and
+/// written on: their sandboxes run across an upgrade, and a log is turned over by its length alone.
+const STDERR: u8 = 1;
+const TIMED: u8 = 2;
+/// Microseconds since 1970, between head and bytes. They count for the length, so that an earlier version keeps in step.
+const TIME: usize = 8;
 
 /// Makes the directory, and removes from it logs that belong to no row and to no VM that is there.
 pub(crate) fn prepare(home: &Path, rows: &[SandboxRow], vms: &[String]) -> io::Result<()> {
@@ -102,38 +126,98 @@ impl ControlPlane {
         }
     }
 
-    /// What the start command printed, kept until a day after the end of the sandbox; with `follow` until it ends.
-    pub async fn logs(&self, who: &Who, follow: bool) -> Result<BoxStream<'static, io::Result<LogChunk>>, ApiError> {
+    /// What the start command printed, kept until a day after the end of the sandbox.
+    pub async fn logs(&self, who: &Who, query: LogQuery) -> Result<BoxStream<'static, io::Result<LogChunk>>, ApiError> {
         let sandbox = self.find(who)?;
-        let mut reader = Reader::new(self.log_path(&sandbox.record().id.clone()));
-        let mut changed = sandbox.changed.subscribe();
+        let path = self.log_path(&sandbox.record().id.clone());
+        let changed = sandbox.changed.subscribe();
+        let opened = tokio::task::spawn_blocking(move || Log::open(path, query)).await;
+        let log =
+            opened.map_err(|error| errors::internal(&error))?.map_err(|error| errors::io("reading the log", &error))?;
         let (sender, receiver) = mpsc::channel(16);
-        let mut records = reader.read().map_err(|error| errors::io("reading the log", &error))?;
         tokio::spawn(async move {
-            loop {
-                for (_, chunk) in records.drain(..) {
-                    if sender.send(Ok(chunk)).await.is_err() {
-                        return;
-                    }
-                }
-                let living = sandbox.record().is_living();
-                records = match reader.read() {
-                    Ok(records) => records,
-                    Err(error) => return drop(sender.send(Err(error)).await),
-                };
-                if !records.is_empty() {
-                    continue;
-                }
-                if !follow || !living {
-                    return;
-                }
-                tokio::select! {
-                    ended = changed.changed() => if ended.is_err() { return },
-                    () = sender.closed() => return,
-                }
+            if let Err(error) = send(log, &sandbox, changed, query.follow, &sender).await {
+                let _ = sender.send(Err(error)).await;
             }
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+}
+
+/// Sends a log to its end, or, followed, to the end of the sandbox.
+async fn send(
+    mut log: Log,
+    sandbox: &Sandbox,
+    mut changed: watch::Receiver<()>,
+    follow: bool,
+    sender: &mpsc::Sender<io::Result<LogChunk>>,
+) -> io::Result<()> {
+    loop {
+        let living = sandbox.record().is_living();
+        let chunks = log.read()?;
+        let is_at_end = chunks.is_none();
+        let ends = is_at_end && !(follow && living);
+        for chunk in chunks.unwrap_or_else(|| if ends { log.rest() } else { Vec::new() }) {
+            if sender.send(Ok(chunk)).await.is_err() {
+                return Ok(());
+            }
+        }
+        if ends {
+            return Ok(());
+        }
+        if is_at_end {
+            tokio::select! {
+                ended = changed.changed() => if ended.is_err() { return Ok(()) },
+                () = sender.closed() => return Ok(()),
+            }
+        }
+    }
+}
+
+/// The part of a log that is asked for.
+struct Log {
+    reader: Reader,
+    skip: Skip,
+    lines: Option<Lines>,
+}
+
+impl Log {
+    fn open(path: PathBuf, query: LogQuery) -> io::Result<Self> {
+        let mut reader = Reader::new(path);
+        // From here on it reads the same, whatever is turned over meanwhile.
+        reader.turn()?;
+        let mut skipped = 0;
+        if let Some(tail) = query.tail {
+            // Read twice rather than kept: a guest may print empty lines alone.
+            let (mut counted, mut beginnings) = (reader.clone(), Beginnings::default());
+            loop {
+                let records = counted.read()?;
+                if records.is_empty() {
+                    break;
+                }
+                records.iter().for_each(|(_, chunk)| beginnings.add(chunk));
+            }
+            skipped = beginnings.before_last(tail);
+        }
+        Ok(Self { reader, skip: Skip::new(skipped), lines: query.by_line.then(Lines::default) })
+    }
+
+    /// What comes next, or nothing at the end of what there is.
+    fn read(&mut self) -> io::Result<Option<Vec<LogChunk>>> {
+        let records = self.reader.read()?;
+        if records.is_empty() {
+            return Ok(None);
+        }
+        let kept = records.into_iter().map(|(_, chunk)| self.skip.keep(chunk)).filter(|chunk| !chunk.data.is_empty());
+        Ok(Some(match &mut self.lines {
+            Some(lines) => kept.flat_map(|chunk| lines.add(chunk)).collect(),
+            None => kept.collect(),
+        }))
+    }
+
+    /// The beginnings of lines that have no end.
+    fn rest(&mut self) -> Vec<LogChunk> {
+        self.lines.as_mut().map(Lines::rest).unwrap_or_default()
     }
 }
 
@@ -142,9 +226,10 @@ fn append(path: &Path, most: u64, (stderr, offset): (bool, u64), data: &[u8]) ->
     if fs::metadata(path).is_ok_and(|meta| meta.len() > most) {
         fs::rename(path, before(path))?;
     }
-    let mut record = vec![u8::from(stderr)];
-    record.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+    let mut record = vec![TIMED | if stderr { STDERR } else { 0 }];
+    record.extend(u32::try_from(TIME + data.len()).unwrap_or(u32::MAX).to_be_bytes());
     record.extend(offset.to_be_bytes());
+    record.extend(Utc::now().timestamp_micros().to_be_bytes());
     record.extend(data);
     let mut file = File::options().create(true).append(true).mode(0o600).open(path)?;
     let whole = file.metadata()?.len();
@@ -158,9 +243,13 @@ fn before(path: &Path) -> PathBuf {
 }
 
 /// Reads a log while it grows, across its turns: the file that is open is read to its end, whatever it is called by then.
+/// A clone goes on from the same place by itself.
+#[derive(Clone)]
 struct Reader {
     path: PathBuf,
-    file: Option<File>,
+    file: Option<Arc<File>>,
+    /// How far the open file has been read.
+    position: u64,
     /// Whether the open file gets no more.
     finished: bool,
     /// Read, but no whole record yet.
@@ -170,16 +259,13 @@ struct Reader {
 impl Reader {
     /// From the oldest that is kept.
     fn new(path: PathBuf) -> Self {
-        Self { path, file: None, finished: true, rest: Vec::new() }
+        Self { path, file: None, position: 0, finished: true, rest: Vec::new() }
     }
 
     /// The next records with their offsets; none where all of them have been read.
     fn read(&mut self) -> io::Result<Vec<(u64, LogChunk)>> {
         loop {
-            let count = match &mut self.file {
-                Some(file) => file.take(PIECE).read_to_end(&mut self.rest)?,
-                None => 0,
-            };
+            let count = self.read_piece()?;
             let records = whole_records(&mut self.rest);
             if !records.is_empty() {
                 return Ok(records);
@@ -190,10 +276,20 @@ impl Reader {
         }
     }
 
+    fn read_piece(&mut self) -> io::Result<usize> {
+        let Some(file) = &self.file else { return Ok(0) };
+        let begin = self.rest.len();
+        self.rest.resize(begin + PIECE, 0);
+        let count = file.read_at(&mut self.rest[begin..], self.position);
+        self.rest.truncate(begin + count.as_ref().map_or(0, |count| *count));
+        self.position += count.as_ref().map_or(0, |count| *count as u64);
+        count
+    }
+
     /// At the end of a file; `false` where there is nothing to go on with.
     fn turn(&mut self) -> io::Result<bool> {
         let place = |file: &File| file.metadata().map(|meta| (meta.dev(), meta.ino()));
-        let here = self.file.as_ref().map(place).transpose()?;
+        let here = self.file.as_deref().map(place).transpose()?;
         let (older, newest) = (opened(&before(&self.path))?, opened(&self.path)?);
         let is_here = |file: &Option<File>| -> io::Result<bool> {
             let there = file.as_ref().map(place).transpose()?;
@@ -212,7 +308,7 @@ impl Reader {
         }
         // It may have grown between its end and its turn.
         if std::mem::replace(&mut self.finished, true) {
-            (self.file, self.finished) = (next, false);
+            (self.file, self.position, self.finished) = (next.map(Arc::new), 0, false);
             self.rest.clear();
         }
         Ok(true)
@@ -236,8 +332,10 @@ fn whole_records(bytes: &mut Vec<u8>) -> Vec<(u64, LogChunk)> {
         if rest.len() < HEAD + length {
             break;
         }
-        let record = rest.split_to(HEAD + length);
-        records.push((offset, LogChunk { stderr: kind == 1, data: record.slice(HEAD..) }));
+        let mut data = rest.split_to(HEAD + length).slice(HEAD..);
+        let is_timed = kind & TIMED != 0 && data.len() >= TIME;
+        let time = is_timed.then(|| data.get_i64()).and_then(DateTime::from_timestamp_micros);
+        records.push((offset, LogChunk { stderr: kind & STDERR != 0, time, data }));
     }
     bytes.drain(..bytes.len() - rest.len());
     records
@@ -308,5 +406,53 @@ mod tests {
         assert!(read_on(&mut reader).is_empty());
         File::options().append(true).open(&path).unwrap().write_all(&whole[HEAD + 3..]).unwrap();
         assert_eq!(read_on(&mut reader), [1]);
+    }
+
+    /// As versions wrote it that recorded no time.
+    fn untimed(stderr: bool, offset: u64, data: &[u8]) -> Vec<u8> {
+        let head = [&[u8::from(stderr)][..], &(data.len() as u32).to_be_bytes(), &offset.to_be_bytes()].concat();
+        [&head, data].concat()
+    }
+
+    #[test]
+    fn records_of_earlier_versions_are_read_before_those_with_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        fs::write(&path, [untimed(false, 0, b"out\n"), untimed(true, 4, b"eight by")].concat()).unwrap();
+        let before = Utc::now() - chrono::Duration::milliseconds(1);
+        append(&path, SMALL, (true, 12), b"err\n").unwrap();
+        let records = Reader::new(path).read().unwrap();
+        let told: Vec<_> = records.iter().map(|(offset, chunk)| (*offset, chunk.stderr, &chunk.data[..])).collect();
+        assert_eq!(told, [(0, false, &b"out\n"[..]), (4, true, b"eight by"), (12, true, b"err\n")]);
+        assert_eq!((records[0].1.time, records[1].1.time), (None, None));
+        let time = records[2].1.time.unwrap();
+        assert!(before <= time && time <= Utc::now(), "{time}");
+    }
+
+    fn all(log: &mut Log) -> String {
+        let mut text = Vec::new();
+        while let Some(chunks) = log.read().unwrap() {
+            chunks.iter().for_each(|chunk| text.extend_from_slice(&chunk.data));
+        }
+        String::from_utf8(text).unwrap()
+    }
+
+    #[test]
+    fn the_last_lines_are_the_last_ones_across_a_turn_and_others_follow() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let print = |number: u64| append(&path, SMALL, (false, number), format!("{number}\n").as_bytes()).unwrap();
+        (0..5).for_each(print);
+        assert!(before(&path).exists());
+        let open = |tail| Log::open(path.clone(), LogQuery { tail, ..LogQuery::default() }).unwrap();
+        for (tail, expected) in
+            [(None, "0\n1\n2\n3\n4\n"), (Some(9), "0\n1\n2\n3\n4\n"), (Some(3), "2\n3\n4\n"), (Some(0), "")]
+        {
+            assert_eq!(all(&mut open(tail)), expected, "{tail:?}");
+        }
+        let mut followed = open(Some(1));
+        assert_eq!(all(&mut followed), "4\n");
+        (5..7).for_each(print);
+        assert_eq!(all(&mut followed), "5\n6\n");
     }
 }

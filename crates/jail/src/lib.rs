@@ -49,6 +49,9 @@ pub enum Error {
     /// The launcher or the egress holder reported a failure.
     #[error("{0}")]
     Refused(String),
+    /// Sandboxes can have no network here.
+    #[error(transparent)]
+    Egress(egress::Failure),
 }
 
 impl Error {

@@ -26,6 +26,7 @@ use crate::{
     Error,
     config::Config,
     home::{Home, Presence},
+    listening::Announcement,
     local_ports::LocalListeners,
     outbound::Outbound,
     proxy,
@@ -53,7 +54,10 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     let config = Config::read(home.path())?;
     let edge_listeners =
         proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
-    let edge_address = edge_listeners[0].local_addr().map_err(Error::io("listening for the proxy"))?;
+    let edge_addresses = edge_listeners.iter().map(TcpListener::local_addr).collect::<Result<Vec<_>, _>>();
+    let edge_addresses = edge_addresses.map_err(Error::io("listening for the proxy"))?;
+    let edge_address = edge_addresses[0];
+    let _announcement = Announcement::of_edge(home.path(), &edge_addresses);
     let region = match &config.region {
         Some(config) => Some(Region::listen(config).await?),
         None => None,

@@ -32,7 +32,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{Error, home, pages::Pages, problem::Problem, relay};
+use crate::{Error, home, listening::Announcement, pages::Pages, problem::Problem, relay};
 
 /// Bytes of a secret that no one guesses.
 const LONG_ENOUGH: usize = 32;
@@ -109,6 +109,7 @@ pub async fn run_api(
     }
     let listener = TcpListener::bind(listen).await.map_err(Error::io(format!("listening on {listen}")))?;
     let listen = listener.local_addr().map_err(Error::io("listening"))?;
+    let _announcement = Announcement::of_api(&home, listen);
     eprintln!("heyvm: the REST API is at http://{listen} (its description: /docs); Ctrl-C ends it");
     let (credentials, _token_file) = match secret {
         Some(secret) => {

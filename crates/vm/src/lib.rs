@@ -306,6 +306,9 @@ impl From<heyvm_jail::Error> for Error {
                 what: format!("{program} {problem}"),
                 hint: "run ./quickstart, or install QEMU for x86, and see `heyvm doctor`".into(),
             },
+            heyvm_jail::Error::Egress(failure) => {
+                Self::HostNotReady { what: failure.to_string(), hint: failure.hint() }
+            }
             heyvm_jail::Error::Refused(what) => Self::HostNotReady { what, hint: "`heyvm doctor` says more".into() },
         }
     }

@@ -86,6 +86,12 @@ fn all_stop_also_where_no_daemon_runs() {
     assert_eq!(leaks::machines_of(host.scratch()).len(), 1);
     let said = host.run(&["daemon", "stop", "--all"]).succeeded().out();
     assert!(said.contains("stopped web"), "{said}");
+    let status = host.run(&["daemon", "status", "--format", "json"]);
+    assert!(
+        status.code == 1 && status.out().contains("daemon.log") && !status.out().contains("http://"),
+        "{}",
+        status.out()
+    );
     assert!(leaks::machines_of(host.scratch()).is_empty());
     assert_eq!(vm.status(), "stopped");
 }

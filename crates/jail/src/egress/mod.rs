@@ -8,6 +8,7 @@
 //! ends, the tap vanishes. Guests reach the internet and the resolver, not the host, not each other, no private range.
 //! Nothing of the host's own network set-up is touched, and no privilege is needed beyond user namespaces.
 
+mod failure;
 mod holder;
 mod interface;
 mod ruleset;
@@ -32,6 +33,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use failure::Failure;
 pub use supervisor::main_egress;
 
 use crate::{Error, channel, environment};
@@ -97,7 +99,7 @@ impl Egress {
     /// Connects to the holder of `run_dir` for these settings, starting it when there is none. One with other settings
     /// stays for as long as a VM has a device there. Blocks for some milliseconds.
     pub fn ensure(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<Self, Error> {
-        ruleset::check(settings).map_err(Error::Refused)?;
+        ruleset::check(settings).map_err(|why| Error::Egress(Failure::Settings(why)))?;
         let name = socket_name(settings);
         if let Ok(socket) = dial(run_dir, &name) {
             return Ok(Self { socket: Mutex::new(socket) });
@@ -151,14 +153,14 @@ fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(
         .map_err(Error::io("starting the egress holder", launcher))?;
     channel::send(&ours, &Start { settings: settings.clone() }, &[listener.as_fd()])
         .map_err(Error::io("talking to the egress holder", launcher))?;
-    let reply =
-        channel::receive::<Result<(), String>>(&ours).map_err(Error::io("hearing from the egress holder", launcher))?;
+    let reply = channel::receive::<Result<(), Failure>>(&ours)
+        .map_err(Error::io("hearing from the egress holder", launcher))?;
     // The first process leaves at once; the supervisor is its child, so that it is nobody's afterwards.
     child.wait().map_err(Error::io("waiting for", launcher))?;
     match reply {
         Some((Ok(()), _)) => Ok(()),
-        Some((Err(why), _)) => Err(Error::Refused(why)),
-        None => Err(Error::Refused("the egress holder ended without a word".into())),
+        Some((Err(failure), _)) => Err(Error::Egress(failure)),
+        None => Err(Error::Egress("the egress holder ended without a word".into())),
     }
 }
 

@@ -4,7 +4,7 @@
 //! - [`template`]: booted once, cloned ever after.  [`memory`]: sealed guest memory.  [`disk`]: sparse ext4 disks.
 //! - [`clone`]: a VM from a template.  [`checkpoint`]: a copy of its disk to go back to.  [`pool`]: clones made ahead, [`pool_keeper`] makes
 //!   them.  [`templates`]: made once, kept within a budget.  [`vitals`]: guests that stand still.
-//! - [`accel`]: KVM or translation.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
+//! - [`accel`]: KVM or translation.  [`kvm_device`]: why there is no KVM.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
 //! - [`turns`]: one thing at a time with each VM.  [`doctor`]: whether this host can do it.
 
 pub mod accel;
@@ -14,6 +14,7 @@ mod console;
 mod disk;
 mod doctor;
 mod guest_kernel;
+mod kvm_device;
 mod launch;
 mod machine;
 mod memory;
@@ -175,6 +176,19 @@ impl QemuDriver {
         let verdict = self.try_acceleration(kernel, false).await?;
         *known = Some(verdict.clone());
         Ok(verdict)
+    }
+
+    /// The same for whoever has just changed something about it: what may have changed is tried again first.
+    pub async fn acceleration_now(&self, kernel: &heyvm_images::Kernel) -> Result<Verdict, Error> {
+        let known = self.verdict.lock().await.clone();
+        let may_have_changed = known.is_some_and(|verdict| verdict.is_stale());
+        // One trial at a time: both would use the same file for the id of their guest.
+        if may_have_changed && !self.trying_again.swap(true, Ordering::Relaxed) {
+            let tried = self.try_acceleration(kernel, true).await;
+            self.trying_again.store(false, Ordering::Relaxed);
+            *self.verdict.lock().await = Some(tried?);
+        }
+        self.acceleration(kernel).await
     }
 
     async fn try_acceleration(&self, kernel: &heyvm_images::Kernel, again: bool) -> Result<Verdict, Error> {
