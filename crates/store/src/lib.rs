@@ -18,6 +18,7 @@ mod error;
 mod idempotency;
 mod identity;
 mod local_ports;
+mod migrations;
 pub mod placements;
 mod sandboxes;
 #[cfg(test)]
@@ -34,7 +35,6 @@ use std::{
 use sqlx::{
     Any, AnyConnection, AnyPool, ConnectOptions, Connection, Executor, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
-    migrate::Migrator,
 };
 use url::Url;
 
@@ -71,7 +71,7 @@ impl Store {
         // The parser's own error could repeat what it could not read, and a password with it.
         let url = Url::parse(location).map_err(|_| Error::Location)?;
         let pool = AnyPoolOptions::new().max_connections(16);
-        Self::ready(pool, url, Kind::Postgres, sqlx::migrate!("migrations/postgres")).await
+        Self::ready(pool, url, Kind::Postgres).await
     }
 
     /// Opens the SQLite database at `path`, readable by its owner alone, and brings its tables up to date.
@@ -93,22 +93,23 @@ impl Store {
                     .map(drop)
             })
         });
-        Self::ready(pool, url, Kind::Sqlite, sqlx::migrate!("migrations/sqlite")).await
+        Self::ready(pool, url, Kind::Sqlite).await
     }
 
-    async fn ready(pool: AnyPoolOptions, url: Url, kind: Kind, migrations: Migrator) -> Result<Self, Error> {
+    async fn ready(pool: AnyPoolOptions, url: Url, kind: Kind) -> Result<Self, Error> {
         sqlx::any::install_default_drivers();
         let options = AnyConnectOptions::from_url(&url)?;
         // A pool tries again until its time is up, and then has forgotten why.
         AnyConnection::connect_with(&options).await?.close().await?;
         let pool = pool.acquire_timeout(ACQUIRE).connect_with(options).await?;
         let store = Self { pool, kind };
-        store.migrate(migrations).await?;
+        store.migrate().await?;
         Ok(store)
     }
 
     /// One at a time, whoever else opens the same database: sqlx has PostgreSQL see to that, but not SQLite.
-    async fn migrate(&self, migrations: Migrator) -> Result<(), Error> {
+    async fn migrate(&self) -> Result<(), Error> {
+        let migrations = migrations::of(self.kind);
         match self.kind {
             Kind::Postgres => migrations.run(&self.pool).await?,
             Kind::Sqlite => {
