@@ -1,4 +1,5 @@
 //! Guest kernels: taken from a distribution's kernel package, joined with the agent to an initramfs.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::{self, File},

@@ -12,7 +12,7 @@ use heyvm_store::KeyRow;
 use tokio::sync::oneshot;
 
 use crate::{
-    Account, ControlPlane, ProgressSink, Sandbox, archives,
+    Account, ControlPlane, ProgressSink, Sandbox,
     cut::Cut,
     errors,
     record::{self, Record},
@@ -155,7 +155,7 @@ impl ControlPlane {
         self.must_not_be_an_id(&record)?;
         self.resolve_mounts(&mut record).await?;
         if let Some(archive) = &record.archive_id {
-            archives::check(&self.config.home, archive)?;
+            self.check_archive(archive).await?;
         }
         if let Some(old) = self.living_named(&record.name, &record.account).filter(|_| request.replace) {
             record.waiting_to_replace = true;

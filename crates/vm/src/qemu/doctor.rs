@@ -1,6 +1,6 @@
 //! Whether this host can run VMs, how well, and what to do about it.
 
-use super::{QemuDriver, accel::Verdict};
+use super::{QemuDriver, accel::Verdict, blocking, disk};
 use crate::{CheckStatus, Error, HostCheck};
 
 /// Runs every check; none depends on another's outcome.
@@ -29,8 +29,8 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
             "install passt and nftables, allow unprivileged user namespaces and /dev/net/tun, or set network.enabled = false",
         ),
     });
-    checks.push(match std::process::Command::new("mkfs.ext4").arg("-V").output() {
-        Ok(_) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
+    checks.push(match blocking(disk::can_be_made).await {
+        Ok(()) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
         Err(error) => fail("e2fsprogs", &error, "install the package e2fsprogs"),
     });
     checks

@@ -1,4 +1,5 @@
 //! Starting one confined QEMU: opens everything it will touch and hands it to the jail.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::File,

@@ -3,6 +3,7 @@
 //! A template's memory is kept in a file on disk and brought into a *sealed* anonymous file when it is first needed.
 //! The seal is what lets clones share it safely: QEMU opens its memory for writing and maps it privately, and a QEMU
 //! that was taken over could otherwise write to the pages that every later clone starts from.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     ffi::CStr,

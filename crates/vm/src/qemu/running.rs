@@ -102,14 +102,20 @@ impl Watched {
         tokio::spawn(async move {
             let mut exit = watch_to_the_end(&watched_place, &qmp, &agent, process).await;
             let Belongings { slots, record, template } = belongings;
-            if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
-                exit.cause = ExitCause::OutOfMemory;
-            }
-            slots.give_back(record.slot, &record.cgroup);
-            drop(template);
-            let _ = tokio::task::spawn_blocking(move || cgroup::remove(&record.cgroups)).await;
-            // Gone with its directory where it was destroyed.
-            let _ = place.dir().write_exit(&exit);
+            let given_back = blocking(move || {
+                if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
+                    exit.cause = ExitCause::OutOfMemory;
+                }
+                slots.give_back(record.slot, &record.cgroup);
+                drop(template);
+                if let Err(error) = cgroup::remove(&record.cgroups) {
+                    tracing::warn!(%error, "the cgroups of a VM that has ended are left");
+                }
+                // Gone with its directory where it was destroyed.
+                place.dir().write_exit(&exit).ok();
+                Ok(exit)
+            });
+            let exit = given_back.await.unwrap_or_else(|_| Exit::lost());
             say.send_replace(Some(exit));
         });
         Arc::new(watched)
@@ -151,6 +157,11 @@ impl Watched {
         blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
         self.exited().await;
         Ok(())
+    }
+
+    /// Its slot of the network addresses.
+    pub fn slot(&self) -> u32 {
+        self.record.slot
     }
 
     /// Whether its process has not ended.
@@ -250,12 +261,18 @@ impl Vm for RunningVm {
 
     async fn usage(&self) -> Result<Usage, Error> {
         let pid = self.watched.process.pid;
-        let read = |name: &str| {
-            let path = format!("/proc/{pid}/{name}");
-            fs::read_to_string(&path).map_err(Error::io("reading", path))
-        };
-        Ok(Usage { private_memory: private_memory(&read("smaps_rollup")?), cpu_ms: cpu_ms(&read("stat")?) })
+        blocking(move || usage(pid)).await
     }
+}
+
+/// Blocks: the kernel walks through all of the process's memory.
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn usage(pid: i32) -> Result<Usage, Error> {
+    let read = |name: &str| {
+        let path = format!("/proc/{pid}/{name}");
+        fs::read_to_string(&path).map_err(Error::io("reading", path))
+    };
+    Ok(Usage { private_memory: private_memory(&read("smaps_rollup")?), cpu_ms: cpu_ms(&read("stat")?) })
 }
 
 /// Follows the process to its end. A panic on the way ends it, too: an unwatched VM would be nobody's.
@@ -388,8 +405,11 @@ mod tests {
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         };
-        let socket = dir.agent_socket();
+        let (socket, bound) = (dir.agent_socket(), dir.agent_socket());
         tokio::spawn(async move { hostile_agent::serve(&socket, how).await });
+        while !bound.exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let belongings = Belongings {
             slots: Arc::default(),
             record: Record::new(0, &id, &Cgroups::default(), 0).unwrap(),
