@@ -48,7 +48,8 @@ const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn";
 pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     begin_log();
     let ending = end_asked_for()?;
-    let home = Home::open(home)?;
+    let opened = tokio::task::spawn_blocking(move || Home::open(home)).await;
+    let home = Arc::new(opened.map_err(|error| Error::io("opening the home")(std::io::Error::other(error)))??);
     raise_descriptor_limit();
     let config = Config::read(home.path())?;
     let edge_listeners =
@@ -228,7 +229,7 @@ async fn serve_edge(edge: Option<(Arc<Edge>, LocalListeners)>, listeners: Vec<Tc
 
 /// Returns when the end is asked for, or when this is no longer the home's daemon. Sandboxes end only when the home itself
 /// was removed: no one could find them again. Whatever else is in doubt is logged, and ends none.
-async fn until_end(home: &Home, plane: &Arc<ControlPlane>, ending: &CancellationToken) {
+async fn until_end(home: &Arc<Home>, plane: &Arc<ControlPlane>, ending: &CancellationToken) {
     let mut look = tokio::time::interval(HOUSEKEEPING);
     let (mut removed, mut lost) = (0, 0);
     loop {
@@ -236,11 +237,13 @@ async fn until_end(home: &Home, plane: &Arc<ControlPlane>, ending: &Cancellation
             () = ending.cancelled() => return,
             _ = look.tick() => {}
         }
-        let presence = home.look();
+        let looked_after = Arc::clone(home);
+        let presence = tokio::task::spawn_blocking(move || looked_after.look_after()).await;
+        let presence = presence.unwrap_or_else(|error| Presence::Unknown(std::io::Error::other(error)));
         removed = if matches!(presence, Presence::Removed) { removed + 1 } else { 0 };
         lost = if matches!(presence, Presence::Lost(_)) { lost + 1 } else { 0 };
         match presence {
-            Presence::Ours => home.turn_log_over(),
+            Presence::Ours => {}
             Presence::Unknown(error) => tracing::warn!(%error, "the home cannot be looked at now"),
             Presence::Removed if removed >= LOOKS => {
                 tracing::error!("the home was removed: sandboxes and daemon end");

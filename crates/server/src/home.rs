@@ -1,4 +1,5 @@
 //! The directory everything lives in: its permissions, the lock that one daemon holds, the socket it listens on.
+#![expect(clippy::disallowed_methods, reason = "runs at the start, at the end, and on threads that may wait")]
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
@@ -134,8 +135,17 @@ impl Home {
         }
     }
 
+    /// Looks whether it is still ours, and then turns its log over where that has grown too large.
+    pub fn look_after(&self) -> Presence {
+        let presence = self.look();
+        if matches!(presence, Presence::Ours) {
+            self.turn_log_over();
+        }
+        presence
+    }
+
     /// Keeps the last part of a log that has grown too large beside it, and begins anew.
-    pub fn turn_log_over(&self) {
+    fn turn_log_over(&self) {
         let log = self.path.join("daemon.log");
         let large = fs::metadata(&log).is_ok_and(|meta| meta.is_file() && meta.len() > MAX_LOG);
         // Our standard error has the file open, so it cannot be renamed.

@@ -13,7 +13,7 @@ use super::{
     QemuDriver,
     accel::Acceleration,
     blocking, disk,
-    launch::{Launch, Launched, launch, tap},
+    launch::{Launch, Launched, end, launch, tap},
     machine::fd,
     pool::Kind,
     qmp::{LATE, Qmp},
@@ -209,8 +209,7 @@ impl QemuDriver {
             }
             Err(error) => {
                 let console_tail = launched.last_words();
-                let (process, path) = (launched.process, dir.path().to_owned());
-                blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
+                blocking(move || end(launched.process, &dir)).await?;
                 self.slots.give_back(slot, id);
                 Err(match error {
                     Error::Qmp { message, .. } if !boots && message != LATE => {

@@ -13,10 +13,10 @@ use std::{
 
 use heyvm_jail::{
     cgroup::{self, Cgroups, Limits},
-    egress::Egress,
+    egress::{Egress, EgressSettings},
     launcher::{self, JailSpec},
     process::ProcessId,
-    root::QemuRoot,
+    root::{self, QemuRoot},
 };
 
 use super::{
@@ -127,6 +127,24 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
         let _ = cgroup::remove(cgroups);
     })?;
     Ok(Launched { process, log })
+}
+
+/// Finds out what all VMs of the home will share.
+pub fn host(home: &Path, launcher: PathBuf) -> Result<Host, Error> {
+    let root = root::prepare(&home.join("jail"))?;
+    Ok(Host { launcher, root, uids: Uids::new(home), cgroups: Cgroups::detect() })
+}
+
+/// The way out of all VMs of the home: the one that is there, else a new one.
+pub fn way_out(home: &Path, launcher: &Path, settings: &EgressSettings) -> Result<Egress, Error> {
+    let run = home.join("run");
+    std::fs::create_dir_all(&run).map_err(Error::io("making", &run))?;
+    Ok(Egress::ensure(&run, launcher, settings)?)
+}
+
+/// Ends a QEMU at once; it is gone when this returns.
+pub fn end(process: ProcessId, dir: &VmDir) -> Result<(), Error> {
+    process.kill().map_err(Error::io("ending QEMU in", dir.path()))
 }
 
 /// Network device of a slot, where there is a network.

@@ -41,7 +41,7 @@ use std::{
 
 use async_trait::async_trait;
 pub use heyvm_jail::egress::EgressSettings;
-use heyvm_jail::{cgroup::Cgroups, egress::Egress, process::ProcessId, root};
+use heyvm_jail::{egress::Egress, process::ProcessId};
 use tokio::sync::{OnceCell, Semaphore};
 
 pub(crate) use self::record::Place;
@@ -49,7 +49,7 @@ pub use self::templates::Budgets;
 use self::{
     accel::Verdict,
     clone::Becoming,
-    launch::{Host, Uids},
+    launch::Host,
     pool::WarmPool,
     qmp::Qmp,
     record::{Record, Slots, VmDir},
@@ -198,12 +198,8 @@ impl QemuDriver {
 
     async fn host(&self) -> Result<Arc<Host>, Error> {
         let make = || async {
-            let (jails, launcher) = (self.home.join("jail"), self.settings.launcher.clone());
-            let uids = Uids::new(&self.home);
-            blocking(move || {
-                Ok(Arc::new(Host { launcher, root: root::prepare(&jails)?, uids, cgroups: Cgroups::detect() }))
-            })
-            .await
+            let (home, launcher) = (self.home.clone(), self.settings.launcher.clone());
+            blocking(move || launch::host(&home, launcher).map(Arc::new)).await
         };
         self.host.get_or_try_init(make).await.cloned()
     }
@@ -217,11 +213,8 @@ impl QemuDriver {
         if let Some(living) = egress.as_ref().filter(|egress| egress.is_alive()) {
             return Ok(Some(Arc::clone(living)));
         }
-        let (run, settings) = (self.home.join("run"), self.settings.clone());
-        let made = blocking(move || {
-            make_dir(&run)?;
-            Ok(Arc::new(Egress::ensure(&run, &settings.launcher, &settings.egress)?))
-        });
+        let (home, settings) = (self.home.clone(), self.settings.clone());
+        let made = blocking(move || launch::way_out(&home, &settings.launcher, &settings.egress).map(Arc::new));
         *egress = Some(made.await?);
         Ok(egress.clone())
     }

@@ -272,6 +272,22 @@ impl VmDir {
         exit
     }
 
+    /// Gives its cgroups back at its end and remembers how it ended, as far as its directory is still there.
+    pub fn note_end(&self, record: &Record, mut exit: Exit) -> Exit {
+        if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
+            exit.cause = ExitCause::OutOfMemory;
+        }
+        if let Err(error) = cgroup::remove(&record.cgroups) {
+            tracing::warn!(%error, "the cgroups of a VM that has ended are left");
+        }
+        if let Err(error) = self.write_exit(&exit)
+            && self.path.is_dir()
+        {
+            tracing::warn!(%error, "how a VM ended could not be written down");
+        }
+        exit
+    }
+
     /// How it ended, if that was seen.
     pub fn exit(&self) -> Option<Exit> {
         read(&self.path.join("exit.json"))

@@ -25,6 +25,7 @@ use tonic::Code;
 
 use super::{
     blocking, console, disk,
+    launch::end,
     qmp::{Ended, Qmp},
     record::{Place, Record, Slots},
     template::Template,
@@ -100,20 +101,12 @@ impl Watched {
             place.clone(),
         );
         tokio::spawn(async move {
-            let mut exit = watch_to_the_end(&watched_place, &qmp, &agent, process).await;
+            let exit = watch_to_the_end(&watched_place, &qmp, &agent, process).await;
             let Belongings { slots, record, template } = belongings;
             let given_back = blocking(move || {
-                if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
-                    exit.cause = ExitCause::OutOfMemory;
-                }
                 slots.give_back(record.slot, &record.cgroup);
                 drop(template);
-                if let Err(error) = cgroup::remove(&record.cgroups) {
-                    tracing::warn!(%error, "the cgroups of a VM that has ended are left");
-                }
-                // Gone with its directory where it was destroyed.
-                place.dir().write_exit(&exit).ok();
-                Ok(exit)
+                Ok(place.dir().note_end(&record, exit))
             });
             let exit = given_back.await.unwrap_or_else(|_| Exit::lost());
             say.send_replace(Some(exit));
@@ -153,8 +146,8 @@ impl Watched {
 
     /// Ends it at once.
     pub async fn kill(&self) -> Result<(), Error> {
-        let (process, path) = (self.process, self.place.dir().path().to_owned());
-        blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
+        let (process, dir) = (self.process, self.place.dir());
+        blocking(move || end(process, &dir)).await?;
         self.exited().await;
         Ok(())
     }
@@ -282,7 +275,7 @@ async fn watch_to_the_end(place: &Place, qmp: &Qmp, agent: &AgentConnection, pro
         return exit;
     }
     tracing::error!("the watch over a VM panicked; the VM is terminated");
-    let _ = tokio::task::spawn_blocking(move || process.kill()).await;
+    end_by_force(process, place).await;
     Exit::lost()
 }
 
@@ -311,9 +304,16 @@ async fn watch(place: &Place, qmp: &Qmp, agent: &AgentConnection, process: Proce
     // From here on the reason is known: that the process ends now adds nothing to it.
     let _ = tokio::time::timeout(QUIT_DEADLINE, renewed.as_ref().unwrap_or(qmp).quit()).await;
     if tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
-        let _ = tokio::task::spawn_blocking(move || process.kill()).await;
+        end_by_force(process, place).await;
     }
     exit
+}
+
+async fn end_by_force(process: ProcessId, place: &Place) {
+    let dir = place.dir();
+    if let Err(error) = blocking(move || end(process, &dir)).await {
+        tracing::error!(%error, "a VM's process could not be ended");
+    }
 }
 
 /// Resolves when the process is known to have ended.
