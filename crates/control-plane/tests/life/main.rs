@@ -21,3 +21,4 @@ mod replacing;
 mod restarting;
 mod sizes;
 mod tenants;
+mod waiting;
