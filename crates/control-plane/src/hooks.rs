@@ -77,10 +77,10 @@ impl<'a> HookOutput<'a> {
         }
         let message = shown(&String::from_utf8_lossy(line));
         self.left = self.left.saturating_sub(message.len() + 1);
-        let _ = self.progress.send(event(if stderr { "stderr" } else { "stdout" }, message));
+        self.progress.send(event(if stderr { "stderr" } else { "stdout" }, message)).ok();
         if self.left == 0 {
-            let _ =
-                self.progress.send(event("stderr", "(more output than is streamed: `heyvm logs` has the rest)".into()));
+            let rest = "(more output than is streamed: `heyvm logs` has the rest)";
+            self.progress.send(event("stderr", rest.into())).ok();
         }
     }
 }

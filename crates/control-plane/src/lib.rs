@@ -415,7 +415,7 @@ fn not_running(record: &Record) -> ApiError {
 
 /// Tells what a step is doing.
 fn tell(progress: &ProgressSink, step: &str, message: &str) {
-    let _ = progress.send(ProgressEvent::new(step, message));
+    progress.send(ProgressEvent::new(step, message)).ok();
 }
 
 /// Begins a step of a sandbox's create or start: told to the caller, and named in `get` and `list` meanwhile.

@@ -347,7 +347,7 @@ impl ControlPlane {
         loop {
             self.book.deadlines.wait().await;
             // One sandbox that makes it panic is not to keep the others alive.
-            let _ = supervised::run("looking for what is due", self.sweep()).await;
+            supervised::run("looking for what is due", self.sweep()).await.ok();
         }
     }
 

@@ -140,6 +140,6 @@ pub(crate) async fn tail_of_this_run(agent: &AgentConnection) -> Vec<String> {
             }
         }
     };
-    let _ = tokio::time::timeout(PAST, reading).await;
+    tokio::time::timeout(PAST, reading).await.ok();
     output.lines()
 }

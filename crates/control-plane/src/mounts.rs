@@ -305,7 +305,7 @@ impl Serving {
         let called = tokio::time::timeout(MOUNTING, self.call()).await;
         let (input, mut requests) = called.map_err(|_| not_mounted()).flatten()?;
         if let Some(mounted) = mounted.take() {
-            let _ = mounted.send(Ok(()));
+            mounted.send(Ok(())).ok();
         }
         let (to_server, for_server) = mpsc::channel(QUEUE);
         let (from_server, mut answers) = mpsc::channel(QUEUE);

@@ -38,7 +38,8 @@ pub fn import(tree: &Path, kernels: &Path) -> Result<String, Error> {
     }
     fs::write(half.path().join("order"), order).map_err(Error::io("writing the modules' order in", half.path()))?;
     let target = kernels.join(&version);
-    let _ = heyvm_trees::remove(&target);
+    // What is left of an older one makes the next step fail.
+    heyvm_trees::remove(&target).ok();
     fs::rename(half.keep(), &target).map_err(Error::io("keeping the kernel", &target))?;
     Ok(version)
 }

@@ -80,17 +80,16 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
         (Ok(plane), edge) => {
             let edge = tokio::spawn(serve_edge(edge, edge_listeners, ending.clone()));
             until_end(&home, &plane, &ending).await;
-            let _ = edge.await;
-            let _ =
-                tokio::time::timeout(GRACE, async { (api.await, futures::future::OptionFuture::from(region).await) })
-                    .await;
+            edge.await.ok();
+            let served = async { (api.await, futures::future::OptionFuture::from(region).await) };
+            tokio::time::timeout(GRACE, served).await.ok();
             plane.shutdown().await;
             Ok(())
         }
         (Err(_), _) if ending.is_cancelled() => Ok(()),
         (Err(error), _) => {
             tracing::error!(%error, "the daemon could not open");
-            let _ = tokio::time::timeout(LAST_WORDS, ending.cancelled()).await;
+            tokio::time::timeout(LAST_WORDS, ending.cancelled()).await.ok();
             ending.cancel();
             Err(Error::NotReady(error))
         }
@@ -103,7 +102,7 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
 pub(crate) fn begin_log() {
     let filter = EnvFilter::try_from_env("HEYVM_LOG").unwrap_or_else(|_| EnvFilter::new(LOG));
     // A second daemon in one process, as in tests, keeps the first one's.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init().ok();
 }
 
 /// Cancelled at SIGTERM and SIGINT. A terminal that is closed does not end a daemon.

@@ -75,7 +75,7 @@ impl Home {
                 }
                 Err(TryLockError::WouldBlock) => {
                     let mut holder = String::new();
-                    let _ = lock.read_to_string(&mut holder);
+                    lock.read_to_string(&mut holder).ok();
                     return Err(Error::AlreadyRunning(holder.trim().to_owned()));
                 }
                 Err(TryLockError::Error(error)) => return Err(Error::io(doing())(error)),
@@ -113,7 +113,9 @@ impl Home {
         if !matches!(self.look(), Presence::Ours) {
             return;
         }
-        let _ = fs::remove_file(self.path.join("run").join(SOCKET));
+        if let Err(error) = fs::remove_file(self.path.join("run").join(SOCKET)) {
+            tracing::debug!(%error, "the daemon's socket is left for the next one to replace");
+        }
     }
 
     /// Whether the home is still there, and ours: it may have been removed, or another one put in its place.
@@ -149,8 +151,9 @@ impl Home {
         let log = self.path.join("daemon.log");
         let large = fs::metadata(&log).is_ok_and(|meta| meta.is_file() && meta.len() > MAX_LOG);
         // Our standard error has the file open, so it cannot be renamed.
-        if large && fs::copy(&log, self.path.join("daemon.log.1")).is_ok() {
-            let _ = File::options().write(true).open(&log).and_then(|file| file.set_len(0));
+        let turned = |_| File::options().write(true).open(&log).and_then(|file| file.set_len(0));
+        if large && let Err(error) = fs::copy(&log, self.path.join("daemon.log.1")).and_then(turned) {
+            tracing::warn!(%error, "the daemon's log has grown large and cannot be turned over");
         }
     }
 }

@@ -65,7 +65,7 @@ impl ControlPlane {
                 plane.make(sandbox, request, progress).await
             })
             .await;
-            let _ = has_its_answer.send(());
+            has_its_answer.send(()).ok();
             return made;
         }
         spawn_detached(async move {
@@ -289,7 +289,8 @@ impl ControlPlane {
             exit_code: error.exit_code,
             log_tail: error.log_tail.clone(),
         });
-        let _ = sandbox.failure.set(error.clone());
+        // The first one stays.
+        sandbox.failure.set(error.clone()).ok();
         if stopped {
             if let Err(undoing) = self.stop_partial(sandbox, reason).await {
                 tracing::error!(error = %undoing, id, "a sandbox whose making was stopped could not be put away");
@@ -310,7 +311,9 @@ impl ControlPlane {
         if let Err(error) = failed.await {
             tracing::error!(%error, id, "the failure of a sandbox could not be written down");
         }
-        let _ = self.store.remove_keys(&id).await;
+        if let Err(error) = self.store.remove_keys(&id).await {
+            tracing::error!(%error, id, "the same request will be told of this failure");
+        }
         self.watch(sandbox, vm, None);
         error
     }

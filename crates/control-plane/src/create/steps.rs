@@ -142,7 +142,7 @@ impl ControlPlane {
         let progress = progress.clone();
         Arc::new(move |message, done, total| {
             let event = ProgressEvent { done, total, ..ProgressEvent::new(step, message) };
-            let _ = progress.send(event);
+            progress.send(event).ok();
         })
     }
 
@@ -170,7 +170,8 @@ impl ControlPlane {
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
         let feeding = tokio::task::spawn_blocking(move || {
-            let _ = sender.blocking_send(first);
+            // An agent that has gone takes nothing of what follows either.
+            sender.blocking_send(first).ok();
             archives::feed(pieces, |data| sender.blocking_send(UnpackInput { data, ..UnpackInput::default() }).is_ok())
         });
         let mut client = vm.agent().client().await.map_err(errors::vm)?;

@@ -59,7 +59,7 @@ pub fn main_egress() -> ! {
 
 fn fail(socket: BorrowedFd<'_>, why: String) -> ! {
     eprintln!("{why}");
-    let _ = channel::send(socket, &Err::<(), String>(why), &[]);
+    channel::send(socket, &Err::<(), String>(why), &[]).ok();
     std::process::exit(1)
 }
 
@@ -68,7 +68,7 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
     let (start, mut descriptors) =
         channel::receive::<Start>(socket).map_err(told("reading the egress settings"))?.ok_or("no egress settings")?;
     let listener = descriptors.pop().ok_or("no egress socket")?;
-    let _ = setsid();
+    setsid().ok();
     // pasta itself would not say which device it is.
     File::options().read(true).write(true).open(TUN).map_err(|error| {
         format!("{TUN} cannot be opened: {error} (sudo chmod 666 {TUN} opens it to all, as it is on most systems)")
@@ -79,7 +79,7 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
     let mut answer = String::new();
     ready.read_to_string(&mut answer).map_err(told("waiting for the egress namespace"))?;
     if answer != "ready" {
-        let _ = pasta.kill();
+        pasta.kill().ok();
         return Err(if answer.is_empty() { "the egress namespace could not be made".into() } else { answer });
     }
     channel::send(socket, &Ok::<(), String>(()), &[]).map_err(told("answering the daemon"))?;
@@ -96,7 +96,7 @@ fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
             Err(error) => return Err(format!("waiting for children: {error}")),
         };
         if ended == holder {
-            let _ = pasta.kill();
+            pasta.kill().ok();
             return Ok(());
         }
         if ended.as_raw() == pasta.id() as i32 {
@@ -124,7 +124,7 @@ fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<
                 drop(entered);
                 holder::prepare(&start.settings, &host)
             });
-            let _ = say.write_all(held.as_ref().err().map_or("ready", String::as_str).as_bytes());
+            say.write_all(held.as_ref().err().map_or("ready", String::as_str).as_bytes()).ok();
             drop(say);
             if held.is_ok() {
                 holder::serve(listener);

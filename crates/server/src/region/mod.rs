@@ -69,7 +69,7 @@ impl Region {
                 }
             };
             // Answers are small, and the servers wait for them. What a server that was cut off had begun ends with it.
-            let _ = stream.set_nodelay(true);
+            stream.set_nodelay(true).ok();
             if let Err(error) = notice_silence(&stream) {
                 tracing::warn!(%error, "a server's silence will not be noticed");
             }

@@ -196,7 +196,7 @@ pub fn boots(
         }
     }
     process.kill().map_err(Error::io("ending", "the test guest"))?;
-    let _ = std::fs::remove_file(id_file);
+    std::fs::remove_file(id_file).ok();
     Ok(trial)
 }
 

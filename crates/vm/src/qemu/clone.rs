@@ -232,7 +232,7 @@ impl QemuDriver {
             if becoming != Becoming::Reserve && sent.elapsed() > PROMPT {
                 // The connection had to be made first, or the host is busy: the time that was sent has come late. Where this
                 // fails, the clock is kept from now on all the same.
-                let _ = clock::correct(&vm.agent, 1).await;
+                clock::correct(&vm.agent, 1).await.ok();
             }
             Ok(())
         };

@@ -102,7 +102,8 @@ fn seed(seeds: &Path, gib: u32) -> Result<PathBuf, Error> {
     let made =
         make_file_system(&half, gib).and_then(|()| fs::rename(&half, &path).map_err(Error::io("keeping", &path)));
     if made.is_err() {
-        let _ = fs::remove_file(&half);
+        // The error that is told is the first one.
+        fs::remove_file(&half).ok();
     }
     made.map(|()| path)
 }

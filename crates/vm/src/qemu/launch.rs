@@ -124,7 +124,9 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     };
     let descriptors: Vec<_> = launch.descriptors.all.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
     let process = launcher::spawn(&host.launcher, &spec, &descriptors).inspect_err(|_| {
-        let _ = cgroup::remove(cgroups);
+        if let Err(error) = cgroup::remove(cgroups) {
+            tracing::warn!(%error, "the cgroups of a VM that was not started are left");
+        }
     })?;
     Ok(Launched { process, log })
 }
@@ -178,7 +180,8 @@ impl Uids {
 /// A listening socket whose path may be longer than an address holds.
 pub fn listen(path: &Path) -> Result<UnixListener, Error> {
     let bound = || -> io::Result<UnixListener> {
-        let _ = std::fs::remove_file(path);
+        // What is left there makes binding fail.
+        std::fs::remove_file(path).ok();
         let dir = File::open(path.parent().unwrap_or(Path::new("/")))?;
         let name = path.file_name().unwrap_or_default();
         UnixListener::bind(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name))

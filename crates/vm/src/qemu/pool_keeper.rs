@@ -46,7 +46,7 @@ async fn step(driver: Arc<QemuDriver>) {
             // The driver may go while nothing is to be done.
             let pool = Arc::clone(&driver.pool);
             drop(driver);
-            let _ = tokio::time::timeout(duration, pool.changed()).await;
+            tokio::time::timeout(duration, pool.changed()).await.ok();
         }
     }
 }

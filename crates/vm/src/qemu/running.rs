@@ -203,7 +203,7 @@ impl RunningVm {
             let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
             if let Ok(mut client) = agent.client().await {
                 // The guest may be gone before its answer is through.
-                let _ = client.shutdown(ShutdownRequest { grace_ms }).await;
+                client.shutdown(ShutdownRequest { grace_ms }).await.ok();
             }
         };
         tokio::spawn(tokio::time::timeout(grace + SHUTDOWN_MARGIN, asked));
@@ -302,7 +302,7 @@ async fn watch(place: &Place, qmp: &Qmp, agent: &AgentConnection, process: Proce
         renewed = Qmp::connect(&place.dir().qmp_socket()).await.ok();
     };
     // From here on the reason is known: that the process ends now adds nothing to it.
-    let _ = tokio::time::timeout(QUIT_DEADLINE, renewed.as_ref().unwrap_or(qmp).quit()).await;
+    tokio::time::timeout(QUIT_DEADLINE, renewed.as_ref().unwrap_or(qmp).quit()).await.ok();
     if tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
         end_by_force(process, place).await;
     }
