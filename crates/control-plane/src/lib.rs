@@ -14,12 +14,14 @@
 //! - [`image_run`]: what an image runs by itself.  [`pulls`]: limits on images.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
 //!   or start short.  [`endpoints`], [`archives`], [`logs`] ([`log_lines`]), [`images`]: what their names say.  [`errors`]: codes and hints.
-//! - [`supervised`]: panics that end one sandbox alone.
+//! - [`supervised`]: panics that end one sandbox alone.  [`blocking`]: what waits for a disk.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 
 mod adoption;
 mod agent_watch;
 mod archives;
+mod blocking;
 mod changes;
 mod checkpoint;
 mod create;
@@ -196,6 +198,8 @@ struct Sandbox {
     mount_handles: Arc<HandleBudget>,
     /// How much of what this run of the start command has printed is in the log.
     log_offset: AtomicU64,
+    /// Held while its log is written to: what comes later stands later, although nobody waits for the earlier any more.
+    log_turn: Arc<tokio::sync::Mutex<()>>,
     /// Whether its VM runs and the agent in it does not answer.
     agent_is_silent: AtomicBool,
     /// Whether its next start by itself is under way.
@@ -219,6 +223,7 @@ impl Sandbox {
             failure: OnceLock::new(),
             mount_handles: HandleBudget::of_this_process(),
             log_offset: AtomicU64::new(0),
+            log_turn: Arc::default(),
             agent_is_silent: AtomicBool::new(false),
             is_starting_again: AtomicBool::new(false),
             disk: disk_space::DiskSpace::default(),
@@ -425,7 +430,7 @@ fn not_running(record: &Record) -> ApiError {
 
 /// Tells what a step is doing.
 fn tell(progress: &ProgressSink, step: &str, message: &str) {
-    let _ = progress.send(ProgressEvent::new(step, message));
+    progress.send(ProgressEvent::new(step, message)).ok();
 }
 
 /// Begins a step of a sandbox's create or start: told to the caller, and named in `get` and `list` meanwhile.

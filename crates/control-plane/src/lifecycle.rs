@@ -278,7 +278,7 @@ impl ControlPlane {
         self.unbind_all(&record.id).await;
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
-        self.forget_mounts(&record.id);
+        self.forget_mounts(&record.id).await;
         self.save(sandbox, |record| {
             record.enter(Status::Removed, record.reason.clone());
             record.drop_content();
@@ -328,7 +328,7 @@ impl ControlPlane {
         let record = sandbox.snapshot();
         match record.status {
             Status::Running => {
-                let log_tail = self.log_tail(&record.id);
+                let log_tail = self.log_tail(&record.id).await;
                 let (status, reason) = match ended {
                     Ended::Vm(exit) => judge(exit, log_tail),
                     Ended::Main(exit) => judge_main(&exit, log_tail),
@@ -353,7 +353,7 @@ impl ControlPlane {
         loop {
             self.book.deadlines.wait().await;
             // One sandbox that makes it panic is not to keep the others alive.
-            let _ = supervised::run("looking for what is due", self.sweep()).await;
+            supervised::run("looking for what is due", self.sweep()).await.ok();
         }
     }
 
@@ -399,7 +399,7 @@ impl ControlPlane {
         match self.store.forget(id).await {
             Ok(()) => {
                 self.drop_from_memory(id);
-                self.remove_log(id);
+                self.remove_log(id).await;
             }
             Err(error) => {
                 tracing::error!(%error, id, "a removed sandbox could not be forgotten");

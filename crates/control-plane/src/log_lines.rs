@@ -1,7 +1,7 @@
 //! A log by lines: where its last ones begin, and each whole with its time. The lines of the two streams are counted and
 //! kept apart, since a piece of one may stand within a line of the other.
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use chrono::{DateTime, Utc};
 
 use crate::LogChunk;
@@ -57,7 +57,7 @@ impl Skip {
                 break;
             }
             let end = chunk.data.iter().position(|byte| *byte == b'\n');
-            let _ = chunk.data.split_to(end.map_or(chunk.data.len(), |end| end + 1));
+            chunk.data.advance(end.map_or(chunk.data.len(), |end| end + 1));
             if end.is_some() {
                 *within = None;
             }

@@ -255,7 +255,7 @@ impl Host {
     /// Ends the daemon with this signal and waits until it is gone.
     pub fn end_daemon(&self, signal: Signal) {
         if let Some(pid) = self.daemon() {
-            let _ = kill(pid, signal);
+            kill(pid, signal).ok();
             eventually("the daemon ends", || (self.daemon() != Some(pid)).then_some(()));
         }
     }

@@ -67,6 +67,7 @@ struct TokenFile(PathBuf);
 
 impl TokenFile {
     /// Writes `token` to a new file that its owner alone may read.
+    #[expect(clippy::disallowed_methods, reason = "runs at the start, before anybody is served")]
     fn create(home: &Path, port: u16, token: &str) -> io::Result<Self> {
         let path = home.join(format!("run/api-{port}.token"));
         // Left behind by a listener that was killed: this process holds the port now.
@@ -81,6 +82,7 @@ impl TokenFile {
 }
 
 impl Drop for TokenFile {
+    #[expect(clippy::disallowed_methods, reason = "runs at the end, when nobody is served any more")]
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.0) {
             tracing::debug!(%error, "could not remove the token file");

@@ -19,6 +19,7 @@
 //! server ─mTLS─▶ region ──────────────▶ routes ────────┤
 //! browser ─▶ :8480 edge ──────────────── proxy ───────┘
 //! ```
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 mod answer;

@@ -9,6 +9,7 @@
 //! - [`Error`] (`error`): which rule a row broke, whichever database says so.
 //!
 //! Every call is one transaction. A sandbox's own content is the control plane's: it comes and goes as JSON.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 pub mod accounts;
@@ -78,10 +79,9 @@ impl Store {
     pub async fn open(path: &Path) -> Result<Self, Error> {
         // One that is there already is not opened: closing it again would take SQLite's locks from whoever in this
         // process has it open.
-        match File::options().create_new(true).write(true).mode(0o600).open(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::File(error)),
-            _ => {}
-        }
+        let file = path.to_owned();
+        let made = tokio::task::spawn_blocking(move || make_private(&file)).await;
+        made.map_err(io::Error::other).flatten().map_err(Error::File)?;
         let url = sqlite_url(path)?;
         let pool = AnyPoolOptions::new().max_connections(4).after_connect(|connection, _| {
             Box::pin(async move {
@@ -134,6 +134,14 @@ impl Store {
     /// Closes the database in order.
     pub async fn close(&self) {
         self.pool.close().await;
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn make_private(path: &Path) -> io::Result<()> {
+    match File::options().create_new(true).write(true).mode(0o600).open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -59,7 +59,8 @@ mod tests {
             let mut files: Vec<_> = files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
             files.sort();
             let migrator = of(kind);
-            let steps = migrator.iter().map(|step| format!("{:04}_{}.sql", step.version, step.description.replace(' ', "_")));
+            let steps =
+                migrator.iter().map(|step| format!("{:04}_{}.sql", step.version, step.description.replace(' ', "_")));
             assert_eq!(steps.collect::<Vec<_>>(), files);
         }
     }

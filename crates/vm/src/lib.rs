@@ -4,6 +4,8 @@
 //! process, `stop` ends the process, `start` makes a new one on the kept disk, `destroy` removes both.
 //! Nothing here knows of names, HTTP or the store.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
+
 pub mod agent;
 mod agent_channel;
 mod clock;

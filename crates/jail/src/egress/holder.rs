@@ -88,7 +88,8 @@ pub fn serve(listener: OwnedFd) {
 fn wait_for_any(listener: &OwnedFd, clients: &[OwnedFd]) -> Vec<bool> {
     let mut all: Vec<PollFd> =
         std::iter::once(listener).chain(clients).map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-    let _ = poll(&mut all, PollTimeout::from(IDLE_CHECK));
+    // After an error none can be read: they are looked at again.
+    poll(&mut all, PollTimeout::from(IDLE_CHECK)).ok();
     all.iter().map(|fd| fd.any().unwrap_or(false)).collect()
 }
 

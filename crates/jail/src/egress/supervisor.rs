@@ -59,7 +59,7 @@ pub fn main_egress() -> ! {
 
 fn fail(socket: BorrowedFd<'_>, failure: Failure) -> ! {
     eprintln!("{failure}");
-    let _ = channel::send(socket, &Err::<(), Failure>(failure), &[]);
+    channel::send(socket, &Err::<(), Failure>(failure), &[]).ok();
     std::process::exit(1)
 }
 
@@ -68,7 +68,7 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), Failure> {
     let (start, mut descriptors) =
         channel::receive::<Start>(socket).map_err(told("reading the egress settings"))?.ok_or("no egress settings")?;
     let listener = descriptors.pop().ok_or("no egress socket")?;
-    let _ = setsid();
+    setsid().ok();
     // pasta itself would not say which device it is.
     File::options().read(true).write(true).open(TUN).map_err(|error| Failure::tun(&error))?;
     let host = interface::own_addresses();
@@ -79,7 +79,7 @@ fn supervise(socket: BorrowedFd<'_>) -> Result<(), Failure> {
     let made: Result<(), Failure> =
         serde_json::from_slice(&answer).unwrap_or_else(|_| Err("the egress namespace could not be made".into()));
     if let Err(failure) = made {
-        let _ = pasta.kill();
+        pasta.kill().ok();
         return Err(failure);
     }
     channel::send(socket, &Ok::<(), Failure>(()), &[]).map_err(told("answering the daemon"))?;
@@ -96,7 +96,7 @@ fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), Failure> {
             Err(error) => return Err(format!("waiting for children: {error}").into()),
         };
         if ended == holder {
-            let _ = pasta.kill();
+            pasta.kill().ok();
             return Ok(());
         }
         if ended.as_raw() == pasta.id() as i32 {
@@ -124,7 +124,7 @@ fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<
                 drop(entered);
                 holder::prepare(&start.settings, &host)
             });
-            let _ = say.write_all(&serde_json::to_vec(&held).unwrap_or_default());
+            say.write_all(&serde_json::to_vec(&held).unwrap_or_default()).ok();
             drop(say);
             if held.is_ok() {
                 holder::serve(listener);

@@ -1,6 +1,6 @@
 //! Whether this host can run VMs, how well, and what to do about it.
 
-use super::{QemuDriver, accel::Verdict};
+use super::{QemuDriver, accel::Verdict, blocking, disk};
 use crate::{CheckStatus, Error, HostCheck};
 
 /// Runs every check; none depends on another's outcome.
@@ -25,9 +25,8 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
         Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
         Err(error) => fail("network", &error, network_hint(&error)),
     });
-    let made = std::process::Command::new("mkfs.ext4").arg("-V").output();
-    checks.push(match made.map_err(Error::io("running", "mkfs.ext4")) {
-        Ok(_) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
+    checks.push(match blocking(disk::can_be_made).await {
+        Ok(()) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
         Err(error) => fail("e2fsprogs", &error, "install the package e2fsprogs"),
     });
     checks

@@ -1,4 +1,5 @@
 //! `/dev/kvm`: why it cannot be opened, and what to do about that.
+#![expect(clippy::disallowed_methods, reason = "small files of the kernel's own")]
 
 use std::{
     fs::{self, File},
