@@ -44,7 +44,8 @@ impl Disk {
         let bytes = |blocks: u64| blocks * stat.fragment_size();
         Self {
             total: bytes(stat.blocks()),
-            used: bytes(stat.blocks() - stat.blocks_free().min(stat.blocks())),
+            // What the file system keeps back for itself is as good as used.
+            used: bytes(stat.blocks() - stat.blocks_available().min(stat.blocks())),
             inodes_total: stat.files(),
             inodes_free: stat.files_free(),
         }
