@@ -208,10 +208,61 @@ def deploy_large(stage, options):
         return seconds(lambda: subprocess.run(["tar", "cf", tar, "-C", directory, "."], check=True))
 
     ours(), theirs()
-    own, other = in_pairs(max(2, options.rounds // 4), ours, theirs, stage.wait_for_reserve)
+    own, other = in_pairs(max(2, options.rounds // 4), ours, theirs, stage.wait_for_pool)
     shutil.rmtree(directory)
     tar.unlink()
     return comparison("deploy of 200 MB of random files", own, "tar cf", other, 3)
+
+
+def builds(stage, other, options):
+    """What a user waits for, by this build against another one: both daemons are there, and take turns."""
+
+    def create(at):
+        def once():
+            made = []
+
+            def work():
+                made.append(at.create())
+                at.run("exec", made[0], "--", "true")
+
+            took = seconds(work)
+            at.remove(made[0])
+            return took
+
+        return once
+
+    def deploy(at):
+        def once():
+            made = []
+
+            def work():
+                flags = ["--port", "8080", "--start-command", "python3 app.py", "--size-class", at.size_class]
+                made.append(at.json("deploy", str(HELLO), *flags))
+                wait_for_200(made[0]["urls"][0]["url"] + "/")
+
+            took = seconds(work)
+            at.remove(made[0]["id"])
+            return took
+
+        return once
+
+    def execute(at):
+        sandbox = at.create()
+        return lambda: seconds(lambda: at.run("exec", sandbox, "--", "true"))
+
+    def both_rest():
+        stage.wait_for_pool()
+        other.wait_for_pool()
+
+    for what, of, before in (
+        ("create until first exec", create, both_rest),
+        ("deploy until HTTP 200", deploy, both_rest),
+        ("exec true", execute, lambda: None),
+    ):
+        ours, theirs = of(stage), of(other)
+        ours(), theirs()  # what only the first one pays
+        own, peer = in_pairs(options.rounds, ours, theirs, before)
+        yield comparison(what, own, "the other build", peer, 1.05)
 
 
 @measurement("memory")

@@ -13,6 +13,7 @@
 //! - `signing`: the keys that tokens are signed with, and their rotation.  `seal`: those keys at rest.  `token`: JWT.
 //!
 //! Several servers may share one store: nothing is remembered here but signing keys and attempts to log in.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 mod audit;

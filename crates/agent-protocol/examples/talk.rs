@@ -214,8 +214,8 @@ async fn dial(socket: &str, arguments: &[String]) -> Result<(), Box<dyn Error>> 
     }
     let (mut from, mut to) = ports::Stream::new(answer.into_body(), send).into_split();
     tokio::spawn(async move {
-        let _ = tokio::io::copy(&mut tokio::io::stdin(), &mut to).await;
-        let _ = tokio::io::AsyncWriteExt::shutdown(&mut to).await;
+        tokio::io::copy(&mut tokio::io::stdin(), &mut to).await.ok();
+        tokio::io::AsyncWriteExt::shutdown(&mut to).await.ok();
         to.reset().await;
     });
     tokio::io::copy(&mut from, &mut tokio::io::stdout()).await?;

@@ -95,7 +95,7 @@ impl Stream {
 impl Writer {
     /// Resolves when the other end has reset the stream, or the connection has ended.
     pub async fn reset(&mut self) {
-        let _ = std::future::poll_fn(|cx| self.stream.poll_reset(cx)).await;
+        std::future::poll_fn(|cx| self.stream.poll_reset(cx)).await.ok();
     }
 
     /// Resets the stream, so that the other end sees a broken connection instead of an ended one.
@@ -124,7 +124,7 @@ impl AsyncRead for Reader {
         buffer.put_slice(&this.unread[..length]);
         this.unread.advance(length);
         // Fails where the stream has ended meanwhile; its share has come back then.
-        let _ = this.stream.flow_control().release_capacity(length);
+        this.stream.flow_control().release_capacity(length).ok();
         Poll::Ready(Ok(()))
     }
 }

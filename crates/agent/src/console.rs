@@ -6,16 +6,17 @@ static CONSOLE: OnceLock<File> = OnceLock::new();
 
 /// Has later messages go to `file`; without it they go to standard error.
 pub fn open(file: File) {
-    let _ = CONSOLE.set(file);
+    CONSOLE.set(file).ok();
 }
 
 /// Writes one line; a console that cannot be written to is nobody's concern.
 pub fn say(message: fmt::Arguments<'_>) {
     let line = format!("heyvm-agent: {message}\n");
-    let _ = match CONSOLE.get() {
+    match CONSOLE.get() {
         Some(mut console) => console.write_all(line.as_bytes()),
         None => std::io::stderr().write_all(line.as_bytes()),
-    };
+    }
+    .ok();
 }
 
 /// A panic ends the task it happened in, never the agent; it is told here.

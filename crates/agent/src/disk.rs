@@ -10,6 +10,8 @@ use std::{
 
 use nix::libc::{EINVAL, c_int};
 
+use crate::console;
+
 // linux/fs.h; linux/ext4.h (since Linux 3.3).
 nix::ioctl_readwrite!(fifreeze, b'X', 119, c_int);
 nix::ioctl_readwrite!(fithaw, b'X', 120, c_int);
@@ -89,10 +91,17 @@ impl Stillness {
             tokio::time::sleep(deadline).await;
             let is_the_same = still.state.lock().unwrap_or_else(PoisonError::into_inner).holds == hold;
             if is_the_same {
-                let _ = still.end();
+                still.end_or_say();
             }
         });
         Ok(())
+    }
+
+    /// Lets go. Where that fails there is nobody to tell but the console.
+    pub fn end_or_say(&self) {
+        if let Err(error) = self.end() {
+            console::say(format_args!("the disk cannot be let go: {error}"));
+        }
     }
 
     /// Lets go; whether it was held until now.

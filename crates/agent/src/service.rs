@@ -275,7 +275,7 @@ impl Agent for Service {
             Ok(started) => started,
             Err(NotStarted::Refused(status)) => return Err(status),
             Err(NotStarted::Ended(exit)) => {
-                let _ = replies.try_send(Ok(ExecOutput { kind: Some(exec_output::Kind::Exit(exit)) }));
+                replies.try_send(Ok(ExecOutput { kind: Some(exec_output::Kind::Exit(exit)) })).ok();
                 return Ok(stream(receiver));
             }
         };
@@ -283,7 +283,7 @@ impl Agent for Service {
         let deadline = (!timeout.is_zero()).then(|| Instant::now() + timeout);
         if start.detach {
             let started = ExecStarted { pid: child.pid.as_raw() };
-            let _ = replies.try_send(Ok(ExecOutput { kind: Some(exec_output::Kind::Started(started)) }));
+            replies.try_send(Ok(ExecOutput { kind: Some(exec_output::Kind::Started(started)) })).ok();
             tokio::spawn(exec::detached(child, deadline));
             return Ok(stream(receiver));
         }
@@ -388,7 +388,7 @@ impl Agent for Service {
             return Err(Status::failed_precondition("this machine is not the agent's to switch off"));
         };
         // Whoever waits to write could not be ended.
-        let _ = self.stillness.end();
+        self.stillness.end_or_say();
         shutdown::end_processes(Duration::from_millis(request.get_ref().grace_ms), self.main.stops_by()).await;
         shutdown::write_back().await;
         self.mounts.close().await;

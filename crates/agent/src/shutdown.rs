@@ -30,13 +30,13 @@ pub async fn end_processes(grace: Duration, main: Option<StopSignal>) {
         }
         // A shell at its prompt ignores SIGTERM, but not that its terminal is gone.
         for pid in leaders_of_terminals() {
-            let _ = ended::kill(pid, SIGHUP);
+            ended::kill(pid, SIGHUP).ok();
         }
         if all_gone(grace).await {
             return;
         }
     }
-    let _ = ended::kill(-1, SIGKILL);
+    ended::kill(-1, SIGKILL).ok();
     if !all_gone(KILL_DEADLINE).await {
         console::say(format_args!("some processes could not be ended"));
     }
@@ -48,10 +48,10 @@ fn end_around(main: StopSignal) {
     for pid in processes.filter_map(|process| process.file_name().to_str()?.parse().ok()).filter(|pid| *pid != 1) {
         let is_its = getpgid(Some(Pid::from_raw(pid))) == Ok(Pid::from_raw(main.pid));
         if !is_its {
-            let _ = ended::kill(pid, SIGTERM);
+            ended::kill(pid, SIGTERM).ok();
         }
     }
-    let _ = ended::kill(main.pid, main.signal);
+    ended::kill(main.pid, main.signal).ok();
 }
 
 fn leaders_of_terminals() -> impl Iterator<Item = i32> {

@@ -61,7 +61,7 @@ pub async fn warm_up(spawner: &Spawner) -> u64 {
     let read = tokio::task::spawn_blocking(read_files).await.unwrap_or(0);
     for command in COMMANDS {
         // A program that the image does not have is no loss.
-        let _ = run(spawner, command).await;
+        run(spawner, command).await.ok();
     }
     read
 }
@@ -102,7 +102,7 @@ async fn run(spawner: &Spawner, command: &[&str]) -> io::Result<()> {
     let started = spawner.reaper.adopt(|| spawn(&program, &descriptors, None));
     let mut child = started.map_err(io::Error::other)?;
     if tokio::time::timeout(DEADLINE, child.ended()).await.is_err() {
-        let _ = child.signal_group(nix::libc::SIGKILL);
+        child.signal_group(nix::libc::SIGKILL).ok();
         child.ended().await;
     }
     Ok(())

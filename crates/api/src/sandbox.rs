@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -280,13 +280,23 @@ pub struct LogsResponse {
     pub logs: String,
 }
 
-/// One line of the logs as `application/x-ndjson`: a piece of what was printed, not a line of it.
+/// One line of the logs as `application/x-ndjson`: a piece of what was printed, not a line of it unless `timestamps` asks
+/// for lines.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LogPiece {
     /// `stdout` or `stderr`.
     pub stream: String,
     /// The text; bytes that are not UTF-8 are replaced.
     pub text: String,
+    /// With `timestamps`: when the line began to come, by the host's clock. Absent from the rest of a very long line, and
+    /// from what versions before this field recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<DateTime<Utc>>,
+}
+
+/// What stands before a line of logs with timestamps: always as long, so that lines are in columns and sort.
+pub fn timestamp(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Micros, true) + " "
 }
 
 /// A directory of the host in the sandbox: a file that one changes the other sees, within a second.
@@ -458,7 +468,8 @@ pub struct SandboxInfo {
     pub reason: Option<Reason>,
     /// Bound ports; never null.
     pub urls: Vec<Endpoint>,
-    /// What was done otherwise than asked for, in sentences.
+    /// What was done otherwise than asked for, and that its disk was full when it was last looked at (at its start, and
+    /// when it alone is asked for), in sentences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
     /// `unresponsive` while its VM runs and its agent does not answer; absent otherwise.

@@ -95,7 +95,7 @@ async fn cloud() -> Cloud {
                 let Ok(stream) = acceptor.accept(stream).await else { return };
                 count.fetch_add(1, Ordering::Relaxed);
                 let serving = hyper::server::conn::http1::Builder::new();
-                let _ = serving.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades().await;
+                serving.serve_connection(TokioIo::new(stream), service_fn(answer)).with_upgrades().await.ok();
             });
         }
     });

@@ -8,6 +8,7 @@
 //!   stream in. An object has a name of its own and never changes.
 //!
 //! Knows no HTTP.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 mod below;

@@ -67,7 +67,7 @@ impl fmt::Debug for S3 {
 impl S3 {
     pub(crate) fn client(&self) -> Result<AmazonS3, Error> {
         // Fails when another part of the program has chosen one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        rustls::crypto::ring::default_provider().install_default().ok();
         let mut builder = AmazonS3Builder::from_env()
             .with_bucket_name(&self.bucket)
             .with_region(self.region.as_deref().unwrap_or("us-east-1"))

@@ -72,8 +72,10 @@ impl Storage {
     pub async fn open(settings: &Settings) -> Result<Self, Error> {
         let (store, backend, prefix): (Arc<dyn ObjectStore>, _, _) = match settings {
             Settings::Directory(dir) => {
-                let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-                made.map_err(|error| Error::Settings(format!("{} cannot be made: {error}", dir.display())))?;
+                let wanted = dir.clone();
+                let made = tokio::task::spawn_blocking(move || make_private(&wanted)).await;
+                made.map_err(Error::Internal)?
+                    .map_err(|error| Error::Settings(format!("{} cannot be made: {error}", dir.display())))?;
                 let store = LocalFileSystem::new_with_prefix(dir).map_err(Error::of_store("opened"))?;
                 (Arc::new(store.with_fsync(true)), Backend::Directory(Arc::new(dir.clone())), Path::default())
             }
@@ -239,7 +241,13 @@ impl Upload {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn make_private(dir: &std::path::Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
 /// A file that is not whole yet has a `#` in its name, and a number behind it.
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 fn remove_half_written(dir: &std::path::Path, age: Duration) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let half = entry.file_name().to_str().is_some_and(|name| name.contains('#'));

@@ -349,7 +349,7 @@ impl Unpacking<'_> {
         own_at(parent, name, attributes.owner)?;
         // A link whose time cannot be set is as good.
         if let Some(times) = attributes.times() {
-            let _ = utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW);
+            utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW).ok();
         }
         Ok(())
     }

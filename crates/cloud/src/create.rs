@@ -71,7 +71,7 @@ impl Cloud {
         let cloud = Arc::clone(self);
         // Apart: what is begun is never nobody's, wherever the caller leaves.
         let made = tokio::spawn(async move { cloud.carry_out(begun, progress).await }).await;
-        let _ = has_its_answer.send(());
+        has_its_answer.send(()).ok();
         made.unwrap_or_else(|error| Err(ApiError::new(ErrorCode::Internal, format!("the server failed: {error}"))))
     }
 

@@ -7,6 +7,7 @@
 //! - [`routes`]: where a host name leads.  [`sync`]: what the regions run, written down for the time they are cut off.
 //!
 //! Any number of servers may share one store: none keeps state of its own.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 mod archives;

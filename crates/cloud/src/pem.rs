@@ -1,4 +1,5 @@
 //! Certificates and keys from PEM files. Errors tell nothing of what stands in a file.
+#![expect(clippy::disallowed_methods, reason = "runs at the start, and on threads that may wait")]
 
 use std::{fs, io, os::unix::fs::MetadataExt, path::Path};
 

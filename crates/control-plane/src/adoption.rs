@@ -16,7 +16,9 @@ use heyvm_store::{SandboxRow, Store};
 use heyvm_vm::{Driver, Vm};
 
 use crate::{
-    Config, ControlPlane, Sandbox, archives, errors, lifecycle, logs, orphans,
+    Config, ControlPlane, Sandbox, archives,
+    blocking::blocking,
+    errors, lifecycle, logs, orphans,
     record::{self, Record},
     supervised,
 };
@@ -43,7 +45,7 @@ impl ControlPlane {
         let vms = driver.list().await.map_err(errors::vm)?;
         let (mut sandboxes, mut unread) = (HashMap::new(), HashSet::new());
         for row in &rows {
-            let Some(mut record) = read(row, &images) else {
+            let Some(mut record) = read(row, &images).await else {
                 unread.insert(row.id.clone());
                 continue;
             };
@@ -73,9 +75,7 @@ impl ControlPlane {
         });
         plane.all().iter().for_each(|sandbox| plane.book.noted(sandbox));
         plane.load_endpoints().await?;
-        archives::prepare(&plane.config.home)
-            .and_then(|()| logs::prepare(&plane.config.home, &rows, &vms))
-            .map_err(|error| errors::io("preparing archives and logs", &error))?;
+        plane.prepare_files(rows.clone(), vms.clone()).await?;
         plane.look_at_unnamed(&rows, &vms).await;
         plane.settle_all().await;
         plane.sweep().await;
@@ -83,6 +83,12 @@ impl ControlPlane {
         tokio::spawn(Arc::clone(&plane).sweep_forever());
         tokio::spawn(Arc::clone(&plane).tidy_archives_forever());
         Ok(plane)
+    }
+
+    async fn prepare_files(&self, rows: Vec<SandboxRow>, vms: Vec<String>) -> Result<(), ApiError> {
+        let home = self.config.home.clone();
+        let prepared = blocking(move || archives::prepare(&home).and_then(|()| logs::prepare(&home, &rows, &vms)));
+        prepared.await?.map_err(|error| errors::io("preparing archives and logs", &error))
     }
 
     /// Side by side.
@@ -143,18 +149,18 @@ impl ControlPlane {
     pub(crate) async fn adopt(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<(), ApiError> {
         let id = sandbox.record().id.clone();
         if let Some(vm) = self.find_vm(&id).await? {
-            self.take_up(sandbox, vm);
+            self.take_up(sandbox, vm).await;
             return Ok(());
         }
-        let (status, reason) = lifecycle::judge(self.driver.post_mortem(&id).await, self.log_tail(&id));
+        let (status, reason) = lifecycle::judge(self.driver.post_mortem(&id).await, self.log_tail(&id).await);
         self.save(sandbox, |record| record.enter(status, Some(reason))).await.map(drop)
     }
 
     /// Goes on with a VM that runs: its log, its mounts, its end.
-    pub(crate) fn take_up(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>) {
+    pub(crate) async fn take_up(self: &Arc<Self>, sandbox: &Arc<Sandbox>, vm: Arc<dyn Vm>) {
         sandbox.set_vm(Some(Arc::clone(&vm)));
         self.watch_agent(sandbox, &vm);
-        self.resume_log(sandbox);
+        self.resume_log(sandbox).await;
         self.resume_mounts(sandbox, &vm);
         let record = sandbox.snapshot();
         let has_main = record.start_command.is_some() || record.runs_the_images_command();
@@ -211,12 +217,12 @@ impl ControlPlane {
 }
 
 /// The record in a row; none where another version has written what this one cannot read.
-fn read(row: &SandboxRow, images: &ImageStore) -> Option<Record> {
+async fn read(row: &SandboxRow, images: &ImageStore) -> Option<Record> {
     match Record::from_row(row) {
         Ok(mut record) => {
             // Earlier versions wrote the image's name alone.
             if record.image_digest.is_none() {
-                record.image_digest = images.get(&record.image).map(|image| image.digest);
+                record.image_digest = images.get(&record.image).await.map(|image| image.digest);
             }
             Some(record)
         }

@@ -79,7 +79,7 @@ impl Sandbox {
             }
             drop(lock);
             // The sender is a field of this sandbox.
-            let _ = changed.changed().await;
+            changed.changed().await.ok();
         }
     }
 

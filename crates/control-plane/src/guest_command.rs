@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use heyvm_agent_protocol::v1::{ExecInput, ExecStart, Exit, exec_input, exec_output};
+use heyvm_agent_protocol::v1::{ExecInput, ExecOutput, ExecStart, Exit, exec_input, exec_output};
 use heyvm_api::{ApiError, ErrorCode};
 use heyvm_vm::Vm;
+use tokio::sync::mpsc;
+use tonic::Streaming;
 
 use crate::errors;
 
@@ -16,38 +18,56 @@ const TAIL_BYTES: usize = 64 << 10;
 
 /// Runs a script and keeps the end of its output.
 pub(crate) async fn run(vm: &Arc<dyn Vm>, script: &str) -> Result<(Exit, Tail), ApiError> {
-    run_with(vm, script, |_, _| {}).await
-}
-
-/// Runs a script, passes on what it prints (and whether on standard error), and keeps the end of that.
-pub(crate) async fn run_with(
-    vm: &Arc<dyn Vm>,
-    script: &str,
-    mut pass_on: impl FnMut(bool, &[u8]),
-) -> Result<(Exit, Tail), ApiError> {
-    let start = ExecStart { argv: vec![script.to_owned()], shell: true, ..ExecStart::default() };
-    // The stream of input stays open until the end: its end would be the host's leave.
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
-    let _ = sender.send(ExecInput { kind: Some(exec_input::Kind::Start(start)) }).await;
-    let mut client = vm.agent().client().await.map_err(errors::vm)?;
-    let input = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    let mut messages = client.exec(input).await.map_err(|status| errors::agent(&status))?.into_inner();
-    let mut output = Tail::default();
-    while let Some(message) = messages.message().await.map_err(|status| errors::agent(&status))? {
-        match message.kind {
-            Some(exec_output::Kind::Stdout(data)) => {
-                pass_on(false, &data);
-                output.add(&data);
-            }
-            Some(exec_output::Kind::Stderr(data)) => {
-                pass_on(true, &data);
-                output.add(&data);
-            }
-            Some(exec_output::Kind::Exit(exit)) => return Ok((exit, output)),
-            _ => {}
+    let mut running = Running::start(vm, script).await?;
+    loop {
+        if let Said::Ended(exit) = running.next().await? {
+            return Ok((exit, running.output));
         }
     }
-    Err(ApiError::new(ErrorCode::SandboxUnreachable, "the sandbox's agent went away"))
+}
+
+/// A script that runs.
+pub(crate) struct Running {
+    messages: Streaming<ExecOutput>,
+    /// The end of what it has printed.
+    pub output: Tail,
+    /// The stream of input stays open until the end: its end would be the host's leave.
+    _input: mpsc::Sender<ExecInput>,
+}
+
+/// What a script does next.
+pub(crate) enum Said {
+    /// It prints.
+    Printed { stderr: bool, data: Vec<u8> },
+    /// It ends.
+    Ended(Exit),
+}
+
+impl Running {
+    pub async fn start(vm: &Arc<dyn Vm>, script: &str) -> Result<Self, ApiError> {
+        let start = ExecStart { argv: vec![script.to_owned()], shell: true, ..ExecStart::default() };
+        let (sender, receiver) = mpsc::channel(1);
+        let first = ExecInput { kind: Some(exec_input::Kind::Start(start)) };
+        sender.try_send(first).map_err(|error| errors::internal(&error))?;
+        let mut client = vm.agent().client().await.map_err(errors::vm)?;
+        let input = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let messages = client.exec(input).await.map_err(|status| errors::agent(&status))?.into_inner();
+        Ok(Self { messages, output: Tail::default(), _input: sender })
+    }
+
+    pub async fn next(&mut self) -> Result<Said, ApiError> {
+        while let Some(message) = self.messages.message().await.map_err(|status| errors::agent(&status))? {
+            let (stderr, data) = match message.kind {
+                Some(exec_output::Kind::Stdout(data)) => (false, data),
+                Some(exec_output::Kind::Stderr(data)) => (true, data),
+                Some(exec_output::Kind::Exit(exit)) => return Ok(Said::Ended(exit)),
+                _ => continue,
+            };
+            self.output.add(&data);
+            return Ok(Said::Printed { stderr, data });
+        }
+        Err(ApiError::new(ErrorCode::SandboxUnreachable, "the sandbox's agent went away"))
+    }
 }
 
 /// The end of an output, however long that is.

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use heyvm_agent_protocol::v1::Exit;
 use heyvm_api::{ApiError, ErrorCode, system::ProgressEvent};
 use heyvm_vm::Vm;
 
 use crate::{
     ControlPlane, ProgressSink, Sandbox,
-    guest_command::{run_with, shown},
+    guest_command::{Running, Said, Tail, shown},
 };
 
 /// The step's name in progress, errors and lists.
@@ -34,7 +35,7 @@ impl<'a> HookOutput<'a> {
 
     /// Runs one hook; its failure carries its last lines.
     pub async fn run(&mut self, vm: &Arc<dyn Vm>, hook: &str) -> Result<(), ApiError> {
-        let ran = run_with(vm, hook, |stderr, data| self.add(stderr, data)).await;
+        let ran = self.run_and_pass_on(vm, hook).await;
         for stderr in [false, true] {
             if let Some(line) = self.lines[usize::from(stderr)].rest() {
                 self.send(stderr, &line);
@@ -51,10 +52,21 @@ impl<'a> HookOutput<'a> {
             .log_tail(output.lines()))
     }
 
-    fn add(&mut self, stderr: bool, data: &[u8]) {
-        self.plane.append_log(self.sandbox, stderr, self.logged, data);
+    async fn run_and_pass_on(&mut self, vm: &Arc<dyn Vm>, hook: &str) -> Result<(Exit, Tail), ApiError> {
+        let mut running = Running::start(vm, hook).await?;
+        loop {
+            match running.next().await? {
+                Said::Printed { stderr, data } => self.add(stderr, data).await,
+                Said::Ended(exit) => return Ok((exit, running.output)),
+            }
+        }
+    }
+
+    async fn add(&mut self, stderr: bool, data: Vec<u8>) {
+        let (logged, lines) = (self.logged, self.lines[usize::from(stderr)].add(&data));
         self.logged += data.len() as u64;
-        for line in self.lines[usize::from(stderr)].add(data) {
+        self.plane.append_log(self.sandbox, stderr, logged, data).await;
+        for line in lines {
             self.send(stderr, &line);
         }
     }
@@ -65,10 +77,10 @@ impl<'a> HookOutput<'a> {
         }
         let message = shown(&String::from_utf8_lossy(line));
         self.left = self.left.saturating_sub(message.len() + 1);
-        let _ = self.progress.send(event(if stderr { "stderr" } else { "stdout" }, message));
+        self.progress.send(event(if stderr { "stderr" } else { "stdout" }, message)).ok();
         if self.left == 0 {
-            let _ =
-                self.progress.send(event("stderr", "(more output than is streamed: `heyvm logs` has the rest)".into()));
+            let rest = "(more output than is streamed: `heyvm logs` has the rest)";
+            self.progress.send(event("stderr", rest.into())).ok();
         }
     }
 }

@@ -22,8 +22,12 @@ use crate::{
 const LOW_DISK: u64 = 2 << 30;
 
 impl ControlPlane {
-    fn image_info(&self, image: &Image) -> ImageInfo {
-        let stands_in = self.images.get(&self.config.default_image).is_none() && image.source == "packages";
+    async fn image_info(&self, image: &Image) -> ImageInfo {
+        self.described(image, self.images.get(&self.config.default_image).await.is_some())
+    }
+
+    fn described(&self, image: &Image, default_is_here: bool) -> ImageInfo {
+        let stands_in = !default_is_here && image.source == "packages";
         ImageInfo {
             name: image.name.clone(),
             digest: image.digest.clone(),
@@ -36,9 +40,9 @@ impl ControlPlane {
 
     /// Images here that an account may run.
     pub async fn images(&self, account: &Account) -> Result<Vec<ImageInfo>, ApiError> {
-        let all = self.images.list();
+        let (all, default) = (self.images.list().await, self.images.get(&self.config.default_image).await);
         let may_run = |image: &&Image| account.is_owner() || !image.private || image.name == self.config.default_image;
-        Ok(all.iter().filter(may_run).map(|image| self.image_info(image)).collect())
+        Ok(all.iter().filter(may_run).map(|image| self.described(image, default.is_some())).collect())
     }
 
     /// Fetches an image from its registry.
@@ -53,7 +57,7 @@ impl ControlPlane {
         let pulled = self.images.pull(&request.image, requester(account), self.forward(&progress, "image")).await;
         let image = pulled.map_err(errors::image)?;
         self.prune_images().await;
-        Ok(self.image_info(&image))
+        Ok(self.image_info(&image).await)
     }
 
     /// Takes an image from a file on this machine.
@@ -63,13 +67,13 @@ impl ControlPlane {
         let forward = self.forward(&progress, "image");
         let image = self.images.import(&path, request.name.as_deref(), forward).await.map_err(errors::image)?;
         self.prune_images().await;
-        Ok(self.image_info(&image))
+        Ok(self.image_info(&image).await)
     }
 
     /// Removes an image that no sandbox runs.
     pub async fn remove_image(&self, name: &str) -> Result<(), ApiError> {
         let _no_other = self.image_use.lock().await;
-        let digest = self.images.get(name).map(|image| image.digest);
+        let digest = self.images.get(name).await.map(|image| image.digest);
         if let Some(user) = self.living().find(|record| digest.is_some() && record.image_digest == digest) {
             return Err(ApiError::new(ErrorCode::InvalidState, format!("sandbox {} runs image {name}", user.name))
                 .hint(format!("heyvm rm {} first", user.name)));
@@ -97,7 +101,9 @@ impl ControlPlane {
             full: request.sandbox_type.as_deref() == Some("full"),
             requester: requester(&account),
         };
-        if named.is_some_and(|named| named != wanted.default_image && self.images.get(named).is_none()) {
+        if let Some(named) = named.filter(|named| *named != wanted.default_image)
+            && self.images.get(named).await.is_none()
+        {
             self.pulls.admit(&account)?;
         }
         loop {
@@ -105,7 +111,7 @@ impl ControlPlane {
             let mut resolved = self.images.resolve(&wanted, forward).await.map_err(errors::image)?;
             let _no_other = self.image_use.lock().await;
             // It may have been removed just now.
-            if self.images.with_digest(&resolved.image.digest).is_some() {
+            if self.images.with_digest(&resolved.image.digest).await.is_some() {
                 let digest = resolved.image.digest.clone();
                 self.images.touch(&digest).await;
                 self.save(sandbox, |record| record.image_digest = Some(digest)).await?;
@@ -142,8 +148,10 @@ impl ControlPlane {
                 _ => return Ok(PruneResponse::default()),
             };
             let used = self.living().filter_map(|record| record.image_digest).chain(orphans).collect();
-            let built = [Variant::Base, Variant::Full].into_iter().filter_map(|variant| self.images.stand_in(variant));
-            let kept = built.map(|image| image.name).chain([self.config.default_image.clone()]).collect();
+            let mut kept = vec![self.config.default_image.clone()];
+            for variant in [Variant::Base, Variant::Full] {
+                kept.extend(self.images.stand_in(variant).await.map(|image| image.name));
+            }
             self.images.prune(Prune { used, kept, extent }).await.map_err(errors::image)?
         };
         // Gigabytes may take a while: creates go on meanwhile.
@@ -158,9 +166,8 @@ impl ControlPlane {
 
     /// Takes a guest kernel from an unpacked package.
     pub async fn import_kernel(&self, tree: &str) -> Result<String, ApiError> {
-        let (images, tree) = (Arc::clone(&self.images), on_this_machine(tree)?);
-        let imported = tokio::task::spawn_blocking(move || images.import_kernel(&tree)).await;
-        imported.map_err(|error| errors::internal(&error))?.map_err(errors::image)
+        let (images, tree) = (&self.images, on_this_machine(tree)?);
+        images.import_kernel(&tree).await.map_err(errors::image)
     }
 
     /// Makes sure that kernel, default image and the small template are there.
@@ -169,7 +176,7 @@ impl ControlPlane {
         let sandbox = Sandbox::new(record);
         let spec = self.default_spec(&sandbox.snapshot(), &progress).await?;
         self.driver.prepare(&spec, self.forward(&progress, "template")).await.map_err(errors::vm)?;
-        Ok(self.image_info(&spec.image))
+        Ok(self.image_info(&spec.image).await)
     }
 
     /// What every sandbox takes over from the host.
@@ -185,7 +192,7 @@ impl ControlPlane {
             Ok(kernel) => ok("kernel", format!("guest kernel {}", kernel.version)),
             Err(error) => failed("kernel", errors::image(error)),
         });
-        checks.push(match self.images.list().as_slice() {
+        checks.push(match self.images.list().await.as_slice() {
             [] => Check {
                 name: "image".into(),
                 status: CheckStatus::Warn,

@@ -9,22 +9,25 @@
 //! - [`list`]: lists and their pages.  [`changes`]: what has changed since.  [`deadlines`]: what is due by itself.
 //! - [`orphans`]: VMs that no row names.  [`agent_watch`]: whether an adopted VM's agent answers.
 //! - [`mounts`]: directories of this host in a sandbox.
-//! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.
+//! - [`resize`]: another size class, a larger disk.  [`checkpoint`]: a disk to go back to.  [`disk_space`]: a full one.
 //! - [`main_command`]: the start command and its log.  [`ready`]: when a sandbox counts as running.
 //! - [`image_run`]: what an image runs by itself.  [`pulls`]: limits on images.
 //! - [`hooks`]: setup hooks and their output.  [`guest_command`]: other commands in a guest.  [`cut`]: what cuts a create
-//!   or start short.  [`endpoints`], [`archives`], [`logs`], [`images`]: what their names say.  [`errors`]: codes and hints.
-//! - [`supervised`]: panics that end one sandbox alone.
+//!   or start short.  [`endpoints`], [`archives`], [`logs`] ([`log_lines`]), [`images`]: what their names say.  [`errors`]: codes and hints.
+//! - [`supervised`]: panics that end one sandbox alone.  [`blocking`]: what waits for a disk.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 
 mod adoption;
 mod agent_watch;
 mod archives;
+mod blocking;
 mod changes;
 mod checkpoint;
 mod create;
 mod cut;
 mod deadlines;
+mod disk_space;
 mod endpoints;
 mod errors;
 mod guest_command;
@@ -34,6 +37,7 @@ mod images;
 mod lifecycle;
 mod list;
 mod local_ports;
+mod log_lines;
 mod logs;
 mod main_command;
 mod mounts;
@@ -73,7 +77,7 @@ pub use endpoints::ConnectError;
 pub use errors::agent as agent_error;
 pub use list::{ListQuery, Listing};
 pub use local_ports::{LocalPorts, WantedPort};
-pub use logs::LogChunk;
+pub use logs::{LogChunk, LogQuery};
 pub use pulls::ImageLimits;
 use pulls::Pulls;
 use record::Record;
@@ -194,10 +198,14 @@ struct Sandbox {
     mount_handles: Arc<HandleBudget>,
     /// How much of what this run of the start command has printed is in the log.
     log_offset: AtomicU64,
+    /// Held while its log is written to: what comes later stands later, although nobody waits for the earlier any more.
+    log_turn: Arc<tokio::sync::Mutex<()>>,
     /// Whether its VM runs and the agent in it does not answer.
     agent_is_silent: AtomicBool,
     /// Whether its next start by itself is under way.
     is_starting_again: AtomicBool,
+    /// Whether its disk was full when it was last looked at.
+    disk: disk_space::DiskSpace,
 }
 
 impl Sandbox {
@@ -215,13 +223,20 @@ impl Sandbox {
             failure: OnceLock::new(),
             mount_handles: HandleBudget::of_this_process(),
             log_offset: AtomicU64::new(0),
+            log_turn: Arc::default(),
             agent_is_silent: AtomicBool::new(false),
             is_starting_again: AtomicBool::new(false),
+            disk: disk_space::DiskSpace::default(),
         })
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Whether it runs, and its agent answers as far as is known.
+    fn is_reachable(&self) -> bool {
+        self.record().status == Status::Running && !self.agent_is_silent.load(Ordering::Relaxed)
     }
 
     fn snapshot(&self) -> Record {
@@ -240,7 +255,9 @@ impl Sandbox {
 impl ControlPlane {
     /// One sandbox; also one removed within the last day.
     pub async fn get(&self, who: &Who) -> Result<SandboxInfo, ApiError> {
-        Ok(self.info(&self.find(who)?.snapshot()))
+        let sandbox = self.find(who)?;
+        self.look_at_disk_again(&sandbox).await;
+        Ok(self.info(&sandbox.snapshot()))
     }
 
     /// Whether a sandbox sees directories of the host; false where there is no such sandbox.
@@ -344,7 +361,10 @@ impl ControlPlane {
     }
 
     fn info(&self, record: &Record) -> SandboxInfo {
-        let info = record.info(self.urls_of(&record.id));
+        let mut info = record.info(self.urls_of(&record.id));
+        if record.status != Status::Removed {
+            info.warnings.extend(self.with_id(&record.id).and_then(|sandbox| sandbox.disk.note(&record.name)));
+        }
         let provisioning = Some(record).filter(|record| record.status == Status::Provisioning);
         let step = provisioning.and_then(|record| self.with_id(&record.id)).and_then(|sandbox| sandbox.step());
         // One whose VM could not be found yet is as unresponsive as one whose agent is silent.
@@ -410,7 +430,7 @@ fn not_running(record: &Record) -> ApiError {
 
 /// Tells what a step is doing.
 fn tell(progress: &ProgressSink, step: &str, message: &str) {
-    let _ = progress.send(ProgressEvent::new(step, message));
+    progress.send(ProgressEvent::new(step, message)).ok();
 }
 
 /// Begins a step of a sandbox's create or start: told to the caller, and named in `get` and `list` meanwhile.

@@ -190,9 +190,15 @@ impl ControlPlane {
         }
         let vm = self.driver.start(&record.id, &spec).await.map_err(|error| errors::vm(error).step("vm"))?;
         sandbox.set_vm(Some(Arc::clone(&vm)));
+        // Before anything runs that a full disk may keep from running.
+        self.look_at_disk(sandbox, &vm.agent()).await;
         self.mount_all(sandbox, &vm).await.map_err(|error| error.step("mount"))?;
-        let mut main = self.run_start_command(sandbox, &vm, progress).await?;
-        self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
+        let begun = async {
+            let mut main = self.run_start_command(sandbox, &vm, progress).await?;
+            self.wait_until_ready(sandbox, &vm, main.as_mut(), progress).await?;
+            Ok(main)
+        };
+        let main = begun.await.map_err(|error| sandbox.disk.explain(&record.name, error))?;
         self.save(sandbox, Record::run).await?;
         self.watch(sandbox, vm, main);
         Ok(())
@@ -272,7 +278,7 @@ impl ControlPlane {
         self.unbind_all(&record.id).await;
         sandbox.set_vm(None);
         self.driver.destroy(&record.id).await.map_err(errors::vm)?;
-        self.forget_mounts(&record.id);
+        self.forget_mounts(&record.id).await;
         self.save(sandbox, |record| {
             record.enter(Status::Removed, record.reason.clone());
             record.drop_content();
@@ -322,7 +328,7 @@ impl ControlPlane {
         let record = sandbox.snapshot();
         match record.status {
             Status::Running => {
-                let log_tail = self.log_tail(&record.id);
+                let log_tail = self.log_tail(&record.id).await;
                 let (status, reason) = match ended {
                     Ended::Vm(exit) => judge(exit, log_tail),
                     Ended::Main(exit) => judge_main(&exit, log_tail),
@@ -347,7 +353,7 @@ impl ControlPlane {
         loop {
             self.book.deadlines.wait().await;
             // One sandbox that makes it panic is not to keep the others alive.
-            let _ = supervised::run("looking for what is due", self.sweep()).await;
+            supervised::run("looking for what is due", self.sweep()).await.ok();
         }
     }
 
@@ -393,7 +399,7 @@ impl ControlPlane {
         match self.store.forget(id).await {
             Ok(()) => {
                 self.drop_from_memory(id);
-                self.remove_log(id);
+                self.remove_log(id).await;
             }
             Err(error) => {
                 tracing::error!(%error, id, "a removed sandbox could not be forgotten");

@@ -34,7 +34,7 @@ impl ControlPlane {
     /// Has `ports` listen for every bound port, now and whenever one is bound or unbound.
     pub async fn open_local_ports(&self, ports: Arc<dyn LocalPorts>) -> Result<(), ApiError> {
         // A second one has nothing to do.
-        let _ = self.listeners.set(ports);
+        self.listeners.set(ports).ok();
         let _no_port_is_bound_meanwhile = self.binding.lock().await;
         self.listen_for_endpoints().await
     }

@@ -75,7 +75,7 @@ impl ControlPlane {
         let env = port.map(|port| EnvVar { name: "PORT".into(), value: port.to_string() }).into_iter().collect();
         let start = ExecStart { argv, shell, env, ..ExecStart::default() };
         let mut client = vm.agent().client().await.map_err(errors::vm)?;
-        self.begin_log(sandbox);
+        self.begin_log(sandbox).await;
         let request = StartMainRequest { start: Some(start), stop_signal };
         client.start_main(request).await.map_err(|status| errors::agent(&status).step("start_command"))?;
         Ok(Some(self.follow(sandbox, vm)))
@@ -107,7 +107,7 @@ impl ControlPlane {
                 while let Ok(Some(event)) = events.message().await {
                     match event.kind {
                         Some(main_event::Kind::Log(log)) => {
-                            self.append_log(sandbox, log.stderr, log.offset, &log.data);
+                            self.append_log(sandbox, log.stderr, log.offset, log.data).await;
                         }
                         Some(main_event::Kind::Exit(exit)) => return Some(exit),
                         None => {}
@@ -140,6 +140,6 @@ pub(crate) async fn tail_of_this_run(agent: &AgentConnection) -> Vec<String> {
             }
         }
     };
-    let _ = tokio::time::timeout(PAST, reading).await;
+    tokio::time::timeout(PAST, reading).await.ok();
     output.lines()
 }

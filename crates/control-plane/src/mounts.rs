@@ -8,7 +8,6 @@
 //! The file server is `heyvm-mounts`; what the guest does with it is the agent's affair.
 
 use std::{
-    fs,
     path::{Component, Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -17,16 +16,19 @@ use std::{
 use heyvm_agent_protocol::v1::{MountInput, MountOutput, MountStart};
 use heyvm_api::{
     ApiError, ErrorCode,
-    error::with_causes,
     sandbox::{Mount, SandboxInfo, Status},
 };
-use heyvm_mounts::{Directory, DirectoryIdentity, HandleBudget, History, Server};
+use heyvm_mounts::{DirectoryIdentity, HandleBudget, History, Server};
 use heyvm_vm::{AgentConnection, Vm};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use crate::{ControlPlane, Sandbox, Who, errors, not_running, record::Record, spawn_detached, supervised};
+use crate::{
+    ControlPlane, Sandbox, Who, blocking::blocking, errors, not_running, record::Record, spawn_detached, supervised,
+};
+
+mod on_host;
 
 /// Mounts of one sandbox, at most.
 const MAX_MOUNTS: usize = heyvm_api::limits::MOUNTS.most;
@@ -38,7 +40,6 @@ const QUEUE: usize = 16;
 const MOUNTING: Duration = Duration::from_secs(60);
 /// A directory on this host is found within it, or its file system does not answer.
 const LOOKING: Duration = Duration::from_secs(30);
-const DIRECTORY_HINT: &str = "name a directory that is there, for example one of your project";
 /// First and longest pause before what could not be served is tried again.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -66,39 +67,6 @@ pub(crate) fn check(mounts: &[Mount]) -> Result<Vec<Mount>, ApiError> {
     Ok(checked)
 }
 
-/// Resolves the links of a mount's host path, once: from then on the path is opened through no link, and the directory
-/// must be the one that is identified here. Blocks on the file system.
-fn resolve(mount: &mut Mount, home: &Path) -> Result<DirectoryIdentity, ApiError> {
-    let asked = &mount.host_path;
-    let no_directory = |why: String| {
-        ApiError::new(ErrorCode::InvalidDirectory, format!("host_path {asked:?} cannot be mounted: {why}"))
-            .hint(DIRECTORY_HINT)
-    };
-    let path = fs::canonicalize(asked).map_err(|error| no_directory(error.to_string()))?;
-    if !path.is_dir() {
-        return Err(no_directory("it is no directory".into()));
-    }
-    permitted(&path, home)?;
-    let directory = Directory::open(&path).map_err(not_opened)?;
-    let path = path.into_os_string().into_string();
-    mount.host_path = path.map_err(|path| no_directory(format!("{} is not UTF-8", path.display())))?;
-    Ok(directory.identity().clone())
-}
-
-/// Refuses directories that no sandbox may have. `path` holds no links.
-fn permitted(path: &Path, home: &Path) -> Result<(), ApiError> {
-    let home = fs::canonicalize(home).unwrap_or_else(|_| home.to_owned());
-    let why = if path == Path::new("/") || SYSTEM.iter().any(|system| path.starts_with(system)) {
-        "the whole host and its kernel's files are not for a sandbox"
-    } else if path.starts_with(&home) || home.starts_with(path) {
-        "heyvm's own files are in it"
-    } else {
-        return Ok(());
-    };
-    let message = format!("host_path {:?} cannot be mounted: {why}", path.display().to_string());
-    Err(ApiError::new(ErrorCode::Forbidden, message).hint(DIRECTORY_HINT))
-}
-
 /// Runs file system calls that may stall (NFS, FUSE) where they stall nobody else, and not indefinitely.
 async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
@@ -109,17 +77,6 @@ async fn on_disk<T: Send + 'static>(
             .hint("look at it with ls; a network file system may be out of reach")
     })?
     .map_err(|error| errors::internal(&error))?
-}
-
-fn not_opened(error: heyvm_mounts::Error) -> ApiError {
-    use heyvm_mounts::Error::{Link, Replaced};
-    let hint = match error {
-        Link { .. } | Replaced { .. } => {
-            "see what stands there now; heyvm mount-add with the same paths, on the stopped sandbox, mounts that instead"
-        }
-        _ => "the directory must be there and open to the one who runs the daemon",
-    };
-    ApiError::new(ErrorCode::InvalidDirectory, with_causes(&error)).hint(hint)
 }
 
 fn taken(sandbox_path: &str) -> ApiError {
@@ -210,7 +167,7 @@ impl ControlPlane {
         let mut mount = check(&[mount])?.remove(0);
         let home = self.config.home.clone();
         on_disk(move || {
-            let directory = resolve(&mut mount, &home)?;
+            let directory = on_host::resolve(&mut mount, &home)?;
             Ok((mount, directory))
         })
         .await
@@ -249,9 +206,9 @@ impl ControlPlane {
     /// Identifies the directory of a mount that an earlier version recorded by its path alone.
     async fn identify(&self, sandbox: &Arc<Sandbox>, mount: &Mount) -> Result<(), ApiError> {
         let path = PathBuf::from(&mount.host_path);
-        let opened = on_disk(move || Directory::open(&path).map_err(not_opened)).await?;
+        let identity = on_disk(move || on_host::identify(&path)).await?;
         let sandbox_path = mount.sandbox_path.clone();
-        self.save(sandbox, |record| drop(record.directories.insert(sandbox_path, opened.identity().clone()))).await?;
+        self.save(sandbox, |record| drop(record.directories.insert(sandbox_path, identity))).await?;
         Ok(())
     }
 
@@ -274,25 +231,20 @@ impl ControlPlane {
     fn journal(&self, sandbox: &Sandbox, mount: &Mount) -> PathBuf {
         use sha2::{Digest, Sha256};
         let dir = journals(&self.config.home, &sandbox.record().id);
-        if let Err(error) = prepare(&dir) {
-            tracing::warn!(%error, "the directory for the journals of mounts cannot be made");
-        }
         dir.join(hex::encode(&Sha256::digest(&mount.sandbox_path)[..8]))
     }
 
     /// Forgets what a guest knew of its mounts. The host's directories are not touched.
-    pub(crate) fn forget_mounts(&self, id: &str) {
-        let _ = heyvm_trees::remove(&journals(&self.config.home, id));
+    pub(crate) async fn forget_mounts(&self, id: &str) {
+        let journals = journals(&self.config.home, id);
+        if let Err(error) = blocking(move || on_host::forget(&journals)).await {
+            tracing::warn!(%error, id, "the journals of a sandbox's mounts are left");
+        }
     }
 }
 
 fn journals(home: &Path, id: &str) -> PathBuf {
     home.join(DIRECTORY).join(id)
-}
-
-fn prepare(dir: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
 /// One mount of one VM.
@@ -353,7 +305,7 @@ impl Serving {
         let called = tokio::time::timeout(MOUNTING, self.call()).await;
         let (input, mut requests) = called.map_err(|_| not_mounted()).flatten()?;
         if let Some(mounted) = mounted.take() {
-            let _ = mounted.send(Ok(()));
+            mounted.send(Ok(())).ok();
         }
         let (to_server, for_server) = mpsc::channel(QUEUE);
         let (from_server, mut answers) = mpsc::channel(QUEUE);
@@ -393,12 +345,10 @@ impl Serving {
         let (known, history) = (self.directory.clone(), self.history.clone());
         let budget = Arc::clone(&self.sandbox.mount_handles);
         on_disk(move || {
-            permitted(&path, &home)?;
-            let directory = match known {
-                Some(known) => Directory::reopen(&path, &known),
-                None => Directory::open(&path),
-            };
-            Ok(Arc::new(Server::open(directory.map_err(not_opened)?, read_only, &history, &budget)))
+            let directory = on_host::open(&path, known.as_ref(), &home)?;
+            let (History::Fresh(journal) | History::Kept(journal)) = &history;
+            on_host::prepare(journal);
+            Ok(Arc::new(Server::open(directory, read_only, &history, &budget)))
         })
         .await
     }
@@ -434,7 +384,11 @@ fn not_mounted() -> ApiError {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::fs;
+
+    use heyvm_mounts::Directory;
+
+    use super::{on_host::resolve, *};
 
     fn mount(host: &Path, sandbox: &str) -> Mount {
         Mount { host_path: host.to_str().unwrap().into(), sandbox_path: sandbox.into(), read_only: false }

@@ -128,7 +128,7 @@ impl ControlPlane {
     async fn recover_now(self: &Arc<Self>, who: &Who, request: RecoverRequest) -> Result<SandboxInfo, ApiError> {
         let _one_at_a_time = self.keys.lock().await;
         let Some((id, remains)) = self.find_orphan(&who.sandbox).await? else { return Err(self.no_orphan(who)) };
-        let mut record = self.record_of(&id, &remains)?;
+        let mut record = self.record_of(&id, &remains).await?;
         if let Some(name) = request.name {
             (record.slug, record.name) = (names::slugify(&name), name);
         }
@@ -147,7 +147,7 @@ impl ControlPlane {
         self.add(&sandbox);
         let _one_transition = sandbox.transition.lock().await;
         if let Some(vm) = vm {
-            self.take_up(&sandbox, vm);
+            self.take_up(&sandbox, vm).await;
         }
         let record = sandbox.snapshot();
         for port in &record.open_ports {
@@ -163,12 +163,12 @@ impl ControlPlane {
     /// Removes an orphan with its disk. `None` where there is none of this id.
     pub(crate) async fn remove_orphan(self: &Arc<Self>, who: &Who) -> Result<Option<SandboxInfo>, ApiError> {
         let Some((id, remains)) = self.find_orphan(&who.sandbox).await? else { return Ok(None) };
-        let mut record = self.record_of(&id, &remains)?;
+        let mut record = self.record_of(&id, &remains).await?;
         let plane = Arc::clone(self);
         spawn_detached(async move {
             plane.driver.destroy(&id).await.map_err(errors::vm)?;
-            plane.forget_mounts(&id);
-            plane.remove_log(&id);
+            plane.forget_mounts(&id).await;
+            plane.remove_log(&id).await;
             record.enter(Status::Removed, Some(record::reason(ReasonCode::Removed, "removed by a request")));
             Ok(Some(record.info(Vec::new())))
         })
@@ -201,10 +201,10 @@ impl ControlPlane {
     }
 
     /// The record of an orphan: from its note, else from what its files say.
-    fn record_of(&self, id: &str, remains: &Remains) -> Result<Record, ApiError> {
+    async fn record_of(&self, id: &str, remains: &Remains) -> Result<Record, ApiError> {
         let mut record = match Note::of(remains) {
             Some(note) => note.record,
-            None => self.guessed(remains)?,
+            None => self.guessed(remains).await?,
         };
         record.id = id.to_owned();
         (record.removing, record.waiting_to_replace, record.has_run) = (false, false, true);
@@ -216,11 +216,14 @@ impl ControlPlane {
         Ok(record)
     }
 
-    fn guessed(&self, remains: &Remains) -> Result<Record, ApiError> {
+    async fn guessed(&self, remains: &Remains) -> Result<Record, ApiError> {
         let mut record = validate::record(&Default::default(), &Account::owner(), &self.config)?;
         record.created_at = remains.changed_at.into();
         record.disk_gib = remains.disk_gib.max(1);
-        let default = self.images.get(&self.config.default_image).or_else(|| self.images.list().into_iter().next());
+        let default = match self.images.get(&self.config.default_image).await {
+            Some(image) => Some(image),
+            None => self.images.list().await.into_iter().next(),
+        };
         if let Some(image) = default {
             record.warnings.push(format!("nothing says which image it was made from: {} is assumed", image.name));
             (record.image, record.image_digest) = (image.name, Some(image.digest));

@@ -37,7 +37,7 @@ impl ControlPlane {
         let path = checked(&request.sandbox_path.unwrap_or_else(|| record.working_directory.clone()))?;
         check_mounts(&path, &record.mounts)?;
         let vm = sandbox.vm().filter(|_| record.status == Status::Running).ok_or_else(|| not_running(&record))?;
-        archives::check(&self.config.home, &request.archive_id)?;
+        self.check_archive(&request.archive_id).await?;
         let root = request.archive_root.as_deref().map(archives::root).transpose()?;
         self.unpack(&vm, &record.account, &request.archive_id, root.as_deref(), &path, true).await?;
         let is_the_apps = path == record.working_directory;

@@ -78,6 +78,7 @@ impl ControlPlane {
         if let Some(vm) = sandbox.vm() {
             vm.grow_disk(gib).await.map_err(errors::vm)?;
         }
+        sandbox.disk.forget();
         self.save(sandbox, |record| record.disk_gib = gib).await.map(drop)
     }
 }

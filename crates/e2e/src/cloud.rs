@@ -100,11 +100,12 @@ impl Drop for Cloud<'_> {
         } else if self.process.try_wait().is_ok_and(|ended| ended.is_none()) {
             self.remove_everything();
         }
-        let _ = nix::sys::signal::kill(
+        nix::sys::signal::kill(
             nix::unistd::Pid::from_raw(self.process.id().cast_signed()),
             nix::sys::signal::Signal::SIGTERM,
-        );
-        let _ = self.process.wait();
+        )
+        .ok();
+        self.process.wait().ok();
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
+    os::unix::{fs::symlink, process::CommandExt},
     path::{Path, PathBuf},
     process::Command,
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{SigHandler, Signal, kill, signal},
     unistd::Pid,
 };
 use serde_json::Value;
@@ -157,6 +157,9 @@ impl Host {
             }
         };
         self.environment(&mut command);
+        // What a shell starts in the background ignores Ctrl-C, and so would the program under test.
+        // SAFETY: sigaction is safe to call between fork and exec.
+        unsafe { command.pre_exec(|| Ok(signal(Signal::SIGINT, SigHandler::SigDfl).map(drop)?)) };
         command
     }
 
@@ -252,7 +255,7 @@ impl Host {
     /// Ends the daemon with this signal and waits until it is gone.
     pub fn end_daemon(&self, signal: Signal) {
         if let Some(pid) = self.daemon() {
-            let _ = kill(pid, signal);
+            kill(pid, signal).ok();
             eventually("the daemon ends", || (self.daemon() != Some(pid)).then_some(()));
         }
     }

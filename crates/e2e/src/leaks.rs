@@ -133,7 +133,7 @@ pub fn left_after_shutdown(root: &Path, home: &Path, control_groups: &[PathBuf])
 /// Kills every process of a directory: the last resort, so that a failed test does not disturb the others.
 pub fn end_all(directory: &Path) {
     for process in processes_of(directory) {
-        let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+        kill(Pid::from_raw(process.pid), Signal::SIGKILL).ok();
     }
 }
 

@@ -84,8 +84,8 @@ impl Registry {
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.process.kill().ok();
+        self.process.wait().ok();
     }
 }
 
@@ -93,8 +93,8 @@ impl Drop for Registry {
 pub fn oci_layout(below: &Path, root: &Path) -> PathBuf {
     let layout = below.join("layout");
     let bundle = below.join("bundle");
-    let _ = heyvm_trees::remove(&layout);
-    let _ = heyvm_trees::remove(&bundle);
+    heyvm_trees::remove(&layout).ok();
+    heyvm_trees::remove(&bundle).ok();
     let image = format!("{}:latest", layout.display());
     let umoci = |arguments: &[&str]| Ran::of(Command::new("umoci").args(arguments), b"").succeeded();
     umoci(&["init", "--layout", layout.to_str().expect("UTF-8")]);

@@ -63,7 +63,7 @@ impl Ran {
         let input = input.to_vec();
         let feeder = std::thread::spawn(move || {
             // The command may end without reading its input.
-            let _ = stdin.write_all(&input);
+            stdin.write_all(&input).ok();
         });
         let stdout = collect(child.stdout.take().expect("piped"));
         let stderr = collect(child.stderr.take().expect("piped"));
@@ -79,7 +79,7 @@ impl Ran {
         };
         let ran =
             Self { stdout: finish(stdout), stderr: finish(stderr), code, took: started.elapsed(), what: what.clone() };
-        let _ = feeder.join();
+        feeder.join().ok();
         ran
     }
 
@@ -168,7 +168,7 @@ impl Ran {
 fn collect(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
-        let _ = pipe.read_to_end(&mut bytes);
+        pipe.read_to_end(&mut bytes).ok();
         bytes
     })
 }
@@ -181,8 +181,8 @@ fn wait(child: &mut Child, what: &str) -> i32 {
             return status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
         }
         if Instant::now() > deadline {
-            let _ = child.kill();
-            let _ = child.wait();
+            child.kill().ok();
+            child.wait().ok();
             panic!("{what} did not end within {} s", DEADLINE.as_secs());
         }
         std::thread::sleep(Duration::from_millis(2));

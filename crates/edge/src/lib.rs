@@ -12,6 +12,7 @@
 //!
 //! Nothing is buffered: a body's piece goes on as soon as it comes, and no faster than its reader takes it.
 //! Visitors and sandboxes are both hostile input. Where a subdomain leads is asked of [`Upstreams`] for each request.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 mod body;

@@ -17,10 +17,10 @@ pub fn archive_unpacker(data: &[u8]) {
     unpacked(data);
     let mended = with_checksums(data);
     unpacked(&mended);
-    let _ = heyvm_archives::check(data, &limits());
+    heyvm_archives::check(data, &limits()).ok();
     let mended = gzip(&mended);
-    let _ = heyvm_archives::check(mended.as_slice(), &limits());
-    let _ = heyvm_archives::lies_below(mended.as_slice(), Path::new("/a"));
+    heyvm_archives::check(mended.as_slice(), &limits()).ok();
+    heyvm_archives::lies_below(mended.as_slice(), Path::new("/a")).ok();
 }
 
 fn limits() -> heyvm_archives::Limits {

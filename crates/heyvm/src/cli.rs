@@ -278,7 +278,8 @@ It goes on until SIGINT or SIGTERM. The port needs no URL, and its program may l
 const LOGS_EXAMPLES: &str = "\
 Examples:
   heyvm logs web
-  heyvm logs -f web";
+  heyvm logs -f web
+  heyvm logs -t -n 20 web";
 const STOP_EXAMPLES: &str = "\
 Examples:
   heyvm stop web --format json
@@ -352,8 +353,8 @@ Example:
   heyvm list-archives --all
   heyvm list-archives --format json";
 const PRUNE_ARCHIVES_EXAMPLES: &str = "\
-Each deploy keeps its archive for as long as its sandbox is there, and for a day. This removes the others at
-once.
+Each deploy keeps its archive for as long as its sandbox is there, and for a day.
+This removes the others at once.
 
 Example:
   heyvm prune-archives";
@@ -361,8 +362,8 @@ const DELETE_ARCHIVE_EXAMPLES: &str = "\
 Example:
   heyvm delete-archive ar-0123456789abcdef0123456789abcdef";
 const UPDATE_EXAMPLES: &str = "\
-All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay. Refused where a
-mount lies at, above or below the directory: files of this machine are never removed.
+All of the archive is there afterwards and nothing else, or nothing has changed. URLs stay. Refused where
+a mount lies at, above or below the directory: files of this machine are never removed.
 
 Example:
   heyvm update web --archive ar-0123456789abcdef0123456789abcdef";

@@ -57,7 +57,7 @@ impl Write for Outgoing {
 impl Drop for Outgoing {
     fn drop(&mut self) {
         if !self.finished {
-            let _ = self.pieces.blocking_send(Err(io::Error::other("it was given up")));
+            self.pieces.blocking_send(Err(io::Error::other("it was given up"))).ok();
         }
     }
 }

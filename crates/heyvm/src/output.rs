@@ -78,7 +78,7 @@ pub fn error(format: Format, error: &ApiError) {
             text
         }
     };
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    writeln!(io::stderr().lock(), "{text}").ok();
 }
 
 /// A guest's words as they can be shown: without what would steer a terminal.
@@ -88,7 +88,7 @@ pub fn printable(text: &str) -> String {
 
 /// Something to know beside the answer.
 pub fn note(text: &str) {
-    let _ = writeln!(io::stderr().lock(), "note: {}", printable(text));
+    writeln!(io::stderr().lock(), "note: {}", printable(text)).ok();
 }
 
 /// Columns as wide as their widest cell.

@@ -104,7 +104,7 @@ impl Line {
         self.bar.suspend(|| {
             let mut output = output.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             // A standard error that is closed takes nothing from the command.
-            let _ = writeln!(output, "{text}");
+            writeln!(output, "{text}").ok();
         });
     }
 
@@ -119,7 +119,7 @@ impl Drop for Progress {
         // Waited for, so that nothing is drawn behind what the command prints next.
         if let Some((sender, waiting)) = self.waiting.take() {
             drop(sender);
-            let _ = waiting.join();
+            waiting.join().ok();
         }
         self.line.bar.finish_and_clear();
     }

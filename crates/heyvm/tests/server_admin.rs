@@ -25,7 +25,7 @@ impl Operator {
         let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = piped.spawn().unwrap();
         // One that reads nothing may have ended before.
-        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        child.stdin.take().unwrap().write_all(input.as_bytes()).ok();
         child.wait_with_output().unwrap()
     }
 

@@ -1,4 +1,5 @@
 //! Tar archives of unknown origin, compressed or not, entry by entry, in bounded memory.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::File,

@@ -142,7 +142,8 @@ impl RegistryConfig {
         named.into_iter().chain(allowed).collect()
     }
 
-    /// What we are known by at a host, be it a registry or a mirror: a registry's password is for itself alone.
+    /// What we are known by at a host, be it a registry or a mirror: a registry's password is for itself alone. Blocks
+    /// where Docker's file is read.
     pub fn credentials(&self, host: &str) -> Option<Credentials> {
         let own = self.registries.get(host).and_then(|registry| {
             Some(Credentials { user: registry.username.clone()?, password: registry.password.clone()? })
@@ -187,6 +188,7 @@ struct DockerAuth {
 }
 
 /// A broken file is no reason not to pull what everybody may.
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 fn from_docker(path: &Path, host: &str) -> Option<Credentials> {
     let bytes = match fs::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
@@ -236,6 +238,7 @@ fn docker_host(key: &str) -> &str {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 fn exposed(file: &Path) -> Option<String> {
     let mode = fs::metadata(file).ok()?.permissions().mode();
     let open = mode & 0o077 != 0;

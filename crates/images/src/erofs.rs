@@ -1,4 +1,5 @@
 //! A directory as a read-only EROFS file, by the host's `mkfs.erofs`.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     io,

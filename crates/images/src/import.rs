@@ -1,4 +1,5 @@
 //! Images from files: `docker save` tars, OCI layouts (directory or tar) and root tars, told apart by what is in them.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     collections::BTreeMap,

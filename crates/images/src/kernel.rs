@@ -1,4 +1,5 @@
 //! Guest kernels: taken from a distribution's kernel package, joined with the agent to an initramfs.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::{self, File},
@@ -37,7 +38,8 @@ pub fn import(tree: &Path, kernels: &Path) -> Result<String, Error> {
     }
     fs::write(half.path().join("order"), order).map_err(Error::io("writing the modules' order in", half.path()))?;
     let target = kernels.join(&version);
-    let _ = heyvm_trees::remove(&target);
+    // What is left of an older one makes the next step fail.
+    heyvm_trees::remove(&target).ok();
     fs::rename(half.keep(), &target).map_err(Error::io("keeping the kernel", &target))?;
     Ok(version)
 }

@@ -3,6 +3,7 @@
 //!
 //! The root is a directory that nobody else can enter. Names are looked up in [`Layer::real_dir`] alone, which takes every
 //! link as within the root, so that nothing is written outside of it whatever the layers hold.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},

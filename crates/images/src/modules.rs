@@ -1,4 +1,5 @@
 //! Modules of a guest's kernel: which ones, in which order they are loaded.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     collections::BTreeSet,

@@ -1,4 +1,5 @@
 //! The default image, built from the host's own distribution where no registry answers.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs,

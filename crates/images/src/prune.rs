@@ -61,7 +61,9 @@ impl Removed {
     pub async fn delete(&mut self) -> Result<(), Error> {
         let work = self.work.take();
         blocking(move || {
-            drop(work);
+            if let Some(work) = work {
+                work.remove();
+            }
             Ok(())
         })
         .await

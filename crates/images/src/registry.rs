@@ -16,6 +16,7 @@ use crate::{
     credentials::{Host, RegistryConfig},
     import::{self, Blob, Described, Manifest, Parts},
     layers,
+    store::blocking,
 };
 use session::{Refused, Session, body};
 
@@ -52,7 +53,7 @@ pub async fn fetch(
     let reference = checked(name)?;
     let (mut answers, mut missing) = (Vec::new(), false);
     for host in config.hosts(reference.registry(), requester)? {
-        let source = Source::new(&reference, &host, config, requester)?;
+        let source = Source::new(&reference, &host, config, requester).await?;
         match source.fetch(work, progress).await {
             Ok(parts) => return Ok(parts),
             Err(Error::NotFound(_)) => {
@@ -84,10 +85,18 @@ struct Source {
 }
 
 impl Source {
-    fn new(reference: &Reference, host: &Host, config: &RegistryConfig, requester: Requester) -> Result<Self, Error> {
+    async fn new(
+        reference: &Reference,
+        host: &Host,
+        config: &RegistryConfig,
+        requester: Requester,
+    ) -> Result<Self, Error> {
         let (repository, name) = (reference.repository(), &host.name);
         let credentials = match requester {
-            Requester::Operator => config.credentials(name),
+            Requester::Operator => {
+                let (config, name) = (config.clone(), name.clone());
+                blocking(move || Ok(config.credentials(&name))).await?
+            }
             Requester::Tenant => None,
         };
         let session = Session::new(host, repository, credentials, config.realms(name), requester)

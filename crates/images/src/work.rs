@@ -1,13 +1,13 @@
 //! Directories for what is half-made. A process holds a lock on each of its own: what a killed one left is removed by the
 //! next that makes one.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::fcntl::{Flock, FlockArg};
-use tempfile::TempDir;
 
 use crate::Error;
 
@@ -15,8 +15,9 @@ const PREFIX: &str = "half-";
 
 /// Is removed, with all that is in it, when it goes out of scope: whoever writes into it must own it.
 pub struct Work {
-    dir: TempDir,
-    _held: Flock<File>,
+    /// Empty once it is removed.
+    dir: PathBuf,
+    held: Option<Flock<File>>,
 }
 
 impl Work {
@@ -33,12 +34,52 @@ impl Work {
         let file = File::open(dir.path()).map_err(Error::io("opening", dir.path()))?;
         let held = Flock::lock(file, FlockArg::LockExclusiveNonblock);
         let held = held.map_err(|(_, errno)| Error::io("locking", dir.path())(errno.into()))?;
-        Ok(Self { dir, _held: held })
+        Ok(Self { dir: dir.keep(), held: Some(held) })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.dir.path()
+        &self.dir
+    }
+
+    /// Does something in it; where that fails it is removed.
+    pub fn fill<T>(self, work: impl FnOnce(&Path) -> Result<T, Error>) -> Result<(Self, T), Error> {
+        match work(&self.dir) {
+            Ok(done) => Ok((self, done)),
+            Err(error) => {
+                self.remove();
+                Err(error)
+            }
+        }
+    }
+
+    /// It is gone when this returns.
+    pub fn remove(mut self) {
+        remove(&std::mem::take(&mut self.dir));
+    }
+}
+
+/// Asynchronous code drops it where it is cut off: what is in it may be large, and is removed on a thread that may wait.
+impl Drop for Work {
+    fn drop(&mut self) {
+        let (dir, held) = (std::mem::take(&mut self.dir), self.held.take());
+        if dir.as_os_str().is_empty() {
+            return;
+        }
+        let removing = move || {
+            remove(&dir);
+            drop(held);
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(removing)),
+            Err(_) => removing(),
+        }
+    }
+}
+
+fn remove(dir: &Path) {
+    if let Err(error) = heyvm_trees::remove(dir) {
+        tracing::warn!(path = %dir.display(), %error, "what is half-made is left for the next to remove");
     }
 }
 

@@ -121,7 +121,8 @@ pub fn limit_processor(dirs: &[PathBuf], cpu_millis: u32) -> Result<(), Error> {
             {
                 Ok(()) => {
                     let burst = File::options().write(true).open(dir.join(burst));
-                    let _ = burst.and_then(|mut file| file.write_all(quota.to_string().as_bytes()));
+                    // Older kernels have no such file.
+                    burst.and_then(|mut file| file.write_all(quota.to_string().as_bytes())).ok();
                 }
                 Err(error) if is_gone(&error) => {}
                 Err(error) => return Err(Error::io("setting the cgroup's limit", dir.join(limit))(error)),

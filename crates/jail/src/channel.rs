@@ -3,11 +3,18 @@
 use std::{
     io::{self, IoSlice, IoSliceMut},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    time::Duration,
 };
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, sendmsg,
-    socketpair,
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg,
+            sendmsg, setsockopt, socketpair, sockopt,
+        },
+        time::TimeVal,
+    },
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -21,6 +28,21 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
+/// From now on an answer that does not come within `patience` is an error. A conversation that has failed so is over: its
+/// answer may still come, and would be taken for the next one's.
+pub fn be_patient_for(socket: impl AsFd, patience: Duration) -> io::Result<()> {
+    let patience = TimeVal::new(patience.as_secs().try_into().unwrap_or(i64::MAX), patience.subsec_micros().into());
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    Ok(setsockopt(&socket, sockopt::SendTimeout, &patience)?)
+}
+
+fn or_late(errno: Errno) -> io::Error {
+    match errno {
+        Errno::EAGAIN => io::Error::new(io::ErrorKind::TimedOut, "there was no answer in time"),
+        errno => errno.into(),
+    }
+}
+
 /// Sends one message and copies of `descriptors`.
 pub fn send(socket: impl AsFd, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     let bytes = serde_json::to_vec(message)?;
@@ -30,7 +52,8 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, descriptors: &[Borrowed
     let raw: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
-    sendmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    sendmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
+        .map_err(or_late)?;
     Ok(())
 }
 
@@ -41,7 +64,8 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<Option<(T, 
     let mut descriptors = Vec::new();
     let mut buffers = [IoSliceMut::new(&mut bytes)];
     let received =
-        recvmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &mut buffers, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        recvmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &mut buffers, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
+            .map_err(or_late)?;
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = message {
             // SAFETY: the kernel has just made these descriptors for us; nobody else knows of them.

@@ -12,11 +12,12 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use nix::{
@@ -62,12 +63,15 @@ enum Reply {
 
 /// Directory in the jail whose entries are the process's own descriptors, for programs that open by path.
 pub const DESCRIPTORS_DIR: &str = "/fd";
+/// A launcher answers within milliseconds, on a busy host within seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// User id that the process sees itself as in a user namespace.
 const INNER_UID: u32 = 1000;
 
 /// Daemon side: starts `launcher` (our own program) and has it become what `spec` says. Blocks for some milliseconds.
 pub fn spawn(launcher: &Path, spec: &JailSpec, descriptors: &[BorrowedFd<'_>]) -> Result<ProcessId, Error> {
     let (ours, theirs) = channel::pair().map_err(Error::io("opening a channel to the jail", launcher))?;
+    channel::be_patient_for(&ours, PATIENCE).map_err(Error::io("opening a channel to the jail", launcher))?;
     let mut child = Command::new(launcher)
         .arg("jail")
         .env_clear()
@@ -77,6 +81,9 @@ pub fn spawn(launcher: &Path, spec: &JailSpec, descriptors: &[BorrowedFd<'_>]) -
         .spawn()
         .map_err(Error::io("starting the jail launcher", launcher))?;
     let told = channel::send(&ours, spec, descriptors).and_then(|()| channel::receive::<Reply>(&ours));
+    if told.is_err() {
+        child.kill().map_err(Error::io("ending the jail launcher", launcher))?;
+    }
     child.wait().map_err(Error::io("waiting for the jail launcher", launcher))?;
     match told.map_err(Error::io("talking to the jail launcher", launcher))? {
         Some((Reply::Started { pid }, _)) => ProcessId::of(pid).map_err(|_| {
@@ -122,7 +129,7 @@ fn launch(socket: BorrowedFd<'_>) -> Launch<i32> {
             // The end of the pipe without a byte means that the launcher died: then nobody knows this process.
             if go_receiver.read_exact(&mut go).is_ok() {
                 let why = become_program(&spec, descriptors).err().unwrap_or_default();
-                let _ = (&error_sender).write_all(why.as_bytes());
+                (&error_sender).write_all(why.as_bytes()).ok();
             }
             std::process::exit(1)
         }
@@ -243,7 +250,7 @@ fn place_descriptors(spec: &JailSpec, descriptors: Vec<OwnedFd>, standard: &File
             return Err(failed());
         }
         // Its old number may be one that is wanted; it closes with the program's start in any case.
-        let _ = fd.into_raw_fd();
+        std::mem::forget(fd);
         placed.push((moved, *wanted));
     }
     // SAFETY: close_range takes integers; everything from 3 on closes on exec, also what the daemon inherited itself.

@@ -9,6 +9,7 @@
 //! - [`process`]: knowing, waiting for and ending a process that is not our child.
 //!
 //! A jail is handed descriptors, not paths: disks, sockets and the network device are opened by the daemon.
+//! Synchronous: whoever calls it from asynchronous code does so on a thread that may wait (clippy-async.toml).
 
 pub mod cgroup;
 pub mod channel;
@@ -49,6 +50,9 @@ pub enum Error {
     /// The launcher or the egress holder reported a failure.
     #[error("{0}")]
     Refused(String),
+    /// Sandboxes can have no network here.
+    #[error(transparent)]
+    Egress(egress::Failure),
 }
 
 impl Error {

@@ -140,9 +140,10 @@ fn copy_all(files: &[PathBuf], parent: &Path, dir: &Path) -> Result<(), Error> {
         }
     };
     fs::create_dir_all(parent).map_err(Error::io("making", parent))?;
-    let _ = heyvm_trees::remove(&half);
+    // What is left of it makes the next step fail.
+    heyvm_trees::remove(&half).ok();
     make().map_err(|source| {
-        let _ = heyvm_trees::remove(&half);
+        heyvm_trees::remove(&half).ok();
         Error::Io { doing: "preparing QEMU's root directory", path: dir.to_owned(), source }
     })
 }

@@ -42,7 +42,7 @@ impl Server {
             let work = move || {
                 let prepared = prepare(owner);
                 let good = prepared.is_ok();
-                let _ = ready.send(prepared);
+                ready.send(prepared).ok();
                 if good {
                     work(&server, &requests, &answers);
                 }

@@ -262,7 +262,7 @@ mod tests {
             for step in ["image", "vm"] {
                 let message = format!("{step} …");
                 // Nobody listens where the answer is plain JSON.
-                let _ = sink.send(ProgressEvent::new(step, message));
+                sink.send(ProgressEvent::new(step, message)).ok();
                 tokio::task::yield_now().await;
             }
             Ok::<_, ApiError>(42)

@@ -204,6 +204,7 @@ impl Config {
 }
 
 /// A file of settings; the defaults where there is none and none must be.
+#[expect(clippy::disallowed_methods, reason = "runs at the start, before anybody is served")]
 pub fn read_toml<T: DeserializeOwned + Default>(path: &Path, must_be_there: bool) -> Result<T, Error> {
     let problem = |problem: String| Error::Config { path: path.to_owned(), problem };
     let text = match std::fs::read_to_string(path) {

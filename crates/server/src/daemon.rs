@@ -26,6 +26,7 @@ use crate::{
     Error,
     config::Config,
     home::{Home, Presence},
+    listening::Announcement,
     local_ports::LocalListeners,
     outbound::Outbound,
     proxy,
@@ -48,12 +49,16 @@ const LOG: &str = "info,hyper=warn,h2=warn,tower=warn,sqlx=warn";
 pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
     begin_log();
     let ending = end_asked_for()?;
-    let home = Home::open(home)?;
+    let opened = tokio::task::spawn_blocking(move || Home::open(home)).await;
+    let home = Arc::new(opened.map_err(|error| Error::io("opening the home")(std::io::Error::other(error)))??);
     raise_descriptor_limit();
     let config = Config::read(home.path())?;
     let edge_listeners =
         proxy::listen(home.path(), &config.edge).await.map_err(Error::io("listening for the proxy"))?;
-    let edge_address = edge_listeners[0].local_addr().map_err(Error::io("listening for the proxy"))?;
+    let edge_addresses = edge_listeners.iter().map(TcpListener::local_addr).collect::<Result<Vec<_>, _>>();
+    let edge_addresses = edge_addresses.map_err(Error::io("listening for the proxy"))?;
+    let edge_address = edge_addresses[0];
+    let _announcement = Announcement::of_edge(home.path(), &edge_addresses);
     let region = match &config.region {
         Some(config) => Some(Region::listen(config).await?),
         None => None,
@@ -79,17 +84,16 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
         (Ok(plane), edge) => {
             let edge = tokio::spawn(serve_edge(edge, edge_listeners, ending.clone()));
             until_end(&home, &plane, &ending).await;
-            let _ = edge.await;
-            let _ =
-                tokio::time::timeout(GRACE, async { (api.await, futures::future::OptionFuture::from(region).await) })
-                    .await;
+            edge.await.ok();
+            let served = async { (api.await, futures::future::OptionFuture::from(region).await) };
+            tokio::time::timeout(GRACE, served).await.ok();
             plane.shutdown().await;
             Ok(())
         }
         (Err(_), _) if ending.is_cancelled() => Ok(()),
         (Err(error), _) => {
             tracing::error!(%error, "the daemon could not open");
-            let _ = tokio::time::timeout(LAST_WORDS, ending.cancelled()).await;
+            tokio::time::timeout(LAST_WORDS, ending.cancelled()).await.ok();
             ending.cancel();
             Err(Error::NotReady(error))
         }
@@ -102,7 +106,7 @@ pub async fn run_daemon(home: PathBuf) -> Result<(), Error> {
 pub(crate) fn begin_log() {
     let filter = EnvFilter::try_from_env("HEYVM_LOG").unwrap_or_else(|_| EnvFilter::new(LOG));
     // A second daemon in one process, as in tests, keeps the first one's.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).try_init().ok();
 }
 
 /// Cancelled at SIGTERM and SIGINT. A terminal that is closed does not end a daemon.
@@ -228,7 +232,7 @@ async fn serve_edge(edge: Option<(Arc<Edge>, LocalListeners)>, listeners: Vec<Tc
 
 /// Returns when the end is asked for, or when this is no longer the home's daemon. Sandboxes end only when the home itself
 /// was removed: no one could find them again. Whatever else is in doubt is logged, and ends none.
-async fn until_end(home: &Home, plane: &Arc<ControlPlane>, ending: &CancellationToken) {
+async fn until_end(home: &Arc<Home>, plane: &Arc<ControlPlane>, ending: &CancellationToken) {
     let mut look = tokio::time::interval(HOUSEKEEPING);
     let (mut removed, mut lost) = (0, 0);
     loop {
@@ -236,11 +240,13 @@ async fn until_end(home: &Home, plane: &Arc<ControlPlane>, ending: &Cancellation
             () = ending.cancelled() => return,
             _ = look.tick() => {}
         }
-        let presence = home.look();
+        let looked_after = Arc::clone(home);
+        let presence = tokio::task::spawn_blocking(move || looked_after.look_after()).await;
+        let presence = presence.unwrap_or_else(|error| Presence::Unknown(std::io::Error::other(error)));
         removed = if matches!(presence, Presence::Removed) { removed + 1 } else { 0 };
         lost = if matches!(presence, Presence::Lost(_)) { lost + 1 } else { 0 };
         match presence {
-            Presence::Ours => home.turn_log_over(),
+            Presence::Ours => {}
             Presence::Unknown(error) => tracing::warn!(%error, "the home cannot be looked at now"),
             Presence::Removed if removed >= LOOKS => {
                 tracing::error!("the home was removed: sandboxes and daemon end");

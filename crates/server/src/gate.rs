@@ -32,7 +32,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{Error, home, pages::Pages, problem::Problem, relay};
+use crate::{Error, home, listening::Announcement, pages::Pages, problem::Problem, relay};
 
 /// Bytes of a secret that no one guesses.
 const LONG_ENOUGH: usize = 32;
@@ -67,6 +67,7 @@ struct TokenFile(PathBuf);
 
 impl TokenFile {
     /// Writes `token` to a new file that its owner alone may read.
+    #[expect(clippy::disallowed_methods, reason = "runs at the start, before anybody is served")]
     fn create(home: &Path, port: u16, token: &str) -> io::Result<Self> {
         let path = home.join(format!("run/api-{port}.token"));
         // Left behind by a listener that was killed: this process holds the port now.
@@ -81,6 +82,7 @@ impl TokenFile {
 }
 
 impl Drop for TokenFile {
+    #[expect(clippy::disallowed_methods, reason = "runs at the end, when nobody is served any more")]
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.0) {
             tracing::debug!(%error, "could not remove the token file");
@@ -109,6 +111,7 @@ pub async fn run_api(
     }
     let listener = TcpListener::bind(listen).await.map_err(Error::io(format!("listening on {listen}")))?;
     let listen = listener.local_addr().map_err(Error::io("listening"))?;
+    let _announcement = Announcement::of_api(&home, listen);
     eprintln!("heyvm: the REST API is at http://{listen} (its description: /docs); Ctrl-C ends it");
     let (credentials, _token_file) = match secret {
         Some(secret) => {

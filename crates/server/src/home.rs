@@ -1,4 +1,5 @@
 //! The directory everything lives in: its permissions, the lock that one daemon holds, the socket it listens on.
+#![expect(clippy::disallowed_methods, reason = "runs at the start, at the end, and on threads that may wait")]
 
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
@@ -74,7 +75,7 @@ impl Home {
                 }
                 Err(TryLockError::WouldBlock) => {
                     let mut holder = String::new();
-                    let _ = lock.read_to_string(&mut holder);
+                    lock.read_to_string(&mut holder).ok();
                     return Err(Error::AlreadyRunning(holder.trim().to_owned()));
                 }
                 Err(TryLockError::Error(error)) => return Err(Error::io(doing())(error)),
@@ -112,7 +113,9 @@ impl Home {
         if !matches!(self.look(), Presence::Ours) {
             return;
         }
-        let _ = fs::remove_file(self.path.join("run").join(SOCKET));
+        if let Err(error) = fs::remove_file(self.path.join("run").join(SOCKET)) {
+            tracing::debug!(%error, "the daemon's socket is left for the next one to replace");
+        }
     }
 
     /// Whether the home is still there, and ours: it may have been removed, or another one put in its place.
@@ -134,13 +137,23 @@ impl Home {
         }
     }
 
+    /// Looks whether it is still ours, and then turns its log over where that has grown too large.
+    pub fn look_after(&self) -> Presence {
+        let presence = self.look();
+        if matches!(presence, Presence::Ours) {
+            self.turn_log_over();
+        }
+        presence
+    }
+
     /// Keeps the last part of a log that has grown too large beside it, and begins anew.
-    pub fn turn_log_over(&self) {
+    fn turn_log_over(&self) {
         let log = self.path.join("daemon.log");
         let large = fs::metadata(&log).is_ok_and(|meta| meta.is_file() && meta.len() > MAX_LOG);
         // Our standard error has the file open, so it cannot be renamed.
-        if large && fs::copy(&log, self.path.join("daemon.log.1")).is_ok() {
-            let _ = File::options().write(true).open(&log).and_then(|file| file.set_len(0));
+        let turned = |_| File::options().write(true).open(&log).and_then(|file| file.set_len(0));
+        if large && let Err(error) = fs::copy(&log, self.path.join("daemon.log.1")).and_then(turned) {
+            tracing::warn!(%error, "the daemon's log has grown large and cannot be turned over");
         }
     }
 }

@@ -10,6 +10,7 @@
 //! - `region`: the same routes over TLS, for the servers of a cloud that ask for accounts.
 //! - [`cloud`]: what `heyvm server` has beside that.
 //! - [`run_api`] (`gate`): `heyvm --api`, which checks who asks and forwards to the daemon's socket.
+//! - [`listening`]: where both listen.
 //! - [`pages`]: routers behind the edge's connections, which hostile requests do not get past.
 //!
 //! ```text
@@ -18,6 +19,7 @@
 //! server ─mTLS─▶ region ──────────────▶ routes ────────┤
 //! browser ─▶ :8480 edge ──────────────── proxy ───────┘
 //! ```
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 mod answer;
@@ -30,6 +32,7 @@ mod gate;
 mod home;
 mod internet;
 mod linger;
+pub mod listening;
 mod listing;
 mod local_ports;
 mod outbound;

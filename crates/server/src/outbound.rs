@@ -1,5 +1,6 @@
 //! How this host reaches the internet: certificate authorities that were added to it, and proxies. Sandboxes take them
 //! over, so that `pip install` works in them where it works on the host.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     collections::BTreeMap,

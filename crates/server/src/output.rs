@@ -11,7 +11,7 @@ use std::{
     fs::File,
     io::{self, Write},
     os::unix::fs::FileExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -150,10 +150,7 @@ impl Recording {
         self.share.bytes += piece.len() as u64;
         let (file, dir) = (self.file.clone(), self.share.budget.dir.clone());
         let written = tokio::task::spawn_blocking(move || {
-            let file = match file {
-                Some(file) => file,
-                None => Arc::new(tempfile::tempfile_in(dir)?),
-            };
+            let file = file.map_or_else(|| new_file(&dir), Ok)?;
             (&*file).write_all(&piece)?;
             Ok::<_, io::Error>(file)
         });
@@ -177,6 +174,11 @@ impl Recording {
         let Self { share, file, memory, .. } = self;
         Recorded(Arc::new(Kept { on_disk: share.bytes, _share: share, file, rest: memory.freeze() }))
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn new_file(dir: &Path) -> io::Result<Arc<File>> {
+    tempfile::tempfile_in(dir).map(Arc::new)
 }
 
 /// Output that is complete.

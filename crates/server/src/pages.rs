@@ -138,7 +138,7 @@ mod tests {
         let echo = |upgrade: WebSocketUpgrade| async move {
             upgrade.on_upgrade(|mut socket| async move {
                 while let Some(Ok(Message::Text(text))) = socket.recv().await {
-                    let _ = socket.send(Message::Text(text)).await;
+                    socket.send(Message::Text(text)).await.ok();
                 }
             })
         };

@@ -48,6 +48,7 @@ fn told(failure: Failure) -> ConnectError {
 /// Listens on the port of the last time, so that URLs stay, else on the first free one from the configured port on.
 ///
 /// On IPv4's loopback it listens on IPv6's, too: names of `localhost` mean both.
+#[expect(clippy::disallowed_methods, reason = "runs at the start, before anybody is served")]
 pub async fn listen(home: &Path, config: &EdgeConfig) -> io::Result<Vec<TcpListener>> {
     let remembered = home.join("run/proxy.port");
     let last = fs::read_to_string(&remembered).ok().and_then(|text| text.trim().parse::<u16>().ok());

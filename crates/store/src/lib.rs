@@ -9,6 +9,7 @@
 //! - [`Error`] (`error`): which rule a row broke, whichever database says so.
 //!
 //! Every call is one transaction. A sandbox's own content is the control plane's: it comes and goes as JSON.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
 #![forbid(unsafe_code)]
 
 pub mod accounts;
@@ -18,6 +19,7 @@ mod error;
 mod idempotency;
 mod identity;
 mod local_ports;
+mod migrations;
 pub mod placements;
 mod sandboxes;
 #[cfg(test)]
@@ -34,7 +36,6 @@ use std::{
 use sqlx::{
     Any, AnyConnection, AnyPool, ConnectOptions, Connection, Executor, Transaction,
     any::{AnyConnectOptions, AnyPoolOptions},
-    migrate::Migrator,
 };
 use url::Url;
 
@@ -71,17 +72,16 @@ impl Store {
         // The parser's own error could repeat what it could not read, and a password with it.
         let url = Url::parse(location).map_err(|_| Error::Location)?;
         let pool = AnyPoolOptions::new().max_connections(16);
-        Self::ready(pool, url, Kind::Postgres, sqlx::migrate!("migrations/postgres")).await
+        Self::ready(pool, url, Kind::Postgres).await
     }
 
     /// Opens the SQLite database at `path`, readable by its owner alone, and brings its tables up to date.
     pub async fn open(path: &Path) -> Result<Self, Error> {
         // One that is there already is not opened: closing it again would take SQLite's locks from whoever in this
         // process has it open.
-        match File::options().create_new(true).write(true).mode(0o600).open(path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::File(error)),
-            _ => {}
-        }
+        let file = path.to_owned();
+        let made = tokio::task::spawn_blocking(move || make_private(&file)).await;
+        made.map_err(io::Error::other).flatten().map_err(Error::File)?;
         let url = sqlite_url(path)?;
         let pool = AnyPoolOptions::new().max_connections(4).after_connect(|connection, _| {
             Box::pin(async move {
@@ -93,22 +93,23 @@ impl Store {
                     .map(drop)
             })
         });
-        Self::ready(pool, url, Kind::Sqlite, sqlx::migrate!("migrations/sqlite")).await
+        Self::ready(pool, url, Kind::Sqlite).await
     }
 
-    async fn ready(pool: AnyPoolOptions, url: Url, kind: Kind, migrations: Migrator) -> Result<Self, Error> {
+    async fn ready(pool: AnyPoolOptions, url: Url, kind: Kind) -> Result<Self, Error> {
         sqlx::any::install_default_drivers();
         let options = AnyConnectOptions::from_url(&url)?;
         // A pool tries again until its time is up, and then has forgotten why.
         AnyConnection::connect_with(&options).await?.close().await?;
         let pool = pool.acquire_timeout(ACQUIRE).connect_with(options).await?;
         let store = Self { pool, kind };
-        store.migrate(migrations).await?;
+        store.migrate().await?;
         Ok(store)
     }
 
     /// One at a time, whoever else opens the same database: sqlx has PostgreSQL see to that, but not SQLite.
-    async fn migrate(&self, migrations: Migrator) -> Result<(), Error> {
+    async fn migrate(&self) -> Result<(), Error> {
+        let migrations = migrations::of(self.kind);
         match self.kind {
             Kind::Postgres => migrations.run(&self.pool).await?,
             Kind::Sqlite => {
@@ -133,6 +134,14 @@ impl Store {
     /// Closes the database in order.
     pub async fn close(&self) {
         self.pool.close().await;
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn make_private(path: &Path) -> io::Result<()> {
+    match File::options().create_new(true).write(true).mode(0o600).open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{convert::Infallible, io, path::Path};
 
 use heyvm_agent_protocol::hello;
-use http::{HeaderMap, HeaderValue, Response};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::{BodyExt, Empty, StreamBody, combinators::BoxBody};
 use hyper::{
     body::{Bytes, Frame},
@@ -28,9 +28,11 @@ pub enum Misbehaviour {
     Silence,
     /// Bytes without end in place of the greeting.
     Garbage,
+    /// Its disk is said to be full, and no other call is answered. Not one of [`MISBEHAVIOURS`]: it may be true.
+    FullDisk,
 }
 
-/// All of them.
+/// All that only a replaced agent does.
 pub const MISBEHAVIOURS: [Misbehaviour; 4] = [
     Misbehaviour::InvalidDetails,
     Misbehaviour::InvalidDetailsInTrailers,
@@ -56,9 +58,10 @@ async fn meet(stream: UnixStream, how: Misbehaviour) -> io::Result<()> {
         }
     }
     hello::answer(&mut stream).await?;
-    let answer = service_fn(move |_| async move {
+    let answer = service_fn(move |asked: Request<_>| async move {
         match how {
-            Misbehaviour::Silence | Misbehaviour::Garbage => std::future::pending().await,
+            Misbehaviour::FullDisk if asked.uri().path().ends_with("/Metrics") => Ok(full_disk()),
+            Misbehaviour::FullDisk | Misbehaviour::Silence | Misbehaviour::Garbage => std::future::pending().await,
             Misbehaviour::InvalidDetails => Ok::<_, Infallible>(failed_at_once()),
             Misbehaviour::InvalidDetailsInTrailers => Ok(failed_at_the_end()),
         }
@@ -77,6 +80,16 @@ fn status() -> HeaderMap {
 fn failed_at_once() -> Answer {
     let mut answer = Response::new(Empty::new().boxed());
     *answer.headers_mut() = status();
+    answer.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+    answer
+}
+
+fn full_disk() -> Answer {
+    // A MetricsReply, uncompressed, its length before it: disk_total (3) and disk_used (4) are 1 GiB each.
+    let message = b"\0\0\0\0\x0c\x18\x80\x80\x80\x80\x04\x20\x80\x80\x80\x80\x04";
+    let done = HeaderMap::from_iter([("grpc-status".parse().expect("a name"), HeaderValue::from_static("0"))]);
+    let frames = futures::stream::iter([Ok(Frame::data(Bytes::from_static(message))), Ok(Frame::trailers(done))]);
+    let mut answer = Response::new(BodyExt::boxed(StreamBody::new(frames)));
     answer.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
     answer
 }

@@ -4,6 +4,8 @@
 //! process, `stop` ends the process, `start` makes a new one on the kept disk, `destroy` removes both.
 //! Nothing here knows of names, HTTP or the store.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test may block its own thread"))]
+
 pub mod agent;
 mod agent_channel;
 mod clock;
@@ -306,6 +308,9 @@ impl From<heyvm_jail::Error> for Error {
                 what: format!("{program} {problem}"),
                 hint: "run ./quickstart, or install QEMU for x86, and see `heyvm doctor`".into(),
             },
+            heyvm_jail::Error::Egress(failure) => {
+                Self::HostNotReady { what: failure.to_string(), hint: failure.hint() }
+            }
             heyvm_jail::Error::Refused(what) => Self::HostNotReady { what, hint: "`heyvm doctor` says more".into() },
         }
     }

@@ -216,7 +216,7 @@ impl Run {
 
     async fn reply(&self, kind: exec_output::Kind) {
         // A host that is gone is noticed where the process is attended to.
-        let _ = self.replies.send(Ok(ExecOutput { kind: Some(kind) })).await;
+        self.replies.send(Ok(ExecOutput { kind: Some(kind) })).await.ok();
     }
 
     fn kill(&self) {
@@ -266,11 +266,11 @@ fn obey(kind: exec_input::Kind, child: &Child, streams: &Streams, host: &mut Hos
         exec_input::Kind::StdinClose(_) => host.closing = true,
         exec_input::Kind::Signal(signal) => {
             // An impossible number, or a process that has just ended: nothing to tell anybody.
-            let _ = child.signal_group(signal);
+            child.signal_group(signal).ok();
         }
         exec_input::Kind::Resize(size) => {
             if let Some(terminal) = &streams.terminal {
-                let _ = terminal::resize(terminal, &size);
+                terminal::resize(terminal, &size).ok();
             }
         }
         exec_input::Kind::Start(_) => {}

@@ -42,7 +42,7 @@ pub async fn unpack(mut requests: Streaming<UnpackInput>, user: &str) -> Result<
         match next {
             Ok(None) => break,
             Err(status) => {
-                let _ = chunks.send(Err(status)).await;
+                chunks.send(Err(status)).await.ok();
                 break;
             }
             Ok(Some(data)) if data.is_empty() => {}
@@ -100,7 +100,7 @@ pub async fn pack(path: String) -> Result<Chunks, Status> {
         let packed = if meta.is_dir() { packing.directory(&path) } else { packing.single(&path) };
         let packed = packed.and_then(|()| packing.packer.finish()?.flush().map_err(Problem::Output));
         if let Err(problem) = packed {
-            let _ = chunks.blocking_send(Err(refused(&problem)));
+            chunks.blocking_send(Err(refused(&problem))).ok();
         }
     });
     Ok(receiver)

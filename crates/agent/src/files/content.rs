@@ -72,7 +72,7 @@ pub async fn write(mut requests: Streaming<WriteFileInput>) -> Result<WriteFileR
         match next {
             Ok(None) => break,
             Err(status) => {
-                let _ = chunks.send(Err(status)).await;
+                chunks.send(Err(status)).await.ok();
                 break;
             }
             Ok(Some(data)) if data.is_empty() => {}
@@ -109,7 +109,7 @@ fn receive(
         Ok(WriteFileReply { size })
     })();
     if written.is_err() {
-        let _ = fs::remove_file(&half);
+        fs::remove_file(&half).ok();
     }
     written
 }

@@ -112,10 +112,10 @@ impl MainCommand {
         // The readers go on for whoever still has the pipes: a daemon that the command has left behind.
         let drained = async {
             for reader in readers {
-                let _ = reader.await;
+                reader.await.ok();
             }
         };
-        let _ = tokio::time::timeout(GRACE, drained).await;
+        tokio::time::timeout(GRACE, drained).await.ok();
         let mut state = self.lock();
         state.phase = Phase::Ended(exit(ended, false, &oom_kills));
         state.stops_by = None;

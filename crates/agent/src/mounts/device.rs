@@ -41,7 +41,7 @@ pub fn mount(path: &Path, read_only: bool) -> io::Result<OwnedFd> {
 pub fn read_ahead(path: &Path) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     if let Some(device) = number_of(path, &mounts) {
-        let _ = fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD_KIB);
+        fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), READ_AHEAD_KIB).ok();
     }
 }
 
@@ -87,7 +87,7 @@ impl Device {
 
     /// Answers. That nobody waits for it any more, or that it makes no sense to the kernel, is nothing to act upon.
     pub fn answer(&self, answer: &[u8]) {
-        let _ = unistd::write(self.fd.get_ref(), answer);
+        unistd::write(self.fd.get_ref(), answer).ok();
     }
 }
 

@@ -59,7 +59,7 @@ impl Mounts {
         let path = absolute(&start.path)?;
         let (requests, receiver) = mpsc::channel(QUEUE);
         // An empty first message says that it is mounted.
-        let _ = requests.try_send(Ok(MountOutput { request: Bytes::new() }));
+        requests.try_send(Ok(MountOutput { request: Bytes::new() })).ok();
         let host = Host { requests, answers };
         let _one_at_a_time = self.making.lock().await;
         let Err(host) = self.pass_on(&path, host).await else { return Ok(receiver) };
@@ -70,7 +70,7 @@ impl Mounts {
         .await?;
         let device = Device::watch(device).map_err(|error| Status::internal(format!("/dev/fuse: {error}")))?;
         let (hosts, coming) = mpsc::channel(1);
-        let _ = hosts.try_send(host);
+        hosts.try_send(host).ok();
         let keeping = tokio::spawn(keeper::keep(path.clone(), device, coming));
         self.lock().insert(path, Mount { hosts, keeping });
         Ok(receiver)
@@ -95,7 +95,7 @@ impl Mounts {
         let all: Vec<Mount> = self.lock().drain().map(|(_, mount)| mount).collect();
         for mount in all {
             mount.keeping.abort();
-            let _ = mount.keeping.await;
+            mount.keeping.await.ok();
         }
     }
 

@@ -38,7 +38,7 @@ fn watch(port: u16, say: oneshot::Sender<()>) {
     unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
     while !say.is_closed() {
         if listens(port) {
-            let _ = say.send(());
+            say.send(()).ok();
             return;
         }
         thread::sleep(PAUSE);

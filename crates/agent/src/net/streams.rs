@@ -69,7 +69,7 @@ fn refuse(mut answer: SendResponse<Bytes>, status: StatusCode) {
     let mut head = Response::new(());
     *head.status_mut() = status;
     // The host may have left meanwhile.
-    let _ = answer.send_response(head, true);
+    answer.send_response(head, true).ok();
 }
 
 /// Connects at loopback, where nearly everything listens; else wherever the guest's own tables say that something does:
@@ -105,7 +105,7 @@ async fn connect_at(
         match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
             Ok(Ok(stream)) => {
                 // A program that writes in small pieces has flushed them on purpose.
-                let _ = stream.set_nodelay(true);
+                stream.set_nodelay(true).ok();
                 return Ok(Ok(stream));
             }
             Ok(Err(error)) => refused = Some(error),
@@ -188,7 +188,7 @@ async fn receive(program: OwnedReadHalf, to_host: &mut ports::Writer) -> End {
             }
         };
         if data.is_empty() {
-            let _ = to_host.shutdown().await;
+            to_host.shutdown().await.ok();
             return End::Done;
         }
         if to_host.write_all(&data).await.is_err() {

@@ -31,7 +31,7 @@ pub fn prepare() {
         return;
     }
     // Neighbours must not be found by addresses that nobody has given out.
-    let _ = fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1");
+    fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1").ok();
     if let Err(error) = Interface::new(ETHERNET).and_then(|eth| eth.up()) {
         console::say(format_args!("no network link: {error}"));
     }

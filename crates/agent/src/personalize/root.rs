@@ -151,7 +151,7 @@ fn place(path: &Path, content: &str) -> io::Result<()> {
         return Ok(());
     }
     let half = path.with_file_name(".heyvm-half");
-    let _ = fs::remove_file(&half);
+    fs::remove_file(&half).ok();
     let placed = (|| {
         let mut file = File::options().write(true).create_new(true).mode(0o644).open(&half)?;
         file.write_all(content.as_bytes())?;
@@ -159,7 +159,7 @@ fn place(path: &Path, content: &str) -> io::Result<()> {
     })();
     match placed {
         Err(error) if error.kind() == io::ErrorKind::StorageFull => {
-            let _ = fs::remove_file(&half);
+            fs::remove_file(&half).ok();
             // A disk that had no spare room yet. Better an old name than a sandbox that cannot be emptied.
             if overwrite(path, content).is_err() {
                 console::say(format_args!("the disk is full: {} stays as it was", path.display()));

@@ -107,7 +107,7 @@ impl Reaper {
 fn tell(children: &mut Children, pid: i32, end: Ended) {
     if let Some(waiting) = children.remove(&pid) {
         // Nobody may be waiting any more.
-        let _ = waiting.send(end);
+        waiting.send(end).ok();
     }
 }
 

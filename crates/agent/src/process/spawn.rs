@@ -141,7 +141,7 @@ pub fn spawn(
     // SAFETY: `args` names a stack that is free and outlives the child's use of it (CLONE_VFORK: the child is another
     // program or dead when this returns); `plan` outlives it, too, and nobody else touches it.
     let made = unsafe { clone(&args, &raw mut plan) };
-    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&before), None);
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&before), None).ok();
     if made < 0 {
         return Err(SpawnError::Fork(io::Error::from_raw_os_error(-made as i32)));
     }
@@ -149,7 +149,7 @@ pub fn spawn(
     if plan.error == 0 {
         return Ok(pid);
     }
-    let _ = nix::sys::wait::waitpid(pid, None);
+    nix::sys::wait::waitpid(pid, None).ok();
     let error = io::Error::from_raw_os_error(plan.error);
     Err(match plan.step {
         Step::Descriptors => SpawnError::Descriptors(error),

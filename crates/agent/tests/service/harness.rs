@@ -194,11 +194,11 @@ impl TestCgroup {
 
 impl Drop for TestCgroup {
     fn drop(&mut self) {
-        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        fs::write(self.0.join("cgroup.kill"), "1").ok();
         let give_up = std::time::Instant::now() + PATIENCE;
         while fs::remove_dir(&self.0).is_err() && std::time::Instant::now() < give_up {
             for below in fs::read_dir(&self.0).into_iter().flatten().flatten() {
-                let _ = fs::remove_dir(below.path());
+                fs::remove_dir(below.path()).ok();
             }
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -35,7 +35,9 @@ impl Marked {
         let id = s3.create_multipart(&object).await?;
         let said = format!("{object}\n{id}");
         if let Err(error) = s3.put(&mark, said.into_bytes().into()).await {
-            let _ = s3.abort_multipart(&object, &id).await;
+            if let Err(error) = s3.abort_multipart(&object, &id).await {
+                tracing::warn!(error = crate::error::printable(&error), "an upload without a mark stays in the bucket");
+            }
             return Err(error);
         }
         Ok(Self { s3, object, mark, id, sent: 0, done: Arc::default() })

@@ -50,7 +50,7 @@ impl Server {
                 let service = service.clone();
                 connections.spawn(async move {
                     let http = Builder::new(TokioExecutor::new());
-                    let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                    http.serve_connection(TokioIo::new(stream), service).await.ok();
                 });
             }
         };

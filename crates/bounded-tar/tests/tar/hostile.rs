@@ -77,12 +77,12 @@ fn a_directory_that_is_swapped_meanwhile_leads_nowhere() {
         scope.spawn(|| {
             use rustix::fs::{CWD, RenameFlags, renameat_with};
             while !ended.load(Ordering::Relaxed) {
-                let _ = renameat_with(CWD, inside.join("d"), CWD, dir.path().join("link"), RenameFlags::EXCHANGE);
+                renameat_with(CWD, inside.join("d"), CWD, dir.path().join("link"), RenameFlags::EXCHANGE).ok();
             }
         });
         for _ in 0..50 {
             for options in [Options::for_the_host(), Options::for_a_guest()] {
-                let _ = unpack(&inside, &options, &tar[..]);
+                unpack(&inside, &options, &tar[..]).ok();
             }
         }
         ended.store(true, Ordering::Relaxed);

@@ -12,7 +12,7 @@ use heyvm_store::KeyRow;
 use tokio::sync::oneshot;
 
 use crate::{
-    Account, ControlPlane, ProgressSink, Sandbox, archives,
+    Account, ControlPlane, ProgressSink, Sandbox,
     cut::Cut,
     errors,
     record::{self, Record},
@@ -65,7 +65,7 @@ impl ControlPlane {
                 plane.make(sandbox, request, progress).await
             })
             .await;
-            let _ = has_its_answer.send(());
+            has_its_answer.send(()).ok();
             return made;
         }
         spawn_detached(async move {
@@ -155,7 +155,7 @@ impl ControlPlane {
         self.must_not_be_an_id(&record)?;
         self.resolve_mounts(&mut record).await?;
         if let Some(archive) = &record.archive_id {
-            archives::check(&self.config.home, archive)?;
+            self.check_archive(archive).await?;
         }
         if let Some(old) = self.living_named(&record.name, &record.account).filter(|_| request.replace) {
             record.waiting_to_replace = true;
@@ -289,7 +289,8 @@ impl ControlPlane {
             exit_code: error.exit_code,
             log_tail: error.log_tail.clone(),
         });
-        let _ = sandbox.failure.set(error.clone());
+        // The first one stays.
+        sandbox.failure.set(error.clone()).ok();
         if stopped {
             if let Err(undoing) = self.stop_partial(sandbox, reason).await {
                 tracing::error!(error = %undoing, id, "a sandbox whose making was stopped could not be put away");
@@ -310,7 +311,9 @@ impl ControlPlane {
         if let Err(error) = failed.await {
             tracing::error!(%error, id, "the failure of a sandbox could not be written down");
         }
-        let _ = self.store.remove_keys(&id).await;
+        if let Err(error) = self.store.remove_keys(&id).await {
+            tracing::error!(%error, id, "the same request will be told of this failure");
+        }
         self.watch(sandbox, vm, None);
         error
     }

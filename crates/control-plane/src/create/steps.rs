@@ -8,7 +8,9 @@ use heyvm_images::{Requester, Variant, Wanted};
 use heyvm_vm::{Rehearsal, Vm, VmSpec};
 
 use crate::{
-    Account, ControlPlane, ProgressSink, Sandbox, archives, begin_step, errors,
+    Account, ControlPlane, ProgressSink, Sandbox, archives, begin_step,
+    blocking::blocking,
+    errors,
     guest_command::run,
     hooks::{self, HookOutput},
     image_run::{self, ImageRun},
@@ -113,8 +115,8 @@ impl ControlPlane {
             requester: Requester::Operator,
         };
         // What an earlier version has built may lack what this one puts in.
-        if let Some(old) = self.images.stand_in(Variant::Base)
-            && self.images.get(&wanted.default_image).is_none()
+        if let Some(old) = self.images.stand_in(Variant::Base).await
+            && self.images.get(&wanted.default_image).await.is_none()
             && let Err(error) = self.images.build_default(Variant::Base, self.forward(progress, "image")).await
         {
             tracing::warn!(%error, image = old.name, "the default image could not be brought up to date");
@@ -126,7 +128,7 @@ impl ControlPlane {
     /// The VM of an existing record: the very image its disk lies over must still be here.
     pub(crate) async fn spec_of(&self, record: &Record) -> Result<VmSpec, ApiError> {
         let digest = record.image_digest.as_deref().unwrap_or("unknown");
-        let image = self.images.with_digest(digest).ok_or_else(|| {
+        let image = self.images.with_digest(digest).await.ok_or_else(|| {
             ApiError::new(ErrorCode::ImageNotFound, format!("the sandbox's image {} ({digest}) is gone", record.image))
                 .hint("heyvm pull NAME@DIGEST brings the same one back; another one does not fit the sandbox's disk")
         })?;
@@ -140,7 +142,7 @@ impl ControlPlane {
         let progress = progress.clone();
         Arc::new(move |message, done, total| {
             let event = ProgressEvent { done, total, ..ProgressEvent::new(step, message) };
-            let _ = progress.send(event);
+            progress.send(event).ok();
         })
     }
 
@@ -154,7 +156,8 @@ impl ControlPlane {
         directory: &str,
         clean: bool,
     ) -> Result<(), ApiError> {
-        let pieces = archives::read(&self.config.home, archive)?;
+        let (home, id) = (self.config.home.clone(), archive.to_owned());
+        let pieces = blocking(move || archives::read(&home, &id)).await.flatten()?;
         let limits = archives::limits(account);
         let first = UnpackInput {
             path: directory.to_owned(),
@@ -167,7 +170,8 @@ impl ControlPlane {
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
         let feeding = tokio::task::spawn_blocking(move || {
-            let _ = sender.blocking_send(first);
+            // An agent that has gone takes nothing of what follows either.
+            sender.blocking_send(first).ok();
             archives::feed(pieces, |data| sender.blocking_send(UnpackInput { data, ..UnpackInput::default() }).is_ok())
         });
         let mut client = vm.agent().client().await.map_err(errors::vm)?;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use heyvm_api::{ApiError, sandbox::*};
-use heyvm_control_plane::{Asked, Config, ControlPlane, Who};
+use heyvm_control_plane::{Asked, Config, ControlPlane, LogQuery, Who};
 use heyvm_store::Store;
 use heyvm_vm::Driver;
 use tokio::runtime::Runtime;
@@ -124,7 +124,7 @@ impl Daemon {
     pub fn log(&self, who: &str) -> String {
         use futures::TryStreamExt;
         let all = self.run(async {
-            let chunks = self.plane().logs(&Who::owners(who), false).await.unwrap();
+            let chunks = self.plane().logs(&Who::owners(who), LogQuery::default()).await.unwrap();
             chunks.map_ok(|chunk| chunk.data.to_vec()).try_concat().await.unwrap()
         });
         String::from_utf8(all).unwrap()

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use heyvm_api::{ErrorCode, sandbox::*};
-use heyvm_control_plane::Who;
+use heyvm_control_plane::{LogQuery, Who};
 use heyvm_vm::ExitCause;
 
 use crate::daemon::{Daemon, eventually, free_port, server, sink};
@@ -176,7 +176,12 @@ fn what_it_printed_is_followed_to_the_end_and_kept() {
     daemon.create(with(&daemon, command)).unwrap();
     let plane = daemon.plane().clone();
     let follower = daemon.spawn(async move {
-        let chunks: Vec<_> = plane.logs(&Who::owners("web"), true).await.unwrap().collect().await;
+        let chunks: Vec<_> = plane
+            .logs(&Who::owners("web"), LogQuery { follow: true, ..LogQuery::default() })
+            .await
+            .unwrap()
+            .collect()
+            .await;
         chunks.into_iter().map(Result::unwrap).collect::<Vec<_>>()
     });
     eventually("it is written down", || match daemon.log("web") {
@@ -197,4 +202,26 @@ fn what_it_printed_is_followed_to_the_end_and_kept() {
     });
     daemon.run(daemon.plane().remove(&Who::owners("web"))).unwrap();
     assert!(daemon.log("web").contains("tick 3"));
+}
+
+#[test]
+fn log_by_line_has_whole_lines_with_their_times() {
+    let daemon = Daemon::new();
+    let before = chrono::Utc::now();
+    let command =
+        "echo first; printf half; sleep 0.3; echo oops >&2; sleep 0.3; echo ' and half'; printf end; exec sleep 600";
+    daemon.create(with(&daemon, command)).unwrap();
+    eventually("it is written down", || match daemon.log("web") {
+        log if log.ends_with("end") => Ok(()),
+        log => Err(log),
+    });
+    let query = LogQuery { tail: Some(3), by_line: true, follow: false };
+    let chunks: Vec<_> =
+        daemon.run(async { daemon.plane().logs(&Who::owners("web"), query).await.unwrap().collect().await });
+    let chunks: Vec<_> = chunks.into_iter().map(Result::unwrap).collect();
+    let lines: Vec<_> = chunks.iter().map(|chunk| (chunk.stderr, str::from_utf8(&chunk.data).unwrap())).collect();
+    assert_eq!(lines, [(true, "oops\n"), (false, "half and half\n"), (false, "end")]);
+    let times: Vec<_> = chunks.iter().map(|chunk| chunk.time.unwrap()).collect();
+    assert!(times.iter().all(|time| before < *time && *time < chrono::Utc::now()), "{times:?}");
+    assert!(times[1] < times[0], "the time is that of a line's beginning");
 }

@@ -127,7 +127,7 @@ impl Machines {
     }
 
     fn copy_disk(&self, from: &Path, to: &Path) {
-        let _ = heyvm_trees::remove(to);
+        heyvm_trees::remove(to).ok();
         fs::create_dir_all(to).unwrap();
         for entry in fs::read_dir(from).unwrap().flatten() {
             if entry.file_type().unwrap().is_file() {
@@ -146,7 +146,9 @@ impl Machines {
         *self.sizes.lock().unwrap() = (spec.memory_mib, spec.disk_gib);
         let socket = self.dir.join(id).join("agent.sock");
         let ports = self.dir.join(id).join("ports.sock");
-        let _ = (fs::remove_file(&socket), fs::remove_file(&ports));
+        for stale in [&socket, &ports] {
+            fs::remove_file(stale).ok();
+        }
         let mut env = spec.env.clone();
         env.push((MARK.into(), id.clone()));
         fs::create_dir_all(&spec.working_dir).unwrap();
@@ -242,7 +244,7 @@ impl Driver for Machines {
         if let Some(machine) = self.running.lock().unwrap().remove(id) {
             machine.end(Exit { cause: ExitCause::Lost, console_tail: Vec::new() });
         }
-        let _ = heyvm_trees::remove(&self.dir.join(id));
+        heyvm_trees::remove(&self.dir.join(id)).ok();
         Ok(())
     }
 
@@ -303,7 +305,7 @@ impl Machine {
             let environment = fs::read(process.path().join("environ")).unwrap_or_default();
             let marked = environment.windows(mark.len()).any(|window| window == mark.as_bytes());
             if let (true, Some(Ok(pid))) = (marked, process.file_name().to_str().map(str::parse)) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
             }
         }
     }

@@ -1,4 +1,5 @@
 //! The control plane's own logic, with a driver that has processes for machines: states, names, time, crashes.
+#![allow(clippy::disallowed_methods, reason = "a test may block its own thread")]
 #![allow(clippy::unwrap_used)] // Clippy sees the tests in these modules, but not what they share.
 
 mod daemon;
@@ -20,3 +21,4 @@ mod replacing;
 mod restarting;
 mod sizes;
 mod tenants;
+mod waiting;

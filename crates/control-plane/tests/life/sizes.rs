@@ -4,8 +4,9 @@ use std::fs;
 
 use heyvm_api::{ApiError, ErrorCode, sandbox::*};
 use heyvm_control_plane::Who;
+use heyvm_test_services::hostile_agent::Misbehaviour;
 
-use crate::daemon::{Daemon, sink};
+use crate::daemon::{Daemon, eventually, sink};
 
 fn resize(daemon: &Daemon, request: ResizeRequest) -> Result<SandboxInfo, ApiError> {
     daemon.run(daemon.plane().resize(&Who::owners("web"), &request, sink()))
@@ -100,4 +101,27 @@ fn a_disk_comes_back_as_it_was_kept() {
     fs::remove_file(&file).unwrap();
     assert_eq!(restore(&daemon).unwrap().status, Status::Running);
     assert_eq!(fs::read_to_string(&file).unwrap(), "newer");
+}
+
+#[test]
+fn full_disk_is_said_of_one_that_is_looked_at_until_it_is_larger() {
+    let daemon = Daemon::new();
+    let made = daemon.create(counting(&daemon)).unwrap();
+    daemon.machines.possess(&made.id, Misbehaviour::FullDisk);
+    let listed = |daemon: &Daemon| daemon.list(ListFilter::Living).remove(0).warnings;
+    assert!(listed(&daemon).is_empty(), "a list asks no agent");
+    // The connection to its former agent may break only at the first look.
+    let warnings = eventually("its disk is full", || match daemon.get("web").warnings {
+        none if none.is_empty() => Err("no warning".into()),
+        warnings => Ok(warnings),
+    });
+    assert!(warnings.len() == 1 && warnings[0].contains("heyvm resize web"), "{warnings:?}");
+    assert_eq!(listed(&daemon), warnings, "what is known costs nothing");
+    assert!(resize(&daemon, disk(40)).unwrap().warnings.is_empty());
+
+    assert_eq!(daemon.get("web").warnings, warnings);
+    let stopped = daemon.run(daemon.plane().stop(&Who::owners("web"))).unwrap();
+    assert_eq!(stopped.warnings, warnings, "it stays full");
+    let started = daemon.run(daemon.plane().start(&Who::owners("web"), sink())).unwrap();
+    assert!(started.warnings.is_empty(), "its agent says otherwise: {:?}", started.warnings);
 }

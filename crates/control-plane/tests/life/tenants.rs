@@ -1,7 +1,7 @@
 //! Accounts beside each other: each has names, keys and sandboxes of its own, and nothing of another's.
 
 use heyvm_api::{ApiError, ErrorCode, sandbox::*};
-use heyvm_control_plane::{Account, Asked, Who};
+use heyvm_control_plane::{Account, Asked, LogQuery, Who};
 
 use crate::daemon::{Daemon, free_port, server, sink};
 
@@ -43,7 +43,7 @@ fn names_are_an_accounts_own_and_ids_are_no_way_in() {
             daemon.run(plane.set_ttl(&stranger, Some(1))).map(drop),
             daemon.run(plane.agent(&stranger)).map(drop),
             daemon.run(plane.endpoints(&stranger)).map(drop),
-            daemon.run(plane.logs(&stranger, false)).map(drop),
+            daemon.run(plane.logs(&stranger, LogQuery::default())).map(drop),
         ];
         for (number, outcome) in refused.into_iter().enumerate() {
             assert_eq!(outcome.unwrap_err().code, ErrorCode::Forbidden, "{number} {stranger:?}");

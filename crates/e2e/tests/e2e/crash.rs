@@ -62,7 +62,7 @@ fn a_lost_database_removes_no_disk_and_ends_no_vm() {
     host.run(&["stop", "stopped"]).succeeded();
     host.end_daemon(Signal::SIGTERM);
     for name in ["heyvm.db", "heyvm.db-wal", "heyvm.db-shm"] {
-        let _ = fs::remove_file(host.home().join(name));
+        fs::remove_file(host.home().join(name)).ok();
     }
     let listed: Vec<_> = host.list(&["--all"]);
     let ids: HashSet<_> = listed.iter().map(|orphan| orphan["id"].as_str().unwrap_or_default()).collect();
@@ -86,6 +86,12 @@ fn all_stop_also_where_no_daemon_runs() {
     assert_eq!(leaks::machines_of(host.scratch()).len(), 1);
     let said = host.run(&["daemon", "stop", "--all"]).succeeded().out();
     assert!(said.contains("stopped web"), "{said}");
+    let status = host.run(&["daemon", "status", "--format", "json"]);
+    assert!(
+        status.code == 1 && status.out().contains("daemon.log") && !status.out().contains("http://"),
+        "{}",
+        status.out()
+    );
     assert!(leaks::machines_of(host.scratch()).is_empty());
     assert_eq!(vm.status(), "stopped");
 }
@@ -108,7 +114,7 @@ fn a_daemon_in_another_control_group_finds_those_of_the_last_one() {
     assert!(left.is_empty(), "{left:?}");
     host.end_daemon(Signal::SIGTERM);
     for group in &elsewhere {
-        let _ = fs::remove_dir(group.join(format!("heyvm-{}", nix::unistd::getuid())));
+        fs::remove_dir(group.join(format!("heyvm-{}", nix::unistd::getuid()))).ok();
         eventually("the group is empty", || fs::remove_dir(group).ok());
     }
 }

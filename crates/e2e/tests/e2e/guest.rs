@@ -74,7 +74,9 @@ fn guest_writes_and_reads_more_than_its_memory() {
 /// A full disk starts, gives its files, takes no others and says why, and can be emptied.
 fn starts_and_can_be_emptied(host: &Host, vm: &Vm, empty: &str) {
     vm.does("stop");
-    vm.does("start");
+    let started = vm.does("start");
+    let note = started["warnings"][0].as_str().unwrap_or_default();
+    assert!(note.contains("its disk") && note.contains("heyvm resize"), "{started}");
     assert_eq!(vm.sh("cat /root/kept").out(), "kept");
     let into = host.scratch().join("out");
     host.run(&["cp", &format!("{}:/root/kept", vm.id), &into.to_string_lossy()]).succeeded();
@@ -91,7 +93,7 @@ fn starts_and_can_be_emptied(host: &Host, vm: &Vm, empty: &str) {
     vm.sh(empty);
     host.run(&["cp", &large, &format!("{}:/root/large", vm.id)]).succeeded();
     vm.does("stop");
-    vm.does("start");
+    assert_eq!(vm.does("start")["warnings"], serde_json::Value::Null, "it has room again");
     assert_eq!(vm.sh("stat -c %s /root/large").out(), (8 << 20).to_string());
 }
 

@@ -34,7 +34,7 @@ fn bait() -> u16 {
     let port = listener.local_addr().expect("address").port();
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let _ = (&stream).write_all(b"caught\n");
+            (&stream).write_all(b"caught\n").ok();
         }
     });
     port
@@ -126,7 +126,7 @@ fn a_network_that_has_died_comes_back_for_the_next_sandbox() {
         .collect();
     assert!(!holders.is_empty());
     for holder in holders {
-        let _ = kill(Pid::from_raw(holder.pid), Signal::SIGKILL);
+        kill(Pid::from_raw(holder.pid), Signal::SIGKILL).ok();
     }
     let vm = host.create(&[]);
     assert!(vm.sh("ip route").out().contains("default"));

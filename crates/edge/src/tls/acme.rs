@@ -8,9 +8,7 @@
 //! Names are proved by HTTP-01, or all of them by DNS-01 where the operator gives a hook; a wildcard wants the latter.
 
 use std::{
-    fs, io,
-    io::Write,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -20,6 +18,7 @@ use instant_acme::{
     Account, AccountCredentials, AuthorizationStatus, ChallengeType, Identifier, NewAccount, NewOrder, Order,
     OrderStatus, RetryPolicy,
 };
+use tokio::task::spawn_blocking;
 
 use super::{
     TlsError,
@@ -27,6 +26,8 @@ use super::{
     challenges::Challenges,
     hook,
 };
+
+mod state;
 
 /// The directory of Let's Encrypt.
 pub const LETS_ENCRYPT: &str = "https://acme-v02.api.letsencrypt.org/directory";
@@ -108,10 +109,11 @@ impl Acme {
     /// Makes the directory and serves the certificate in it, if there is one.
     pub fn open(settings: AcmeSettings, challenges: Arc<Challenges>, served: Arc<Served>) -> Result<Self, TlsError> {
         settings.check()?;
-        private_directory(&settings.state).map_err(TlsError::file(&settings.state))?;
+        state::private_directory(&settings.state).map_err(TlsError::file(&settings.state))?;
         let acme = Self { settings, challenges, served };
-        if let Err(error) = acme.load() {
-            tracing::warn!(%error, "the kept certificate cannot be used: another one is asked for");
+        match state::certificate(&acme.settings.state) {
+            Ok(kept) => kept.into_iter().for_each(|kept| acme.serve_if_newer(kept)),
+            Err(error) => tracing::warn!(%error, "the kept certificate cannot be used: another one is asked for"),
         }
         Ok(acme)
     }
@@ -135,7 +137,10 @@ impl Acme {
                     tokio::time::sleep(retry).await;
                     retry = (retry * 2).min(LONGEST_RETRY);
                     // Another process of the same directory may have been luckier.
-                    let _ = self.load();
+                    let state = self.settings.state.clone();
+                    if let Ok(Ok(Some(kept))) = spawn_blocking(move || state::certificate(&state)).await {
+                        self.serve_if_newer(kept);
+                    }
                 }
             }
         }
@@ -174,9 +179,9 @@ impl Acme {
             self.take_back(proof).await;
         }
         let pem = issued?;
-        let path = self.settings.state.join("certificate.pem");
+        let path = self.settings.state.join(state::CERTIFICATE);
         let certificate = Certificate::read(pem.as_bytes(), pem.as_bytes(), &path)?;
-        private_file(&path, pem.as_bytes()).map_err(TlsError::file(&path))?;
+        keep(&path, pem.into_bytes()).await?;
         self.served.set(certificate);
         Ok(())
     }
@@ -243,7 +248,9 @@ impl Acme {
             None => Account::builder()?,
         };
         let path = self.settings.state.join("account.json");
-        if let Some(kept) = read_if_there(&path).map_err(TlsError::file(&path))? {
+        let kept = path.clone();
+        let kept = spawn_blocking(move || state::read_if_there(&kept)).await.map_err(io::Error::other).flatten();
+        if let Some(kept) = kept.map_err(TlsError::file(&path))? {
             match serde_json::from_slice::<AccountCredentials>(&kept) {
                 Ok(credentials) => return Ok(builder.from_credentials(credentials).await?),
                 Err(error) => tracing::warn!(%error, "account.json cannot be read: a new account is made"),
@@ -253,20 +260,22 @@ impl Acme {
         let wanted = NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
         let (account, credentials) = builder.create(&wanted, self.settings.directory.clone(), None).await?;
         let text = serde_json::to_vec(&credentials).map_err(io::Error::other).map_err(TlsError::file(&path))?;
-        private_file(&path, &text).map_err(TlsError::file(&path))?;
+        keep(&path, text).await?;
         Ok(account)
     }
 
     /// Serves the kept certificate, unless a newer one is served.
-    fn load(&self) -> Result<(), TlsError> {
-        let path = self.settings.state.join("certificate.pem");
-        let Some(pem) = read_if_there(&path).map_err(TlsError::file(&path))? else { return Ok(()) };
-        let kept = Certificate::read(&pem, &pem, &path)?;
+    fn serve_if_newer(&self, kept: Certificate) {
         if self.served.current().is_none_or(|current| current.ends < kept.ends) {
             self.served.set(kept);
         }
-        Ok(())
     }
+}
+
+async fn keep(path: &Path, bytes: Vec<u8>) -> Result<(), TlsError> {
+    let file = path.to_owned();
+    let kept = spawn_blocking(move || state::private_file(&file, &bytes)).await.map_err(io::Error::other).flatten();
+    kept.map_err(TlsError::file(path))
 }
 
 /// What the authority says of the proofs that it did not accept.
@@ -280,26 +289,4 @@ async fn why_not(order: &mut Order) -> TlsError {
         }
     }
     TlsError::Proof { name: "the names".into(), why: "it did not say why".into() }
-}
-
-fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        read => read.map(Some),
-    }
-}
-
-fn private_directory(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o700))
-}
-
-/// Whole or not at all, and for our own eyes.
-fn private_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o600)).tempfile_in(directory)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
 }

@@ -1,11 +1,13 @@
 //! A certificate that others renew: its files are looked at, and read again when they have changed.
+#![expect(clippy::disallowed_methods, reason = "runs at the start, and on threads that may wait")]
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
+
+use tokio::task::spawn_blocking;
 
 use super::{
     TlsError,
@@ -15,10 +17,11 @@ use super::{
 const LOOK: Duration = Duration::from_secs(5);
 
 /// Chain and key.
+#[derive(Clone)]
 pub struct Files {
     chain: PathBuf,
     key: PathBuf,
-    seen: Mutex<Stamps>,
+    seen: Stamps,
 }
 
 type Stamps = [Option<(SystemTime, u64)>; 2];
@@ -26,21 +29,26 @@ type Stamps = [Option<(SystemTime, u64)>; 2];
 impl Files {
     /// Reads both.
     pub fn open(chain: PathBuf, key: PathBuf, served: &Served) -> Result<Self, TlsError> {
-        let seen = Mutex::new([stamp(&chain), stamp(&key)]);
-        let files = Self { chain, key, seen };
+        let mut files = Self { chain, key, seen: [None; 2] };
+        files.seen = files.stamps();
         served.set(files.read()?);
         Ok(files)
     }
 
     /// Serves what the files hold, whenever that changes and can be used; goes on with what it has until then.
     pub async fn watch(&self, served: &Served) {
+        let mut seen_before = self.seen;
         loop {
             tokio::time::sleep(LOOK).await;
-            let now = [stamp(&self.chain), stamp(&self.key)];
-            if std::mem::replace(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner), now) == now {
-                continue;
-            }
-            match self.read() {
+            let (files, seen) = (self.clone(), seen_before);
+            let looked = spawn_blocking(move || {
+                let now = files.stamps();
+                (now, (now != seen).then(|| files.read()))
+            });
+            let Ok((now, read)) = looked.await else { continue };
+            seen_before = now;
+            let Some(read) = read else { continue };
+            match read {
                 Ok(certificate) => {
                     tracing::info!(chain = %self.chain.display(), "a new certificate is served");
                     served.set(certificate);
@@ -49,6 +57,10 @@ impl Files {
                 Err(error) => tracing::warn!(%error, "the old certificate is served on"),
             }
         }
+    }
+
+    fn stamps(&self) -> Stamps {
+        [stamp(&self.chain), stamp(&self.key)]
     }
 
     fn read(&self) -> Result<Certificate, TlsError> {

@@ -34,8 +34,8 @@ struct Pebble {
 impl Drop for Pebble {
     fn drop(&mut self) {
         for server in &mut self.servers {
-            let _ = server.kill();
-            let _ = server.wait();
+            server.kill().ok();
+            server.wait().ok();
         }
     }
 }

@@ -160,7 +160,7 @@ async fn time_outs_are_for_heads_not_for_bodies() {
         tokio::spawn(async move {
             for word in ["slow ", "and ", "whole"] {
                 tokio::time::sleep(Duration::from_millis(400)).await;
-                let _ = sender.send(Bytes::from_static(word.as_bytes())).await;
+                sender.send(Bytes::from_static(word.as_bytes())).await.ok();
             }
         });
         Response::builder().header("x-uploaded", uploaded).body(streamed(receiver)).unwrap()
@@ -190,8 +190,8 @@ async fn a_visitor_that_goes_away_ends_the_sandboxs_work() {
                 read_head(&mut stream).await.unwrap();
                 stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n").await.unwrap();
                 let mut rest = Vec::new();
-                let _ = stream.read_to_end(&mut rest).await;
-                let _ = told.send(()).await;
+                stream.read_to_end(&mut rest).await.ok();
+                told.send(()).await.ok();
             }
         })
         .await,

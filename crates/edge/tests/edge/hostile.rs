@@ -17,7 +17,7 @@ use crate::{protocols::mirror, support::*};
 async fn sent(proxy: &Proxy, bytes: &[u8]) -> String {
     let mut stream = proxy.connect().await;
     // It may be closed before all is sent.
-    let _ = stream.write_all(bytes).await;
+    stream.write_all(bytes).await.ok();
     let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
     while let Ok(read) = tokio::time::timeout(Duration::from_millis(700), stream.read(&mut piece)).await {
         match read {
@@ -25,7 +25,7 @@ async fn sent(proxy: &Proxy, bytes: &[u8]) -> String {
             Ok(length) => answer.extend_from_slice(&piece[..length]),
         }
     }
-    let _ = stream.shutdown().await;
+    stream.shutdown().await.ok();
     let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await;
     assert!(read.is_ok(), "the connection ends");
     String::from_utf8_lossy(&answer).into_owned()
@@ -93,7 +93,7 @@ async fn broken_framing_is_the_visitors_fault() {
 async fn a_body_that_stops_coming_is_not_waited_for_for_ever() {
     let settings = Settings { body_timeout: Duration::from_millis(300), ..Settings::default() };
     let reading = app(|request| async move {
-        let _ = request.into_body().collect().await;
+        request.into_body().collect().await.ok();
         Response::new(full("read"))
     })
     .await;

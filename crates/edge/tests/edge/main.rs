@@ -1,4 +1,5 @@
 //! The proxy between real clients and real servers on loopback.
+#![allow(clippy::disallowed_methods, reason = "a test may block its own thread")]
 #![allow(clippy::unwrap_used)]
 
 mod acme;

@@ -1,12 +1,15 @@
 //! `daemon`, `doctor` and `--api`.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use heyvm_api::{
     ApiError, ErrorCode, headers,
+    orphans::OrphanInfo,
     sandbox::SandboxInfo,
     system::{Check, CheckStatus, DoctorReport},
 };
+use heyvm_server::listening::Listening;
+use serde::Serialize;
 use serde_json::json;
 
 use super::{Context, Outcome, path};
@@ -37,7 +40,7 @@ pub enum DaemonCommand {
     /// Be the daemon
     #[command(hide = true)]
     Run,
-    /// Tell whether it runs
+    /// Show whether it runs, where it listens, and its log
     Status,
     /// End it; sandboxes keep running unless --all
     Stop {
@@ -62,15 +65,15 @@ pub async fn daemon(context: &Context, command: DaemonCommand) -> Outcome {
         }
         DaemonCommand::Status => status(context).await,
         DaemonCommand::Stop { all } => {
-            let stopped = if all { stop_all(context).await? } else { Vec::new() };
+            let ended = if all { Some(stop_all(context).await?) } else { None };
             let ran = background::pid(&context.home).is_some();
             background::stop(&context.home)?;
-            let answer = json!({"running": false, "stopped": stopped});
-            output::answer(context.format, &answer, || match (all, ran) {
-                (true, _) if stopped.is_empty() => "no sandbox was running; the daemon has ended".into(),
-                (true, _) => format!("stopped {}; the daemon has ended", stopped.join(", ")),
-                (false, true) => "the daemon has ended; sandboxes keep running".into(),
-                (false, false) => "no daemon was running".into(),
+            let (stopped, orphans) = ended.as_ref().map(|all| (&all.stopped[..], &all.orphans[..])).unwrap_or_default();
+            let answer = json!({"running": false, "stopped": stopped, "orphans": orphans});
+            output::answer(context.format, &answer, || match &ended {
+                Some(all) => all.text(),
+                None if ran => "the daemon has ended; sandboxes keep running".into(),
+                None => "no daemon was running".into(),
             });
             Ok(0)
         }
@@ -108,18 +111,81 @@ async fn status(context: &Context) -> Outcome {
         Daemon::Silent => return Err(background::silent(&context.home)),
         Daemon::Absent => (false, None),
     };
-    let answer = json!({"running": is_running, "pid": pid, "version": version, "home": context.home});
-    output::answer(context.format, &answer, || match pid {
-        Some(pid) if is_running => format!("running (process {pid})"),
-        _ => "not running; the next command starts it".into(),
-    });
+    let Listening { edge, api } = Listening::of(&context.home);
+    let status = DaemonStatus {
+        running: is_running,
+        pid,
+        version,
+        home: context.home.clone(),
+        log: context.home.join("daemon.log"),
+        edge,
+        api,
+    };
+    output::answer(context.format, &status, || status.text());
     Ok(i32::from(!is_running))
 }
 
-/// Stops every living sandbox; the names of those. VMs outlive a daemon: where none runs, one is started to find them.
-async fn stop_all(context: &Context) -> Result<Vec<String>, ApiError> {
+/// Answer of `daemon status`.
+#[derive(Debug, Serialize)]
+struct DaemonStatus {
+    running: bool,
+    pid: Option<i32>,
+    version: Option<String>,
+    home: PathBuf,
+    log: PathBuf,
+    /// URLs of the proxy, where sandboxes' host names lead.
+    edge: Vec<String>,
+    /// URLs of the REST API, while `heyvm --api` serves it.
+    api: Vec<String>,
+}
+
+impl DaemonStatus {
+    fn text(&self) -> String {
+        let mut lines = vec![match self.pid {
+            Some(pid) if self.running => format!("status   running (process {pid})"),
+            _ => "status   not running; the next command starts it".to_owned(),
+        }];
+        lines.extend(self.version.iter().map(|version| format!("version  {version}")));
+        lines.extend(self.edge.iter().map(|url| format!("edge     {url}")));
+        lines.extend(self.api.iter().map(|url| format!("api      {url}")));
+        lines.push(format!("home     {}", self.home.display()));
+        lines.push(format!("log      {}", self.log.display()));
+        lines.join("\n")
+    }
+}
+
+/// What `stop --all` came upon.
+#[derive(Default)]
+struct StoppedAll {
+    /// Names of the sandboxes that it stopped.
+    stopped: Vec<String>,
+    /// They are no sandboxes, and are left as they are.
+    orphans: Vec<OrphanInfo>,
+}
+
+impl StoppedAll {
+    fn text(&self) -> String {
+        let mut lines = vec![match self.stopped.as_slice() {
+            [] => "no sandbox was running; the daemon has ended".to_owned(),
+            stopped => format!("stopped {}; the daemon has ended", stopped.join(", ")),
+        }];
+        if !self.orphans.is_empty() {
+            lines.push("disks that no record names are left where they are:".into());
+            lines.extend(self.orphans.iter().map(|orphan| {
+                let name = orphan.name.as_ref().map(|name| format!("{name}, ")).unwrap_or_default();
+                let running = if orphan.running { ", its VM still runs" } else { "" };
+                format!("  {} ({name}{} MiB{running})", orphan.id, orphan.size_bytes >> 20)
+            }));
+            lines.push("heyvm recover ID makes one a sandbox again, heyvm rm ID removes it".into());
+        }
+        lines.join("\n")
+    }
+}
+
+/// Stops every living sandbox. VMs outlive a daemon: where none runs, one is started to find them.
+async fn stop_all(context: &Context) -> Result<StoppedAll, ApiError> {
     if !context.home.join("sandboxes").is_dir() {
-        return Ok(Vec::new());
+        return Ok(StoppedAll::default());
     }
     let client = context.daemon().await?;
     let everyones = client.clone().for_account(headers::EVERY_ACCOUNT)?;
@@ -133,7 +199,8 @@ async fn stop_all(context: &Context) -> Result<Vec<String>, ApiError> {
         let _: SandboxInfo = client.post(&path(&info.id, "/stop"), &()).await?;
         stopped.push(info.name);
     }
-    Ok(stopped)
+    // All that was asked for is done, whether these can be listed or not.
+    Ok(StoppedAll { stopped, orphans: client.get("/orphans").await.unwrap_or_default() })
 }
 
 /// Whether this machine can run sandboxes; exit status 1 where it cannot.
@@ -194,5 +261,49 @@ pub(super) fn told(error: heyvm_server::Error) -> ApiError {
             .hint("heyvm daemon stop ends it; sandboxes keep running"),
         Error::Io { .. } => ApiError::new(ErrorCode::DaemonUnavailable, message)
             .hint("is the port taken, or the directory not yours? --port and HEYO_HOME name others"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use heyvm_api::orphans::OrphanStatus;
+
+    use super::*;
+
+    #[test]
+    fn status_has_addresses_and_the_log_in_columns() {
+        let status = DaemonStatus {
+            running: true,
+            pid: Some(7),
+            version: Some("1.0.0".into()),
+            home: "/h".into(),
+            log: "/h/daemon.log".into(),
+            edge: vec!["http://127.0.0.1:8480".into(), "http://[::1]:8480".into()],
+            api: vec!["http://127.0.0.1:3000".into()],
+        };
+        let text = "status   running (process 7)\nversion  1.0.0\nedge     http://127.0.0.1:8480\n\
+                    edge     http://[::1]:8480\napi      http://127.0.0.1:3000\nhome     /h\nlog      /h/daemon.log";
+        assert_eq!(status.text(), text);
+        let ended = DaemonStatus { running: false, pid: None, version: None, edge: vec![], api: vec![], ..status };
+        let text = "status   not running; the next command starts it\nhome     /h\nlog      /h/daemon.log";
+        assert_eq!(ended.text(), text);
+    }
+
+    #[test]
+    fn stop_all_names_orphans_and_what_can_be_done_with_them() {
+        let mut all = StoppedAll { stopped: vec!["web".into(), "db".into()], orphans: Vec::new() };
+        assert_eq!(all.text(), "stopped web, db; the daemon has ended");
+        all.orphans.push(OrphanInfo {
+            id: "abc".into(),
+            name: Some("old".into()),
+            status: OrphanStatus::Orphaned,
+            running: true,
+            size_bytes: 5 << 20,
+            changed_at: chrono::Utc::now(),
+            image: None,
+            store_id: None,
+        });
+        let text = all.text();
+        assert!(text.contains("  abc (old, 5 MiB, its VM still runs)") && text.contains("heyvm recover ID"), "{text}");
     }
 }

@@ -79,7 +79,7 @@ pub async fn images(context: &Context, args: ImagesArgs) -> Outcome {
             Ok(0)
         }
         ImagesCommand::Prune { all } => prune(context, all).await,
-        ImagesCommand::ImportKernel { directory } => import_kernel(context, &directory),
+        ImagesCommand::ImportKernel { directory } => import_kernel(context, &directory).await,
         ImagesCommand::Prepare => long(context.daemon().await?, context, "/images/prepare", &()).await,
     }
 }
@@ -138,14 +138,14 @@ async fn long(client: Client, context: &Context, path: &str, body: &impl serde::
 }
 
 /// Set-up, not a request: the tree is this user's, and no daemon is needed.
-fn import_kernel(context: &Context, directory: &Path) -> Outcome {
+async fn import_kernel(context: &Context, directory: &Path) -> Outcome {
     let failed = |error: heyvm_images::Error| {
         let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
         ApiError::new(ErrorCode::HostNotReady, format!("{error}{source}"))
             .hint("name an unpacked kernel package, or / for this system's own kernel")
     };
     let store = heyvm_images::ImageStore::open(&context.home, Default::default()).map_err(failed)?;
-    let version = store.import_kernel(directory).map_err(failed)?;
+    let version = store.import_kernel(directory).await.map_err(failed)?;
     output::answer(context.format, &json!({"kernel": version}), || format!("guest kernel {version} is here"));
     Ok(0)
 }

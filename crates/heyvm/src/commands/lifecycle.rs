@@ -69,7 +69,7 @@ pub async fn start(context: &Context, sandboxes: &[String]) -> Outcome {
     let mut done = Vec::new();
     for who in sandboxes {
         let started = told(context, who, "start", &format!("starting {who}"), &()).await;
-        done.push(started.map_err(|error| after(error, "started", &done))?);
+        done.push(noted(started.map_err(|error| after(error, "started", &done))?));
     }
     answer(context, &done)
 }
@@ -79,9 +79,15 @@ pub async fn restart(context: &Context, sandboxes: &[String]) -> Outcome {
     let mut done = Vec::new();
     for who in sandboxes {
         let restarted = told(context, who, "restart", &format!("restarting {who}"), &()).await;
-        done.push(restarted.map_err(|error| after(error, "restarted", &done))?);
+        done.push(noted(restarted.map_err(|error| after(error, "restarted", &done))?));
     }
     answer(context, &done)
+}
+
+/// What is to be known of it, beside the answer.
+fn noted(info: SandboxInfo) -> SandboxInfo {
+    info.warnings.iter().for_each(|warning| output::note(warning));
+    info
 }
 
 /// Prints one sandbox as an object, several as an array.
@@ -114,9 +120,7 @@ pub async fn resize(context: &Context, args: ResizeArgs) -> Outcome {
 pub async fn recover(context: &Context, args: RecoverArgs) -> Outcome {
     let request = RecoverRequest { name: args.name };
     let info: SandboxInfo = context.daemon().await?.post(&path(&args.orphan, "/recover"), &request).await?;
-    for warning in &info.warnings {
-        output::note(warning);
-    }
+    let info = noted(info);
     output::answer(context.format, &info, || format!("{} is {} ({})", info.name, word(&info.status), info.id));
     Ok(0)
 }

@@ -3,7 +3,7 @@
 use chrono::Utc;
 use heyvm_api::{
     orphans::OrphanInfo,
-    sandbox::{RestartPolicy, SandboxInfo, Status},
+    sandbox::{AgentState, RestartPolicy, SandboxInfo, Status},
 };
 use serde::{Serialize, Serializer, ser::SerializeSeq};
 
@@ -54,9 +54,9 @@ pub async fn list(context: &Context, args: &ListArgs) -> Outcome {
         if all.is_empty() && orphans.is_empty() {
             return "no sandboxes; heyvm deploy DIR makes one".into();
         }
-        let mut columns = vec!["NAME", "STATUS", "REGION", "IMAGE", "SIZE", "ENDS", "URL"];
+        let mut columns = vec!["NAME", "STATUS", "REGION", "IMAGE", "SIZE", "EXPIRES", "URL"];
         // Only ended sandboxes have a reason, and only orphans an age.
-        let has_reasons = !orphans.is_empty() || all.iter().any(|info| info.reason.is_some());
+        let has_reasons = !orphans.is_empty() || all.iter().any(|info| reason(info).is_some());
         columns.extend(has_reasons.then_some("REASON"));
         let rows = all.iter().map(|info| row(info, has_reasons)).chain(orphans.iter().map(orphan_row));
         output::table(&columns, &rows.collect::<Vec<_>>())
@@ -88,18 +88,42 @@ fn orphan_row(orphan: &OrphanInfo) -> Vec<String> {
     vec![name, "orphaned".into(), "-".into(), image, size, "-".into(), "-".into(), reason]
 }
 
+/// A reason's characters in a list; `get` has all of it.
+const REASON: usize = 60;
+
 fn row(info: &SandboxInfo, has_reasons: bool) -> Vec<String> {
-    // A removed sandbox has no end before it.
-    let ends = info.expires_at.filter(|_| info.status != Status::Removed);
-    let ends = ends.map_or("-".into(), |at| at.format("%Y-%m-%d %H:%M:%SZ").to_string());
+    // A removed sandbox has no end before it; a stopped one is removed in its time, too.
+    let expires = info.expires_at.filter(|_| info.status != Status::Removed);
+    let expires = expires.map_or("-".into(), |at| at.format("%Y-%m-%d %H:%M:%SZ").to_string());
     let url = info.urls.first().map_or("-".into(), |url| url.url.clone());
-    let step = info.step.as_deref().and_then(|step| step.split(':').next()).map(|step| format!(" ({step})"));
-    let (status, size) = (word(&info.status) + &step.unwrap_or_default(), info.size_class.as_str().into());
-    let mut row = vec![info.name.clone(), status, info.region.clone(), info.image.clone(), size, ends, url];
+    let (status, size) = (listed_status(info), info.size_class.as_str().into());
+    let mut row = vec![info.name.clone(), status, info.region.clone(), info.image.clone(), size, expires, url];
     if has_reasons {
-        row.push(info.reason.as_ref().map_or("-".into(), |reason| reason.message.chars().take(60).collect()));
+        row.push(reason(info).map_or("-".into(), in_one_line));
     }
     row
+}
+
+/// The status, and what goes on within it.
+fn listed_status(info: &SandboxInfo) -> String {
+    let step = info.step.as_deref().and_then(|step| step.split(':').next()).map(str::to_owned);
+    let next = || info.next_start_at.map(|at| format!("starts again at {}", at.format("%H:%M:%SZ")));
+    let silent = || info.agent.map(|AgentState::Unresponsive| "unresponsive".to_owned());
+    let detail = step.or_else(next).or_else(silent).map(|detail| format!(" ({detail})"));
+    word(&info.status) + &detail.unwrap_or_default()
+}
+
+/// Why it does not run. A server that cannot ask a sandbox's region has a message alone.
+fn reason(info: &SandboxInfo) -> Option<&str> {
+    info.reason.as_ref().map(|reason| reason.message.as_str()).or(info.error_message.as_deref())
+}
+
+fn in_one_line(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    if line.chars().count() <= REASON {
+        return line;
+    }
+    line.chars().take(REASON - 1).chain(['…']).collect()
 }
 
 /// Everything about one.
@@ -125,7 +149,7 @@ fn text(info: &SandboxInfo) -> String {
         format!("created  {}", info.created_at.format("%Y-%m-%d %H:%M:%SZ")),
     ];
     if let Some(at) = info.expires_at {
-        lines.push(format!("ends     {}", at.format("%Y-%m-%d %H:%M:%SZ")));
+        lines.push(format!("expires  {}", at.format("%Y-%m-%d %H:%M:%SZ")));
     }
     if let Some(command) = &info.start_command {
         lines.push(format!("start    {command}"));
@@ -153,4 +177,56 @@ fn text(info: &SandboxInfo) -> String {
     }
     lines.extend(info.warnings.iter().map(|warning| format!("note     {warning}")));
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::TimeZone;
+    use heyvm_api::sandbox::{Reason, ReasonCode};
+    use serde_json::json;
+
+    use super::*;
+
+    fn sandbox(status: &str) -> SandboxInfo {
+        let at = "2026-11-30T12:00:00Z";
+        serde_json::from_value(json!({
+            "id": "1", "name": "web", "slug": "web", "status": status, "image": "i", "image_requested": null,
+            "backend_type": "qemu", "region": "local", "size_class": "small", "disk_size_gb": 10, "is_deployed": false,
+            "archive_id": null, "created_at": at, "status_changed_at": at, "uptime_secs": 0, "ttl_seconds": 3600,
+            "expires_at": "2026-11-30T13:00:00Z", "env_vars": {}, "start_command": null, "working_directory": "/",
+            "setup_hooks": [], "error_message": null, "reason": null, "urls": []
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn columns_hold_what_their_heads_say() {
+        let expires = "2026-11-30 13:00:00Z";
+        let columns = |info: &SandboxInfo| {
+            let row = row(info, true);
+            [row[1].clone(), row[5].clone(), row[7].clone()]
+        };
+        assert_eq!(columns(&sandbox("running")), ["running", expires, "-"]);
+
+        let message = "the start command\nexited with 1";
+        let reason = Reason {
+            code: ReasonCode::StartCommandExited,
+            message: message.into(),
+            exit_code: Some(1),
+            log_tail: Vec::new(),
+        };
+        let next_start_at = Utc.with_ymd_and_hms(2026, 11, 30, 12, 0, 30).single();
+        let mut info = SandboxInfo { reason: Some(reason), next_start_at, ..sandbox("failed") };
+        let status = "failed (starts again at 12:00:30Z)";
+        assert_eq!(columns(&info), [status, expires, "the start command exited with 1"]);
+
+        info.reason.as_mut().unwrap().message = "é".repeat(61);
+        assert_eq!(columns(&info)[2], "é".repeat(59) + "…");
+
+        let unreachable = SandboxInfo { error_message: Some("eu is unreachable".into()), ..sandbox("stopped") };
+        assert_eq!(columns(&unreachable), ["stopped", expires, "eu is unreachable"]);
+        let silent = SandboxInfo { agent: Some(AgentState::Unresponsive), ..sandbox("running") };
+        assert_eq!(columns(&silent)[0], "running (unresponsive)");
+        assert_eq!(columns(&sandbox("removed"))[1], "-", "it has no end before it");
+    }
 }

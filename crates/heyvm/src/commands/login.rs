@@ -115,7 +115,7 @@ pub async fn whoami(context: &Context) -> Outcome {
 
 fn asked(prompt: &str) -> Result<String, ApiError> {
     if io::stdin().is_terminal() {
-        let _ = write!(io::stderr(), "{prompt}");
+        write!(io::stderr(), "{prompt}").ok();
     }
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line).map_err(|error| no_input(&error.to_string()))?;

@@ -6,7 +6,10 @@ use std::{
 };
 
 use futures::StreamExt;
-use heyvm_api::{ApiError, ErrorCode, sandbox::LogPiece};
+use heyvm_api::{
+    ApiError, ErrorCode,
+    sandbox::{LogPiece, timestamp},
+};
 
 use super::{Context, Outcome, path};
 use crate::{
@@ -22,13 +25,45 @@ pub struct LogsArgs {
     /// Go on until the sandbox ends
     #[arg(short, long)]
     pub follow: bool,
+    /// Only the last N lines of what there is; 0 with --follow shows what comes from now on
+    #[arg(short = 'n', long, value_name = "N", value_parser = lines)]
+    pub tail: Option<Lines>,
+    /// Show the time (UTC, RFC 3339) at which each line began to come
+    #[arg(short, long)]
+    pub timestamps: bool,
+}
+
+/// How many lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lines {
+    All,
+    Last(u64),
+}
+
+fn lines(text: &str) -> Result<Lines, String> {
+    if text == "all" {
+        return Ok(Lines::All);
+    }
+    text.parse().map(Lines::Last).map_err(|_| "give a number of lines, or all".into())
+}
+
+impl LogsArgs {
+    fn path(&self) -> String {
+        let tail = match self.tail {
+            Some(Lines::Last(lines)) => Some(format!("tail={lines}")),
+            Some(Lines::All) | None => None,
+        };
+        let flag = |is_set: bool, name: &str| is_set.then(|| format!("{name}=true"));
+        let query = [flag(self.follow, "follow"), tail, flag(self.timestamps, "timestamps")];
+        let query = query.into_iter().flatten().collect::<Vec<_>>().join("&");
+        path(&self.sandbox, &if query.is_empty() { "/logs".into() } else { format!("/logs?{query}") })
+    }
 }
 
 /// What the start command printed: each stream to its own, as it came.
 pub async fn logs(context: &Context, args: &LogsArgs) -> Outcome {
     let client = context.client().await?;
-    let follow = if args.follow { "?follow=true" } else { "" };
-    let lines = client.stream(&path(&args.sandbox, &format!("/logs{follow}")), "application/x-ndjson").await?;
+    let lines = client.stream(&args.path(), "application/x-ndjson").await?;
     let mut lines = pin!(lines);
     let mut told: Box<dyn Listener> = match context.format {
         Format::Text => Box::new(Streams),
@@ -39,7 +74,8 @@ pub async fn logs(context: &Context, args: &LogsArgs) -> Outcome {
         buffer.extend(piece.map_err(|error| broken_off(&error.to_string()))?);
         let whole = buffer.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         for line in buffer[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-            let piece: LogPiece = serde_json::from_slice(line).map_err(|error| broken_off(&error.to_string()))?;
+            let piece = serde_json::from_slice(line).map_err(|error| broken_off(&error.to_string()))?;
+            let piece = stamped(piece);
             if let Err(error) = told.piece(&piece) {
                 return output::cannot_write(&error);
             }
@@ -47,6 +83,14 @@ pub async fn logs(context: &Context, args: &LogsArgs) -> Outcome {
         buffer.drain(..whole);
     }
     told.end().map_or_else(|error| output::cannot_write(&error), |()| Ok(0))
+}
+
+/// With its time, where it has one, before its text.
+fn stamped(mut piece: LogPiece) -> LogPiece {
+    if let Some(time) = piece.time {
+        piece.text.insert_str(0, &timestamp(time));
+    }
+    piece
 }
 
 fn broken_off(why: &str) -> ApiError {
@@ -126,11 +170,40 @@ mod tests {
     fn one_document_has_the_streams_together_and_apart() {
         let mut document = Document { logs: Spool::new(), stdout: Spool::new(), stderr: Spool::new() };
         for (stream, text) in [("stdout", "one\n"), ("stderr", "\"oh\"\n"), ("stdout", "two\n")] {
-            document.piece(&LogPiece { stream: stream.into(), text: text.into() }).unwrap();
+            document.piece(&LogPiece { stream: stream.into(), text: text.into(), time: None }).unwrap();
         }
         let mut out = Vec::new();
         document.write(&mut out).unwrap();
         let told: Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(told, json!({"logs": "one\n\"oh\"\ntwo\n", "stdout": "one\ntwo\n", "stderr": "\"oh\"\n"}));
+    }
+
+    #[test]
+    fn flags_are_those_of_docker() {
+        let path = |words: &str| {
+            let words = format!("heyvm logs web {words}");
+            let cli = crate::arguments::parse(words.split_whitespace().map(Into::into).collect()).ok()?;
+            match cli.command {
+                Some(crate::cli::Command::Logs(args)) => Some(args.path()),
+                _ => None,
+            }
+        };
+        for (words, expected) in [
+            ("", "/sandboxes/web/logs"),
+            ("--tail 5", "/sandboxes/web/logs?tail=5"),
+            ("-fn0", "/sandboxes/web/logs?follow=true&tail=0"),
+            ("-n all -t", "/sandboxes/web/logs?timestamps=true"),
+            ("--follow --timestamps --tail=1", "/sandboxes/web/logs?follow=true&tail=1&timestamps=true"),
+        ] {
+            assert_eq!(path(words).as_deref(), Some(expected), "{words}");
+        }
+        assert!(path("--tail -1").is_none() && path("-n x").is_none());
+    }
+
+    #[test]
+    fn time_stands_before_the_line() {
+        let time = chrono::DateTime::from_timestamp(1, 0);
+        let piece = LogPiece { stream: "stdout".into(), text: "one\n".into(), time };
+        assert_eq!(stamped(piece).text, "1970-01-01T00:00:01.000000Z one\n");
     }
 }

@@ -175,7 +175,7 @@ async fn the_least_recently_used_images_go_first_and_never_one_in_use() {
     assert_eq!(removed, [images[2].name.clone()], "the second is older, but in use");
     let removed = prune(&place.store, &[&images[1].digest], Extent::Budget(0)).await;
     assert_eq!(removed, [images[3].name.clone(), images[0].name.clone()], "the first was used since");
-    let left: Vec<String> = place.store.list().into_iter().map(|image| image.name).collect();
+    let left: Vec<String> = place.store.list().await.into_iter().map(|image| image.name).collect();
     assert_eq!(left, [images[1].name.clone(), "mine:1".into()]);
     assert_eq!(prune(&place.store, &[], Extent::All).await.len(), 2);
     assert!(place.kept().is_empty(), "{:?}", place.kept());

@@ -35,7 +35,7 @@ async fn a_tampered_blob_is_refused_and_leaves_nothing() {
             let place = Place::using(&server);
             let error = place.store.pull(reference, OPERATOR, silent()).await.unwrap_err();
             assert!(!matches!(error, Error::Io { .. }), "{error:?}");
-            assert!(place.store.list().is_empty() && place.kept().is_empty(), "{blob}");
+            assert!(place.store.list().await.is_empty() && place.kept().is_empty(), "{blob}");
         }
         fs::write(&path, &good).unwrap();
     }
@@ -92,7 +92,7 @@ async fn layers_that_want_out_are_refused() {
     for (what, items) in cases {
         let result = pulled(&place, &server, items).await;
         assert!(matches!(result, Err(Error::Invalid(_))), "{what}: {result:?}");
-        assert!(place.store.list().is_empty() && place.kept().is_empty(), "{what}");
+        assert!(place.store.list().await.is_empty() && place.kept().is_empty(), "{what}");
         assert_eq!(around(place.home()), ["images", "kernels"], "{what}");
     }
 }

@@ -58,7 +58,7 @@ async fn a_docker_save_tar() {
     check(&imported, "example.com/team/app:7");
     check(&place.store.import(&path, Some("mine"), silent()).await.unwrap(), "mine");
     assert_eq!(place.kept().len(), 1, "the same root is kept once");
-    assert_eq!(place.store.list().len(), 2);
+    assert_eq!(place.store.list().await.len(), 2);
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ impl Liar {
                 let head = head.join("\n");
                 let response = answer(&head);
                 keep.lock().unwrap().push(head);
-                let _ = stream.write_all(response.as_bytes());
+                stream.write_all(response.as_bytes()).ok();
             }
         });
         Self { host, requests }

@@ -3,7 +3,7 @@
 //!
 //! - [`server`]: a registry's process.  [`liar`]: answers that no registry gives.
 //!   [`layout`]: images as the tests write them.  [`place`]: a store and its EROFS files.
-
+#![allow(clippy::disallowed_methods, reason = "a test may block its own thread")]
 // Not the whole crate is test code to clippy: what the tests share is outside of any `#[test]`.
 #![allow(clippy::unwrap_used)]
 

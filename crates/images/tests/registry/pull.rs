@@ -25,9 +25,9 @@ async fn an_image_is_pulled_by_tag_and_by_digest() {
     );
     assert_eq!(image.size_bytes, image.rootfs.metadata().unwrap().len());
     assert_eq!(Root::of(&image).text("etc/motd"), "hello\n");
-    assert_eq!(place.store.list(), std::slice::from_ref(&image));
-    assert_eq!(place.store.get(&name), Some(image.clone()));
-    assert_eq!(place.store.get(&image.digest), Some(image.clone()));
+    assert_eq!(place.store.list().await, std::slice::from_ref(&image));
+    assert_eq!(place.store.get(&name).await, Some(image.clone()));
+    assert_eq!(place.store.get(&image.digest).await, Some(image.clone()));
 
     let by_digest = format!("{}/test/hello@{}", server.host, layout.digest);
     let same = place.store.pull(&by_digest, OPERATOR, silent()).await.unwrap();
@@ -41,9 +41,9 @@ async fn an_image_is_pulled_by_tag_and_by_digest() {
         assert_eq!((resolved.image.name, resolved.substituted), (reference.clone(), None));
     }
     place.store.remove(&by_digest).await.unwrap();
-    assert!(place.store.get(&name).is_some());
+    assert!(place.store.get(&name).await.is_some());
     place.store.remove(&name).await.unwrap();
-    assert!(place.store.list().is_empty() && place.kept().is_empty());
+    assert!(place.store.list().await.is_empty() && place.kept().is_empty());
 }
 
 #[tokio::test]
@@ -54,10 +54,10 @@ async fn a_name_without_tag_or_registry_means_what_it_means_to_docker() {
     let image = place.store.pull("thing", OPERATOR, silent()).await.unwrap();
     assert_eq!(image.name, "thing");
     for same in ["thing:latest", "library/thing", "docker.io/library/thing:latest"] {
-        assert_eq!(place.store.get(same).map(|image| image.digest), Some(image.digest.clone()), "{same}");
+        assert_eq!(place.store.get(same).await.map(|image| image.digest), Some(image.digest.clone()), "{same}");
     }
     for other in ["thing:1", "thing2", name.as_str(), ""] {
-        assert_eq!(place.store.get(other), None, "{other}");
+        assert_eq!(place.store.get(other).await, None, "{other}");
     }
     assert!(place.store.remove("thing:latest").await.is_err(), "who removes means the name that is listed");
 }
@@ -136,7 +136,7 @@ async fn what_the_image_says_about_running_it_is_kept() {
     let name = server.push(Layout::new(&[layer(vec![file("a", "")])], run).path(), "test/config:1");
     let place = Place::using(&server);
     place.store.pull(&name, OPERATOR, silent()).await.unwrap();
-    let config = place.store.get(&name).unwrap().config;
+    let config = place.store.get(&name).await.unwrap().config;
     let env = [("PATH", "/usr/bin"), ("EMPTY", ""), ("EQUAL", "a=b")].map(|(n, v)| (n.to_owned(), v.to_owned()));
     assert_eq!((config.env.clone(), config.working_dir.as_deref()), (env.to_vec(), Some("/srv/app")));
     assert_eq!(
@@ -177,12 +177,12 @@ async fn an_image_whose_name_has_moved_on_stays_as_long_as_it_is_used() {
     server.push(version("two").path(), "test/app:1");
     let new = place.store.pull(&name, OPERATOR, silent()).await.unwrap();
     assert_ne!((&old.digest, &old.root_digest), (&new.digest, &new.root_digest));
-    assert_eq!(place.store.get(&name), Some(new.clone()));
+    assert_eq!(place.store.get(&name).await, Some(new.clone()));
     let beyond = Extent::Budget(u64::MAX);
     assert!(prune(&place.store, &[&old.digest], beyond).await.is_empty());
-    let kept = place.store.with_digest(&old.digest).unwrap();
+    let kept = place.store.with_digest(&old.digest).await.unwrap();
     assert_eq!((&kept.name, &kept.rootfs, Root::of(&kept).text("version")), (&old.digest, &old.rootfs, "one".into()));
     assert_eq!(prune(&place.store, &[], beyond).await, std::slice::from_ref(&old.digest));
-    assert_eq!(place.store.with_digest(&old.digest), None);
+    assert_eq!(place.store.with_digest(&old.digest).await, None);
     assert_eq!(place.kept(), [new.digest.replace(':', "-")]);
 }

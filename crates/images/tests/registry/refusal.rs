@@ -42,7 +42,7 @@ async fn a_missing_image_is_not_found() {
     for name in ["", "UPPER:1", "a b", "x@sha256:1"] {
         assert!(matches!(place.store.pull(name, OPERATOR, silent()).await, Err(Error::Invalid(_))), "{name}");
     }
-    assert!(place.store.list().is_empty() && place.kept().is_empty());
+    assert!(place.store.list().await.is_empty() && place.kept().is_empty());
 }
 
 #[tokio::test]

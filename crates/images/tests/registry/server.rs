@@ -57,8 +57,8 @@ impl Server {
         let host = loop {
             let mut line = String::new();
             if log.read_line(&mut line).unwrap() == 0 {
-                let _ = process.kill();
-                let _ = process.wait();
+                process.kill().ok();
+                process.wait().ok();
                 panic!("docker-registry did not start: {said}");
             }
             if let Some((_, rest)) = line.split_once("listening on ") {
@@ -101,7 +101,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.process.kill().ok();
+        self.process.wait().ok();
     }
 }

@@ -14,7 +14,7 @@ use nix::{
     sys::socket::{SockFlag, accept4},
 };
 
-use super::{EgressSettings, MTU, Reply, Request, addresses, interface, ruleset, supervisor::UPLINK};
+use super::{EgressSettings, Failure, MTU, Reply, Request, addresses, interface, ruleset, supervisor::UPLINK};
 use crate::channel;
 
 /// The uplink is there after some ten milliseconds; a pasta that failed never makes it.
@@ -24,8 +24,9 @@ const IDLE_LIMIT: Duration = Duration::from_secs(2);
 const IDLE_CHECK: u16 = 500;
 
 /// Sets up everything but the taps.
-pub fn prepare(settings: &EgressSettings, host: &[Ipv4Addr]) -> Result<(), String> {
-    interface::bring_up("lo", None, None).map_err(|error| format!("bringing up loopback: {error}"))?;
+pub fn prepare(settings: &EgressSettings, host: &[Ipv4Addr]) -> Result<(), Failure> {
+    // AppArmor lets a process enter a namespace in which it then may do nothing.
+    interface::bring_up("lo", None, None).map_err(|error| Failure::namespace("bringing up loopback", error))?;
     for (name, value) in [("ip_forward", "1"), ("conf/all/rp_filter", "1"), ("conf/default/rp_filter", "1")] {
         fs::write(format!("/proc/sys/net/ipv4/{name}"), value).map_err(|error| format!("setting {name}: {error}"))?;
     }
@@ -33,14 +34,14 @@ pub fn prepare(settings: &EgressSettings, host: &[Ipv4Addr]) -> Result<(), Strin
     let deadline = Instant::now() + UPLINK_DEADLINE;
     while !interface::exists(UPLINK) {
         if Instant::now() > deadline {
-            return Err("pasta did not bring up the sandboxes' network; run/egress.log may say why".into());
+            return Err(Failure::NoUplink);
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
 
-fn load_rules(rules: &str) -> Result<(), String> {
+fn load_rules(rules: &str) -> Result<(), Failure> {
     let mut nft = Command::new("nft")
         .args(["-f", "-"])
         .stdin(Stdio::piped())
@@ -48,15 +49,15 @@ fn load_rules(rules: &str) -> Result<(), String> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => "nft is not installed (package nftables)".to_owned(),
-            _ => format!("starting nft: {error}"),
+            io::ErrorKind::NotFound => Failure::NoNft,
+            _ => Failure::Otherwise(format!("starting nft: {error}")),
         })?;
     let fed = nft.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(rules.as_bytes()));
     let output = nft.wait_with_output().map_err(|error| format!("waiting for nft: {error}"))?;
     if output.status.success() && fed.is_ok() {
         return Ok(());
     }
-    Err(format!("nft refused the sandboxes' packet filter: {}", String::from_utf8_lossy(&output.stderr).trim()))
+    Err(Failure::FilterRefused(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
 /// Serves until nobody needs the namespace any more.
@@ -87,7 +88,8 @@ pub fn serve(listener: OwnedFd) {
 fn wait_for_any(listener: &OwnedFd, clients: &[OwnedFd]) -> Vec<bool> {
     let mut all: Vec<PollFd> =
         std::iter::once(listener).chain(clients).map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-    let _ = poll(&mut all, PollTimeout::from(IDLE_CHECK));
+    // After an error none can be read: they are looked at again.
+    poll(&mut all, PollTimeout::from(IDLE_CHECK)).ok();
     all.iter().map(|fd| fd.any().unwrap_or(false)).collect()
 }
 

@@ -8,6 +8,7 @@
 //! ends, the tap vanishes. Guests reach the internet and the resolver, not the host, not each other, no private range.
 //! Nothing of the host's own network set-up is touched, and no privilege is needed beyond user namespaces.
 
+mod failure;
 mod holder;
 mod interface;
 mod ruleset;
@@ -23,15 +24,19 @@ use std::{
     },
     path::Path,
     process::{Command, Stdio},
-    sync::Mutex,
+    sync::{Mutex, TryLockError},
+    time::Duration,
 };
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket},
+    sys::socket::{
+        AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, listen, shutdown, socket,
+    },
 };
 use serde::{Deserialize, Serialize};
 
+pub use failure::Failure;
 pub use supervisor::main_egress;
 
 use crate::{Error, channel, environment};
@@ -44,6 +49,9 @@ pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 53);
 const RANGE: u32 = u32::from_be_bytes([100, 96, 0, 0]);
 /// Number of slots in the range 100.96.0.0/13.
 pub const SLOTS: u32 = 1 << 17;
+
+/// A holder answers within milliseconds, on a busy host within seconds; it is at its start that pasta is started, too.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the user may decide.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,7 +105,7 @@ impl Egress {
     /// Connects to the holder of `run_dir` for these settings, starting it when there is none. One with other settings
     /// stays for as long as a VM has a device there. Blocks for some milliseconds.
     pub fn ensure(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<Self, Error> {
-        ruleset::check(settings).map_err(Error::Refused)?;
+        ruleset::check(settings).map_err(|why| Error::Egress(Failure::Settings(why)))?;
         let name = socket_name(settings);
         if let Ok(socket) = dial(run_dir, &name) {
             return Ok(Self { socket: Mutex::new(socket) });
@@ -110,16 +118,25 @@ impl Egress {
 
     /// Whether the holder is still there. It says nothing unasked: what can be read between two requests is the end.
     pub fn is_alive(&self) -> bool {
-        let socket = self.socket.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let socket = match self.socket.try_lock() {
+            Ok(socket) => socket,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Somebody is talking with it, for as long as the answer may take: that one will see.
+            Err(TryLockError::WouldBlock) => return true,
+        };
         let mut news = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         poll(&mut news, PollTimeout::ZERO) == Ok(0)
     }
 
-    /// Makes the network device of a slot; its descriptor goes to QEMU.
+    /// Makes the network device of a slot; its descriptor goes to QEMU. A holder that does not answer in time is none.
     pub fn tap(&self, slot: u32) -> Result<OwnedFd, Error> {
         let socket = self.socket.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let answer = channel::send(&*socket, &Request::Tap { slot }, &[])
             .and_then(|()| channel::receive::<Reply>(&*socket))
+            .inspect_err(|_| {
+                // One that is closed already is as good.
+                shutdown(socket.as_raw_fd(), Shutdown::Both).ok();
+            })
             .map_err(Error::io("asking the egress holder for a device", "egress"))?;
         match answer {
             Some((Reply::Tap, mut descriptors)) if descriptors.len() == 1 => Ok(descriptors.remove(0)),
@@ -141,6 +158,7 @@ fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(
         .open(&log_path)
         .map_err(Error::io("opening the egress log", log_path))?;
     let (ours, theirs) = channel::pair().map_err(Error::io("opening a channel to the egress holder", run_dir))?;
+    channel::be_patient_for(&ours, PATIENCE).map_err(Error::io("opening a channel to the egress holder", run_dir))?;
     // The supervisor lives as long as the sandboxes do, and pasta and nft get their environment from it.
     let mut child = environment::clean(&mut Command::new(launcher))
         .arg("egress")
@@ -149,16 +167,17 @@ fn start(run_dir: &Path, launcher: &Path, settings: &EgressSettings) -> Result<(
         .stderr(Stdio::from(log))
         .spawn()
         .map_err(Error::io("starting the egress holder", launcher))?;
-    channel::send(&ours, &Start { settings: settings.clone() }, &[listener.as_fd()])
-        .map_err(Error::io("talking to the egress holder", launcher))?;
-    let reply =
-        channel::receive::<Result<(), String>>(&ours).map_err(Error::io("hearing from the egress holder", launcher))?;
+    let reply = channel::send(&ours, &Start { settings: settings.clone() }, &[listener.as_fd()])
+        .and_then(|()| channel::receive::<Result<(), Failure>>(&ours));
+    if reply.is_err() {
+        child.kill().map_err(Error::io("ending", launcher))?;
+    }
     // The first process leaves at once; the supervisor is its child, so that it is nobody's afterwards.
     child.wait().map_err(Error::io("waiting for", launcher))?;
-    match reply {
+    match reply.map_err(Error::io("talking to the egress holder", launcher))? {
         Some((Ok(()), _)) => Ok(()),
-        Some((Err(why), _)) => Err(Error::Refused(why)),
-        None => Err(Error::Refused("the egress holder ended without a word".into())),
+        Some((Err(failure), _)) => Err(Error::Egress(failure)),
+        None => Err(Error::Egress("the egress holder ended without a word".into())),
     }
 }
 
@@ -177,7 +196,8 @@ fn short_address(run_dir: &Path, name: &str) -> io::Result<(std::fs::File, UnixA
 }
 
 fn bind_socket(run_dir: &Path, name: &str) -> io::Result<OwnedFd> {
-    let _ = std::fs::remove_file(run_dir.join(name));
+    // What is left there makes binding fail.
+    std::fs::remove_file(run_dir.join(name)).ok();
     let (_dir, address) = short_address(run_dir, name)?;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     bind(listener.as_raw_fd(), &address)?;
@@ -188,13 +208,39 @@ fn bind_socket(run_dir: &Path, name: &str) -> io::Result<OwnedFd> {
 fn dial(run_dir: &Path, name: &str) -> io::Result<OwnedFd> {
     let (_dir, address) = short_address(run_dir, name)?;
     let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    channel::be_patient_for(&socket, PATIENCE)?;
     connect(socket.as_raw_fd(), &address)?;
     Ok(socket)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{sync::Barrier, time::Instant};
+
     use super::*;
+
+    #[test]
+    fn a_holder_that_hangs_holds_up_nobody_for_good() {
+        let (ours, _hangs) = channel::pair().unwrap();
+        channel::be_patient_for(&ours, Duration::from_millis(300)).unwrap();
+        let egress = Egress { socket: Mutex::new(ours) };
+        let (began, asked) = (Instant::now(), Barrier::new(2));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                asked.wait();
+                assert!(
+                    matches!(egress.tap(0), Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::TimedOut)
+                );
+            });
+            asked.wait();
+            while began.elapsed() < Duration::from_millis(100) {
+                let look = Instant::now();
+                assert!(egress.is_alive());
+                assert!(look.elapsed() < Duration::from_millis(100), "a look waits for no answer");
+            }
+        });
+        assert!(!egress.is_alive(), "its late answer would be taken for the next one's");
+    }
 
     #[test]
     fn slots_do_not_overlap() {

@@ -28,11 +28,11 @@ use nix::{
     unistd::{ForkResult, Pid, fork, getgid, getuid, setsid},
 };
 
-use super::{RESOLVER, Start, holder, interface};
+use super::{Failure, RESOLVER, Start, holder, interface};
 use crate::channel;
 
 /// What network devices of programs are made from; open to all on most systems, but not where no udev runs.
-const TUN: &str = "/dev/net/tun";
+pub(super) const TUN: &str = "/dev/net/tun";
 /// pasta's device in the namespace.
 pub(super) const UPLINK: &str = "up0";
 /// A pasta that ended is started again after this.
@@ -49,7 +49,7 @@ pub fn main_egress() -> ! {
     match unsafe { fork() } {
         Ok(ForkResult::Parent { .. }) => std::process::exit(0),
         Ok(ForkResult::Child) => {}
-        Err(error) => fail(socket.as_fd(), format!("forking the egress supervisor: {error}")),
+        Err(error) => fail(socket.as_fd(), format!("forking the egress supervisor: {error}").into()),
     }
     match supervise(socket.as_fd()) {
         Ok(()) => std::process::exit(0),
@@ -57,46 +57,46 @@ pub fn main_egress() -> ! {
     }
 }
 
-fn fail(socket: BorrowedFd<'_>, why: String) -> ! {
-    eprintln!("{why}");
-    let _ = channel::send(socket, &Err::<(), String>(why), &[]);
+fn fail(socket: BorrowedFd<'_>, failure: Failure) -> ! {
+    eprintln!("{failure}");
+    channel::send(socket, &Err::<(), Failure>(failure), &[]).ok();
     std::process::exit(1)
 }
 
-fn supervise(socket: BorrowedFd<'_>) -> Result<(), String> {
+fn supervise(socket: BorrowedFd<'_>) -> Result<(), Failure> {
     let told = |doing: &'static str| move |error: io::Error| format!("{doing}: {error}");
     let (start, mut descriptors) =
         channel::receive::<Start>(socket).map_err(told("reading the egress settings"))?.ok_or("no egress settings")?;
     let listener = descriptors.pop().ok_or("no egress socket")?;
-    let _ = setsid();
+    setsid().ok();
     // pasta itself would not say which device it is.
-    File::options().read(true).write(true).open(TUN).map_err(|error| {
-        format!("{TUN} cannot be opened: {error} (sudo chmod 666 {TUN} opens it to all, as it is on most systems)")
-    })?;
+    File::options().read(true).write(true).open(TUN).map_err(|error| Failure::tun(&error))?;
     let host = interface::own_addresses();
     let (mut ready, holder) = start_holder(start, host, listener)?;
     let mut pasta = start_pasta(holder)?;
-    let mut answer = String::new();
-    ready.read_to_string(&mut answer).map_err(told("waiting for the egress namespace"))?;
-    if answer != "ready" {
-        let _ = pasta.kill();
-        return Err(if answer.is_empty() { "the egress namespace could not be made".into() } else { answer });
+    let mut answer = Vec::new();
+    ready.read_to_end(&mut answer).map_err(told("waiting for the egress namespace"))?;
+    let made: Result<(), Failure> =
+        serde_json::from_slice(&answer).unwrap_or_else(|_| Err("the egress namespace could not be made".into()));
+    if let Err(failure) = made {
+        pasta.kill().ok();
+        return Err(failure);
     }
-    channel::send(socket, &Ok::<(), String>(()), &[]).map_err(told("answering the daemon"))?;
+    channel::send(socket, &Ok::<(), Failure>(()), &[]).map_err(told("answering the daemon"))?;
     keep_running(holder, pasta)
 }
 
 /// Starts pasta again when it ends, until the holder does.
-fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
+fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), Failure> {
     let (mut began, mut delay) = (Instant::now(), RESTART_DELAY);
     loop {
         let ended = match wait() {
             Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
             Ok(_) => continue,
-            Err(error) => return Err(format!("waiting for children: {error}")),
+            Err(error) => return Err(format!("waiting for children: {error}").into()),
         };
         if ended == holder {
-            let _ = pasta.kill();
+            pasta.kill().ok();
             return Ok(());
         }
         if ended.as_raw() == pasta.id() as i32 {
@@ -111,8 +111,8 @@ fn keep_running(holder: Pid, mut pasta: Child) -> Result<(), String> {
     }
 }
 
-/// Returns the end of a pipe that says `ready`, or why not, once the namespace works.
-fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<(io::PipeReader, Pid), String> {
+/// Returns the end of a pipe that says, in JSON, that the namespace works, or why it does not.
+fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<(io::PipeReader, Pid), Failure> {
     let told = |doing: &'static str| move |error: io::Error| format!("{doing}: {error}");
     let (mut in_namespace, entered) = io::pipe().map_err(told("making a pipe"))?;
     let (ready, mut say) = io::pipe().map_err(told("making a pipe"))?;
@@ -124,7 +124,7 @@ fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<
                 drop(entered);
                 holder::prepare(&start.settings, &host)
             });
-            let _ = say.write_all(held.as_ref().err().map_or("ready", String::as_str).as_bytes());
+            say.write_all(&serde_json::to_vec(&held).unwrap_or_default()).ok();
             drop(say);
             if held.is_ok() {
                 holder::serve(listener);
@@ -139,7 +139,7 @@ fn start_holder(start: Start, host: Vec<Ipv4Addr>, listener: OwnedFd) -> Result<
     }
 }
 
-fn enter_namespace() -> Result<(), String> {
+fn enter_namespace() -> Result<(), Failure> {
     let told = |doing: &'static str| move |error: String| format!("{doing}: {error}");
     let (uid, gid) = (getuid(), getgid());
     let mut namespaces = CloneFlags::CLONE_NEWNET;
@@ -147,13 +147,12 @@ fn enter_namespace() -> Result<(), String> {
         namespaces |= CloneFlags::CLONE_NEWUSER;
     }
     prctl::set_pdeathsig(Signal::SIGTERM).map_err(|e| told("tying the holder to its supervisor")(e.to_string()))?;
-    unshare(namespaces)
-        .map_err(|e| told("entering a network namespace (are unprivileged user namespaces allowed?)")(e.to_string()))?;
+    unshare(namespaces).map_err(|error| Failure::namespace("entering a network namespace", error))?;
     if uid.is_root() {
         give_up_capabilities().map_err(|e| told("giving up capabilities")(e.to_string()))?;
     } else {
         let write =
-            |file: &str, text: String| fs::write(file, text).map_err(|e| told("mapping the user")(e.to_string()));
+            |file: &str, text: String| fs::write(file, text).map_err(|e| Failure::namespace("mapping the user", e));
         write("/proc/self/setgroups", "deny".into())?;
         write("/proc/self/uid_map", format!("0 {uid} 1"))?;
         write("/proc/self/gid_map", format!("0 {gid} 1"))?;
@@ -176,7 +175,7 @@ fn give_up_capabilities() -> io::Result<()> {
     }
 }
 
-fn start_pasta(holder: Pid) -> Result<Child, String> {
+fn start_pasta(holder: Pid) -> Result<Child, Failure> {
     let mut command = Command::new("pasta");
     command
         .args(["--foreground", "--quiet", "--ipv4-only", "--config-net", "--no-map-gw", "--ns-ifname", UPLINK])
@@ -193,7 +192,7 @@ fn start_pasta(holder: Pid) -> Result<Child, String> {
     // SAFETY: between fork and exec only prctl is called, which is safe there.
     unsafe { command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGTERM)?)) };
     command.spawn().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => "pasta is not installed (package passt)".to_owned(),
-        _ => format!("starting pasta: {error}"),
+        io::ErrorKind::NotFound => Failure::NoPasta,
+        _ => format!("starting pasta: {error}").into(),
     })
 }

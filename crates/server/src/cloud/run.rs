@@ -65,7 +65,7 @@ pub async fn run_server(home: PathBuf, config: ServerConfig) -> Result<(), Error
         tokio::spawn(front.serve(edge, plain, ending.clone())),
     ];
     api_edge.serve(api, ending.clone()).await;
-    let _ = tokio::time::timeout(GRACE, futures::future::join_all(background)).await;
+    tokio::time::timeout(GRACE, futures::future::join_all(background)).await.ok();
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -43,28 +43,48 @@ impl Certificates {
         Ok(Self { files, now: Mutex::new(State { tls, stamps, looked: Instant::now() }) })
     }
 
-    /// How TLS is spoken now.
-    pub fn current(&self) -> Arc<ServerConfig> {
-        let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.looked.elapsed() < LOOK {
-            return Arc::clone(&now.tls);
-        }
-        now.looked = Instant::now();
-        let stamps = stamps(&self.files);
-        if stamps != now.stamps {
-            now.stamps = stamps;
-            match read(&self.files) {
-                Ok(tls) => {
-                    tracing::info!("the region's certificates were read again");
-                    now.tls = tls;
-                }
-                Err(problem) => tracing::error!(problem, "the region's certificates stay as they were"),
+    /// How TLS is spoken now. Whoever finds that a look is due waits for it; others have what is known meanwhile.
+    pub async fn current(self: &Arc<Self>) -> Arc<ServerConfig> {
+        let is_due = {
+            let mut now = self.lock();
+            let is_due = now.looked.elapsed() >= LOOK;
+            if is_due {
+                now.looked = Instant::now();
+            }
+            is_due
+        };
+        if is_due {
+            let this = Arc::clone(self);
+            if let Err(error) = tokio::task::spawn_blocking(move || this.look()).await {
+                tracing::error!(%error, "the region's certificates could not be looked at");
             }
         }
-        Arc::clone(&now.tls)
+        Arc::clone(&self.lock().tls)
+    }
+
+    fn look(&self) {
+        let stamps = stamps(&self.files);
+        if stamps == self.lock().stamps {
+            return;
+        }
+        let read = read(&self.files);
+        let mut now = self.lock();
+        now.stamps = stamps;
+        match read {
+            Ok(tls) => {
+                tracing::info!("the region's certificates were read again");
+                now.tls = tls;
+            }
+            Err(problem) => tracing::error!(problem, "the region's certificates stay as they were"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "runs at the start, and on threads that may wait")]
 fn stamps(files: &RegionConfig) -> Stamps {
     [&files.certificate, &files.key, &files.client_ca].map(|path| {
         let meta = fs::metadata(path).ok()?;

@@ -39,13 +39,13 @@ const FOR_NOBODY: [&str; 4] = ["/health", "/doctor", "/openapi.json", "/routes/"
 /// A listener that is ready to serve.
 pub struct Region {
     listener: TcpListener,
-    certificates: Certificates,
+    certificates: Arc<Certificates>,
 }
 
 impl Region {
     /// Listens. An error names the key of the configuration that is not as it should be.
     pub async fn listen(config: &RegionConfig) -> Result<Self, Error> {
-        let certificates = Certificates::open(config.clone())?;
+        let certificates = Arc::new(Certificates::open(config.clone())?);
         let listening = TcpListener::bind(config.listen).await;
         let listener = listening.map_err(Error::io(format!("listening on {} (region.listen)", config.listen)))?;
         Ok(Self { listener, certificates })
@@ -69,18 +69,19 @@ impl Region {
                 }
             };
             // Answers are small, and the servers wait for them. What a server that was cut off had begun ends with it.
-            let _ = stream.set_nodelay(true);
+            stream.set_nodelay(true).ok();
             if let Err(error) = notice_silence(&stream) {
                 tracing::warn!(%error, "a server's silence will not be noticed");
             }
-            let acceptor = TlsAcceptor::from(self.certificates.current());
             let (api, ending, handshakes) = (api.clone(), ending.clone(), Arc::clone(&handshakes));
+            let certificates = Arc::clone(&self.certificates);
             serving.spawn(async move {
                 // Those who say nothing take no turn from those who shake hands.
                 if !matches!(tokio::time::timeout(FIRST_BYTES, stream.peek(&mut [0])).await, Ok(Ok(1..))) {
                     return;
                 }
                 let Ok(turn) = handshakes.acquire_owned().await else { return };
+                let acceptor = TlsAcceptor::from(certificates.current().await);
                 let known = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await;
                 drop(turn);
                 match known {

@@ -220,7 +220,7 @@ async fn run(socket: WebSocket, agent: AgentConnection, plane: Arc<ControlPlane>
         Err(Interrupted::ClientGone) => return,
     };
     if outgoing.send(control(&end)).await.is_ok() {
-        let _ = outgoing.close().await;
+        outgoing.close().await.ok();
     }
 }
 
@@ -253,7 +253,7 @@ async fn bridge(
     let deadline = deadline(&start);
     let start = exec_input::Kind::Start(start);
     let (sender, receiver) = mpsc::channel(4);
-    let _ = sender.send(ExecInput { kind: Some(start) }).await;
+    sender.send(ExecInput { kind: Some(start) }).await.ok();
     let output = async {
         let mut client = agent.client().await?;
         let outputs = client.exec(ReceiverStream::new(receiver)).await?.into_inner();

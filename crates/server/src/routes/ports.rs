@@ -121,7 +121,7 @@ pub async fn dial(
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         if let Ok(caller) = upgraded.await {
-            let _ = copy_bidirectional(&mut TokioIo::new(caller), &mut stream).await;
+            copy_bidirectional(&mut TokioIo::new(caller), &mut stream).await.ok();
         }
     });
     let head = [(header::CONNECTION, "upgrade"), (header::UPGRADE, headers::PORT_STREAM)];

@@ -154,12 +154,12 @@ async fn still_serves(address: SocketAddr) {
 async fn sent(address: SocketAddr, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     // It may be closed before all is sent.
-    let _ = stream.write_all(request).await;
+    stream.write_all(request).await.ok();
     let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
     while let Ok(Ok(length @ 1..)) = tokio::time::timeout(SILENCE, stream.read(&mut piece)).await {
         answer.extend_from_slice(&piece[..length]);
     }
-    let _ = stream.shutdown().await;
+    stream.shutdown().await.ok();
     let ended = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
     assert!(ended.is_ok(), "the connection ends: {:?}", String::from_utf8_lossy(request));
     String::from_utf8_lossy(&answer).into_owned()

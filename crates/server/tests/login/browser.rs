@@ -28,8 +28,8 @@ impl Deref for Browser {
 impl Drop for Browser {
     fn drop(&mut self) {
         // The driver ends the browser along with itself.
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.driver.id() as i32), nix::sys::signal::SIGTERM);
-        let _ = self.driver.wait();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.driver.id() as i32), nix::sys::signal::SIGTERM).ok();
+        self.driver.wait().ok();
     }
 }
 

@@ -1,4 +1,5 @@
 //! The login page in a real browser, in front of private endpoints behind the edge with TLS.
+#![allow(clippy::disallowed_methods, reason = "a test may block its own thread")]
 #![allow(clippy::unwrap_used)]
 
 mod browser;

@@ -4,6 +4,7 @@
 //! fraction of a second; where it does not (nested set-ups that lack what a guest needs) it never does. A verdict with a
 //! reason that QEMU named is kept for as long as the host runs. Silence may have been a busy host's: it is tried again
 //! after a while, beside the creates, which use TCG meanwhile.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::File,
@@ -20,7 +21,11 @@ use heyvm_jail::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{launch::TEST_GUEST_UID, memory, record};
+use super::{
+    kvm_device::{self, Closed},
+    launch::TEST_GUEST_UID,
+    memory, record,
+};
 use crate::Error;
 
 /// How guest code is run.
@@ -44,12 +49,12 @@ impl Acceleration {
 }
 
 /// What a verdict rests on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 enum Ground {
     /// A test guest started.
     Started,
     /// The device cannot be opened, which every look tries again.
-    CannotOpen,
+    CannotOpen(Closed),
     /// QEMU said why it does not run.
     Named,
     /// A test guest printed nothing in time; earlier versions did not record the ground.
@@ -78,16 +83,31 @@ pub struct Verdict {
 impl Verdict {
     /// Whether it may have changed since it was found.
     pub fn is_stale(&self) -> bool {
-        match self.ground {
+        match &self.ground {
             Ground::Started | Ground::Named => false,
-            Ground::CannotOpen => open_kvm().is_ok(),
+            // Also where another reason has taken the first one's place: advice that was followed must not come again.
+            Ground::CannotOpen(closed) => kvm_device::open().err().as_ref() != Some(closed),
             Ground::Silence => self.tried_at.elapsed().is_ok_and(|age| age > SILENCE_KEPT),
         }
     }
-}
 
-fn open_kvm() -> std::io::Result<File> {
-    File::options().read(true).write(true).open("/dev/kvm")
+    /// What to do for KVM, where it is not used.
+    pub fn hint(&self) -> Option<String> {
+        Some(match &self.ground {
+            Ground::Started => return None,
+            Ground::CannotOpen(closed) => format!("sandboxes run with TCG, only slower; for KVM: {}", closed.hint()),
+            Ground::Named => "sandboxes run with TCG, only slower; it is tried again after a restart of this machine, \
+                              or with another QEMU or guest kernel"
+                .into(),
+            Ground::Silence => {
+                let minutes = SILENCE_KEPT.as_secs() / 60;
+                format!(
+                    "sandboxes run with TCG, only slower, and KVM is tried again every {minutes} minutes; in a virtual \
+                     machine the nested virtualisation around it may lack what guests need"
+                )
+            }
+        })
+    }
 }
 
 /// Where KVM works, a guest's first word takes a tenth of a second, on a busy host some seconds.
@@ -106,9 +126,8 @@ pub fn verdict(file: &Path, launcher: &Path, root: &QemuRoot, kernel: &Kernel, a
     let boot_id = host_boot_id().map_err(Error::io("reading", "/proc/sys/kernel/random/boot_id"))?;
     let tried_with = format!("{} {}", kernel.digest, root.digest);
     let tried_at = SystemTime::now();
-    if let Err(error) = open_kvm() {
-        let why = format!("/dev/kvm cannot be opened: {error}");
-        let ground = Ground::CannotOpen;
+    if let Err(closed) = kvm_device::open() {
+        let (why, ground) = (closed.why(), Ground::CannotOpen(closed));
         return Ok(Verdict { acceleration: Acceleration::Tcg, why, boot_id, tried_with, ground, tried_at });
     }
     let kept = std::fs::read(file).ok().and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok());
@@ -195,12 +214,14 @@ pub fn boots(
         }
     }
     process.kill().map_err(Error::io("ending", "the test guest"))?;
-    let _ = std::fs::remove_file(id_file);
+    std::fs::remove_file(id_file).ok();
     Ok(trial)
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -217,6 +238,25 @@ mod tests {
         assert!(!verdict(Ground::Silence, new).is_stale());
         assert!(verdict(Ground::Silence, old).is_stale());
         assert!(!verdict(Ground::Named, old).is_stale() && !verdict(Ground::Started, old).is_stale());
+        let no_reason = Closed::Otherwise("not what it is now".into());
+        assert!(verdict(Ground::CannotOpen(no_reason), new).is_stale(), "another reason");
+    }
+
+    #[test]
+    fn hint_says_what_is_done_instead_and_what_may_help() {
+        let hint = |ground| {
+            let kept = json!({"acceleration": "tcg", "why": "w", "boot_id": "b", "tried_with": "t", "ground": ground});
+            serde_json::from_value::<Verdict>(kept).unwrap().hint()
+        };
+        assert_eq!(hint(Ground::Started), None);
+        for (ground, part) in [
+            (Ground::CannotOpen(Closed::Forbidden(Some("kvm".into()))), "usermod -aG kvm"),
+            (Ground::Named, "another QEMU"),
+            (Ground::Silence, "every 10 minutes"),
+        ] {
+            let hint = hint(ground).unwrap();
+            assert!(hint.contains("TCG") && hint.contains(part), "{hint}");
+        }
     }
 
     #[test]

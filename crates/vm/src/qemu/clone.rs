@@ -1,7 +1,6 @@
 //! A VM from a template: on a new disk, on a kept one, or out of the warm pool.
 
 use std::{
-    fs,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -14,12 +13,11 @@ use super::{
     QemuDriver,
     accel::Acceleration,
     blocking, disk,
-    launch::{Launch, Launched, launch, tap},
+    launch::{Launch, Launched, end, launch, tap},
     machine::fd,
     pool::Kind,
     qmp::{LATE, Qmp},
     record::{Place, Record},
-    remove_directory,
     running::{Belongings, RunningVm, Watched},
     silent,
     template::{BOOT_DEADLINE, Recipe, Template, agent_has_come_up},
@@ -73,8 +71,11 @@ impl QemuDriver {
 
     pub(super) async fn make_disk(&self, id: &VmId, spec: &VmSpec) -> Result<(), Error> {
         let (dir, seeds, gib) = (self.dir(id), self.home.join("templates"), spec.disk_gib);
-        dir.make(false)?;
-        blocking(move || disk::create(&seeds, &dir.disk(), gib)).await
+        blocking(move || {
+            dir.make(false)?;
+            disk::create(&seeds, &dir.disk(), gib)
+        })
+        .await
     }
 
     /// Claims a VM from the warm pool for a sandbox; `None` where none fits, or the one that did has failed.
@@ -100,7 +101,8 @@ impl QemuDriver {
     async fn personalize_pooled(&self, pooled: Arc<Watched>, id: &VmId, spec: &VmSpec) -> Result<Arc<dyn Vm>, Error> {
         let claimed = async {
             pooled.unpause().await?;
-            pooled.place.move_to(self.dir(id))?;
+            let (place, to) = (pooled.place.clone(), self.dir(id));
+            blocking(move || place.move_to(to)).await?;
             self.make_own(&pooled, spec, Becoming::Sandbox { disk_bytes: 0 }).await
         };
         if let Err(error) = claimed.await {
@@ -112,9 +114,12 @@ impl QemuDriver {
 
     /// Ends a VM that is nobody's and removes its files.
     pub(super) async fn discard(&self, vm: &Watched) {
-        let _ = vm.kill().await;
         let dir = vm.place.dir();
-        if let Err(error) = blocking(move || remove_directory(dir.path())).await {
+        let gone = async {
+            vm.kill().await?;
+            blocking(move || dir.remove()).await
+        };
+        if let Err(error) = gone.await {
             tracing::warn!(%error, "the files of a VM that was terminated are left");
         }
     }
@@ -179,8 +184,7 @@ impl QemuDriver {
                     Some(template) => (template.descriptors(&spec.image.rootfs)?, recipe.clone_machine()),
                     None => (recipe.boot_descriptors(&recipe.empty_memory()?)?, recipe.boot_machine()),
                 };
-                let disk = fs::File::options().read(true).write(true).open(dir.disk());
-                descriptors.add(fd::DISK, disk.map_err(Error::io("opening the disk", dir.disk()))?);
+                descriptors.add(fd::DISK, disk::open(&dir.disk())?);
                 if let Some(tap) = tap(egress.as_deref(), slot)? {
                     descriptors.add(fd::TAP, tap);
                 }
@@ -205,8 +209,7 @@ impl QemuDriver {
             }
             Err(error) => {
                 let console_tail = launched.last_words();
-                let (process, path) = (launched.process, dir.path().to_owned());
-                blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
+                blocking(move || end(launched.process, &dir)).await?;
                 self.slots.give_back(slot, id);
                 Err(match error {
                     Error::Qmp { message, .. } if !boots && message != LATE => {
@@ -220,8 +223,7 @@ impl QemuDriver {
 
     /// Has the agent make the clone its own; a clone that fails to is ended.
     async fn make_own(&self, vm: &Watched, spec: &VmSpec, becoming: Becoming) -> Result<(), Error> {
-        let slot = vm.place.dir().record()?.map(|record| record.slot).unwrap_or_default();
-        let mut request = personalize_request(spec, slot, self.egress().await?.is_some(), becoming);
+        let mut request = personalize_request(spec, vm.slot(), self.egress().await?.is_some(), becoming);
         let personalized = async {
             let mut client = vm.agent.client().await?;
             request.unix_time_ns = clock::now_ns();
@@ -230,7 +232,7 @@ impl QemuDriver {
             if becoming != Becoming::Reserve && sent.elapsed() > PROMPT {
                 // The connection had to be made first, or the host is busy: the time that was sent has come late. Where this
                 // fails, the clock is kept from now on all the same.
-                let _ = clock::correct(&vm.agent, 1).await;
+                clock::correct(&vm.agent, 1).await.ok();
             }
             Ok(())
         };

@@ -1,9 +1,10 @@
 //! Disks of sandboxes: sparse ext4 files, copied from an empty one of the same size that is made once.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -21,6 +22,9 @@ const BLOCK: u64 = 4096;
 /// transaction in which a file system grows: from 10 GiB on, that is more than a journal of 16 MiB takes.
 const LARGEST_GIB: u64 = 512;
 
+// linux/fs.h: the two files share their blocks until one of them is written to.
+nix::ioctl_write_int!(clone_blocks, 0x94, 9);
+
 /// Makes `path` an empty file system of `gib`; `seeds` is where the empty ones are kept.
 pub fn create(seeds: &Path, path: &Path, gib: u32) -> Result<(), Error> {
     let seed = seed(seeds, gib)?;
@@ -35,6 +39,17 @@ pub fn create(seeds: &Path, path: &Path, gib: u32) -> Result<(), Error> {
     Ok(())
 }
 
+/// Opens it for a VM.
+pub fn open(path: &Path) -> Result<File, Error> {
+    File::options().read(true).write(true).open(path).map_err(Error::io("opening the disk", path))
+}
+
+/// Whether disks can be made here; an error says why not.
+pub fn can_be_made() -> Result<(), Error> {
+    let ran = Command::new("mkfs.ext4").arg("-V").stdin(Stdio::null()).output();
+    ran.map(drop).map_err(Error::io("running", "mkfs.ext4"))
+}
+
 /// A disk is at least so large from now on; what is on it grows when it is mounted. Gives its size in bytes.
 pub fn grow(path: &Path, gib: u32) -> Result<u64, Error> {
     let grown = || {
@@ -44,6 +59,36 @@ pub fn grow(path: &Path, gib: u32) -> Result<u64, Error> {
         Ok(bytes)
     };
     grown().map_err(Error::io("growing the disk", path))
+}
+
+/// A file with the same content, on the disk when this returns. What was left half-made there before is gone.
+pub fn copy(from: &Path, to: &Path) -> Result<(), Error> {
+    let source = File::open(from).map_err(Error::io("opening", from))?;
+    match fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("removing", to)(error)),
+        _ => {}
+    }
+    // Read, too: it becomes a disk.
+    let target = File::options().read(true).write(true).create_new(true).mode(0o600).open(to);
+    let target = target.map_err(Error::io("making", to))?;
+    // SAFETY: both are descriptors that we hold; no memory is touched.
+    let shared = unsafe { clone_blocks(target.as_raw_fd(), source.as_raw_fd() as u64) };
+    if shared.is_err() {
+        copy_sparse(&source, &target).map_err(Error::io("copying the disk to", to))?;
+    }
+    target.sync_all().map_err(Error::io("writing", to))
+}
+
+/// Puts the copy in `half` where it belongs; where it failed, or cannot be put there, nothing of it stays.
+pub fn keep(copied: Result<(), Error>, half: &Path, at: &Path) -> Result<(), Error> {
+    let kept = copied.and_then(|()| fs::rename(half, at).map_err(Error::io("keeping the copy of the disk", at)));
+    if kept.is_err()
+        && let Err(error) = fs::remove_file(half)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, path = %half.display(), "half a copy of a disk is left until the next one is made");
+    }
+    kept
 }
 
 fn seed(seeds: &Path, gib: u32) -> Result<PathBuf, Error> {
@@ -57,7 +102,8 @@ fn seed(seeds: &Path, gib: u32) -> Result<PathBuf, Error> {
     let made =
         make_file_system(&half, gib).and_then(|()| fs::rename(&half, &path).map_err(Error::io("keeping", &path)));
     if made.is_err() {
-        let _ = fs::remove_file(&half);
+        // The error that is told is the first one.
+        fs::remove_file(&half).ok();
     }
     made.map(|()| path)
 }
@@ -89,7 +135,7 @@ fn make_file_system(path: &Path, gib: u32) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::{io::Write, os::unix::fs::MetadataExt};
 
     use super::*;
 
@@ -104,5 +150,23 @@ mod tests {
         let check = Command::new("e2fsck").args(["-fn"]).arg(&disk).output().unwrap();
         assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
         assert!(matches!(create(dir.path(), &disk, 10), Err(Error::Io { .. })), "a disk is never overwritten");
+    }
+
+    #[test]
+    fn a_copy_has_the_same_content_and_size_and_costs_what_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, half) = (dir.path().join("disk"), dir.path().join("half"));
+        let mut file = File::create(&disk).unwrap();
+        file.write_all(&[7; 10_000]).unwrap();
+        file.set_len(1 << 30).unwrap();
+        fs::write(&half, "left by one that was killed").unwrap();
+        copy(&disk, &half).unwrap();
+        let meta = fs::metadata(&half).unwrap();
+        assert_eq!((meta.len(), meta.mode() & 0o777), (1 << 30, 0o600));
+        assert!(meta.blocks() * 512 < 1 << 20, "{}", meta.blocks());
+        let mut begin = vec![0; 10_001];
+        io::Read::read_exact(&mut File::open(&half).unwrap(), &mut begin).unwrap();
+        assert!(begin[..10_000].iter().all(|byte| *byte == 7) && begin[10_000] == 0);
+        assert!(copy(&dir.path().join("none"), &half).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! Whether this host can run VMs, how well, and what to do about it.
 
-use super::{QemuDriver, accel::Verdict};
+use super::{QemuDriver, accel::Verdict, blocking, disk};
 use crate::{CheckStatus, Error, HostCheck};
 
 /// Runs every check; none depends on another's outcome.
@@ -11,41 +11,49 @@ pub async fn examine(driver: &QemuDriver, kernel: Option<&heyvm_images::Kernel>)
             checks.push(ok("qemu", format!("QEMU {}", host.root.version)));
             checks.push(cgroups(&host.cgroups.controllers()));
         }
-        Err(error) => checks.push(fail("qemu", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)")),
+        Err(error) => checks.push(fail("qemu", &error, qemu_hint(&error))),
     }
     checks.push(match kernel {
         None => warn("kvm", "cannot be tried without a guest kernel".into(), "run ./quickstart, which fetches one"),
-        Some(kernel) => match driver.acceleration(kernel).await {
+        Some(kernel) => match driver.acceleration_now(kernel).await {
             Ok(verdict) => acceleration(&verdict),
-            Err(error) => fail("kvm", &error, "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)"),
+            Err(error) => fail("kvm", &error, qemu_hint(&error)),
         },
     });
     checks.push(match driver.egress().await {
         Ok(Some(_)) => ok("network", "sandboxes have a network, and reach neither this host nor each other".into()),
         Ok(None) => warn("network", "switched off in config.toml".into(), "set network.enabled = true to change that"),
-        Err(error) => fail(
-            "network",
-            &error,
-            "install passt and nftables, allow unprivileged user namespaces and /dev/net/tun, or set network.enabled = false",
-        ),
+        Err(error) => fail("network", &error, network_hint(&error)),
     });
-    checks.push(match std::process::Command::new("mkfs.ext4").arg("-V").output() {
-        Ok(_) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
+    checks.push(match blocking(disk::can_be_made).await {
+        Ok(()) => ok("e2fsprogs", "mkfs.ext4 is there".into()),
         Err(error) => fail("e2fsprogs", &error, "install the package e2fsprogs"),
     });
     checks
 }
 
+fn qemu_hint(error: &Error) -> &str {
+    match error {
+        Error::HostNotReady { .. } => "install QEMU for x86 (Debian, Ubuntu: qemu-system-x86)",
+        Error::OutOfResources { .. } => "make room for HEYO_HOME, or have it name a larger disk",
+        _ => {
+            "HEYO_HOME must be a directory that this user may write to, on a file system that allows programs (not noexec)"
+        }
+    }
+}
+
+fn network_hint(error: &Error) -> &str {
+    match error {
+        Error::HostNotReady { hint, .. } => hint,
+        _ => "look into run/egress.log; network.enabled = false does without a network",
+    }
+}
+
 fn acceleration(verdict: &Verdict) -> HostCheck {
     let message = format!("{}: {}", verdict.acceleration.as_str(), verdict.why);
-    match verdict.acceleration {
-        super::accel::Acceleration::Kvm => ok("kvm", message),
-        super::accel::Acceleration::Tcg => warn(
-            "kvm",
-            message,
-            "sandboxes run without KVM, only slower; for KVM: load kvm_intel or kvm_amd, join the group kvm, and on a \
-                     virtual machine switch on nested virtualisation",
-        ),
+    match verdict.hint() {
+        None => ok("kvm", message),
+        Some(hint) => warn("kvm", message, &hint),
     }
 }
 

@@ -37,6 +37,7 @@ fn translated() -> String {
 
 /// Rate of the host's time stamp counter, which is the guest's, too, under translation.
 #[cfg(target_arch = "x86_64")]
+#[expect(clippy::disallowed_methods, reason = "what starts a QEMU runs on threads that may wait")]
 fn tsc_khz() -> Option<u64> {
     static RATE: OnceLock<u64> = OnceLock::new();
     let khz = *RATE.get_or_init(|| {

@@ -1,4 +1,5 @@
 //! Starting one confined QEMU: opens everything it will touch and hands it to the jail.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     fs::File,
@@ -12,10 +13,10 @@ use std::{
 
 use heyvm_jail::{
     cgroup::{self, Cgroups, Limits},
-    egress::Egress,
+    egress::{Egress, EgressSettings},
     launcher::{self, JailSpec},
     process::ProcessId,
-    root::QemuRoot,
+    root::{self, QemuRoot},
 };
 
 use super::{
@@ -123,9 +124,29 @@ pub fn launch(host: &Host, mut launch: Launch<'_>) -> Result<Launched, Error> {
     };
     let descriptors: Vec<_> = launch.descriptors.all.iter().map(|(_, descriptor)| descriptor.as_fd()).collect();
     let process = launcher::spawn(&host.launcher, &spec, &descriptors).inspect_err(|_| {
-        let _ = cgroup::remove(cgroups);
+        if let Err(error) = cgroup::remove(cgroups) {
+            tracing::warn!(%error, "the cgroups of a VM that was not started are left");
+        }
     })?;
     Ok(Launched { process, log })
+}
+
+/// Finds out what all VMs of the home will share.
+pub fn host(home: &Path, launcher: PathBuf) -> Result<Host, Error> {
+    let root = root::prepare(&home.join("jail"))?;
+    Ok(Host { launcher, root, uids: Uids::new(home), cgroups: Cgroups::detect() })
+}
+
+/// The way out of all VMs of the home: the one that is there, else a new one.
+pub fn way_out(home: &Path, launcher: &Path, settings: &EgressSettings) -> Result<Egress, Error> {
+    let run = home.join("run");
+    std::fs::create_dir_all(&run).map_err(Error::io("making", &run))?;
+    Ok(Egress::ensure(&run, launcher, settings)?)
+}
+
+/// Ends a QEMU at once; it is gone when this returns.
+pub fn end(process: ProcessId, dir: &VmDir) -> Result<(), Error> {
+    process.kill().map_err(Error::io("ending QEMU in", dir.path()))
 }
 
 /// Network device of a slot, where there is a network.
@@ -159,7 +180,8 @@ impl Uids {
 /// A listening socket whose path may be longer than an address holds.
 pub fn listen(path: &Path) -> Result<UnixListener, Error> {
     let bound = || -> io::Result<UnixListener> {
-        let _ = std::fs::remove_file(path);
+        // What is left there makes binding fail.
+        std::fs::remove_file(path).ok();
         let dir = File::open(path.parent().unwrap_or(Path::new("/")))?;
         let name = path.file_name().unwrap_or_default();
         UnixListener::bind(Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name))

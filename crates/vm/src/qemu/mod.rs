@@ -4,7 +4,7 @@
 //! - [`template`]: booted once, cloned ever after.  [`memory`]: sealed guest memory.  [`disk`]: sparse ext4 disks.
 //! - [`clone`]: a VM from a template.  [`checkpoint`]: a copy of its disk to go back to.  [`pool`]: clones made ahead, [`pool_keeper`] makes
 //!   them.  [`templates`]: made once, kept within a budget.  [`vitals`]: guests that stand still.
-//! - [`accel`]: KVM or translation.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
+//! - [`accel`]: KVM or translation.  [`kvm_device`]: why there is no KVM.  [`record`]: what stands in a VM's directory.  [`running`]: a VM that runs.
 //! - [`turns`]: one thing at a time with each VM.  [`doctor`]: whether this host can do it.
 
 pub mod accel;
@@ -14,6 +14,7 @@ mod console;
 mod disk;
 mod doctor;
 mod guest_kernel;
+mod kvm_device;
 mod launch;
 mod machine;
 mod memory;
@@ -29,7 +30,6 @@ mod turns;
 mod vitals;
 
 use std::{
-    fs, io,
     num::NonZero,
     path::{Path, PathBuf},
     sync::{
@@ -37,16 +37,12 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::available_parallelism,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use async_trait::async_trait;
 pub use heyvm_jail::egress::EgressSettings;
-use heyvm_jail::{
-    cgroup::{self, Cgroups},
-    egress::Egress,
-    root,
-};
+use heyvm_jail::{egress::Egress, process::ProcessId};
 use tokio::sync::{OnceCell, Semaphore};
 
 pub(crate) use self::record::Place;
@@ -54,16 +50,16 @@ pub use self::templates::Budgets;
 use self::{
     accel::Verdict,
     clone::Becoming,
-    launch::{Host, Uids},
+    launch::Host,
     pool::WarmPool,
     qmp::Qmp,
-    record::{Slots, VmDir},
+    record::{Record, Slots, VmDir},
     running::{Belongings, RunningVm, Watched},
     template::Template,
     templates::Templates,
     turns::Turns,
 };
-use crate::{AgentConnection, Driver, Error, Exit, ExitCause, HostCheck, Progress, Remains, Vm, VmId, VmSpec};
+use crate::{AgentConnection, Driver, Error, Exit, HostCheck, Progress, Remains, Vm, VmId, VmSpec};
 
 /// What the user may decide.
 #[derive(Debug, Clone)]
@@ -85,9 +81,6 @@ pub struct Settings {
 /// VMs that may be starting at a time. Each takes a second of a processor without KVM; more of them would only make each
 /// other late, until none is there by its deadline.
 const STARTS_PER_PROCESSOR: usize = 2;
-/// A VM's directory is written to for a moment after its process has ended.
-const REMOVE_TRIES: u32 = 50;
-const REMOVE_PAUSE: Duration = Duration::from_millis(10);
 /// Ten sandboxes in a row come from the warm pool: that many are made in a minute of quiet, where there is no KVM.
 const DEFAULT_RESERVE: usize = 10;
 
@@ -127,7 +120,7 @@ impl QemuDriver {
     /// A driver with its files below `home`. What the host lacks shows at the first VM, or in `doctor`.
     pub async fn open(home: &Path, settings: Settings) -> Result<Arc<Self>, Error> {
         let sandboxes = home.join("sandboxes");
-        fs::create_dir_all(&sandboxes).map_err(Error::io("making", &sandboxes))?;
+        blocking(move || make_dir(&sandboxes)).await?;
         let driver = Arc::new_cyclic(|me| Self {
             me: me.clone(),
             pool: Arc::new(WarmPool::new(settings.reserve)),
@@ -143,17 +136,10 @@ impl QemuDriver {
             trying_again: AtomicBool::new(false),
             slots: Arc::default(),
         });
-        for id in driver.list().await? {
-            let dir = driver.dir(&id);
-            match (dir.record(), dir.living_process()) {
-                (Ok(Some(record)), Ok(Some(_))) => driver.slots.mark(record.slot, &record.cgroup),
-                (Err(error), _) | (_, Err(error)) => tracing::error!(%error, id, "a VM's files cannot be read now"),
-                _ => {}
-            }
-        }
-        let cleaned = Arc::clone(&driver);
+        let found = Arc::clone(&driver);
         blocking(move || {
-            cleaned.templates.clean_up();
+            found.mark_slots()?;
+            found.templates.clean_up();
             Ok(())
         })
         .await?;
@@ -161,6 +147,19 @@ impl QemuDriver {
             pool_keeper::spawn(Arc::downgrade(&driver));
         }
         Ok(driver)
+    }
+
+    /// Marks the slots of VMs that run. Blocks.
+    fn mark_slots(&self) -> Result<(), Error> {
+        for id in VmDir::list(&self.home.join("sandboxes"))? {
+            let dir = self.dir(&id);
+            match (dir.record(), dir.living_process()) {
+                (Ok(Some(record)), Ok(Some(_))) => self.slots.mark(record.slot, &record.cgroup),
+                (Err(error), _) | (_, Err(error)) => tracing::error!(%error, id, "a VM's files cannot be read now"),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// How guests run here, found out at the first call. What may have changed since is tried again beside this.
@@ -177,11 +176,24 @@ impl QemuDriver {
         Ok(verdict)
     }
 
+    /// The same for whoever has just changed something about it: what may have changed is tried again first.
+    pub async fn acceleration_now(&self, kernel: &heyvm_images::Kernel) -> Result<Verdict, Error> {
+        let known = self.verdict.lock().await.clone();
+        let may_have_changed = known.is_some_and(|verdict| verdict.is_stale());
+        // One trial at a time: both would use the same file for the id of their guest.
+        if may_have_changed && !self.trying_again.swap(true, Ordering::Relaxed) {
+            let tried = self.try_acceleration(kernel, true).await;
+            self.trying_again.store(false, Ordering::Relaxed);
+            *self.verdict.lock().await = Some(tried?);
+        }
+        self.acceleration(kernel).await
+    }
+
     async fn try_acceleration(&self, kernel: &heyvm_images::Kernel, again: bool) -> Result<Verdict, Error> {
         let host = self.host().await?;
         let (file, kernel) = (self.home.join("templates/acceleration.json"), kernel.clone());
         blocking(move || {
-            fs::create_dir_all(file.parent().unwrap_or(&file)).map_err(Error::io("making", &file))?;
+            make_dir(file.parent().unwrap_or(&file))?;
             accel::verdict(&file, &host.launcher, &host.root, &kernel, again)
         })
         .await
@@ -200,12 +212,8 @@ impl QemuDriver {
 
     async fn host(&self) -> Result<Arc<Host>, Error> {
         let make = || async {
-            let (jails, launcher) = (self.home.join("jail"), self.settings.launcher.clone());
-            let uids = Uids::new(&self.home);
-            blocking(move || {
-                Ok(Arc::new(Host { launcher, root: root::prepare(&jails)?, uids, cgroups: Cgroups::detect() }))
-            })
-            .await
+            let (home, launcher) = (self.home.clone(), self.settings.launcher.clone());
+            blocking(move || launch::host(&home, launcher).map(Arc::new)).await
         };
         self.host.get_or_try_init(make).await.cloned()
     }
@@ -219,11 +227,8 @@ impl QemuDriver {
         if let Some(living) = egress.as_ref().filter(|egress| egress.is_alive()) {
             return Ok(Some(Arc::clone(living)));
         }
-        let (run, settings) = (self.home.join("run"), self.settings.clone());
-        let made = blocking(move || {
-            fs::create_dir_all(&run).map_err(Error::io("making", &run))?;
-            Ok(Arc::new(Egress::ensure(&run, &settings.launcher, &settings.egress)?))
-        });
+        let (home, settings) = (self.home.clone(), self.settings.clone());
+        let made = blocking(move || launch::way_out(&home, &settings.launcher, &settings.egress).map(Arc::new));
         *egress = Some(made.await?);
         Ok(egress.clone())
     }
@@ -288,7 +293,7 @@ impl QemuDriver {
         let (dir, slots) = (self.dir(id), Arc::clone(&self.slots));
         blocking(move || {
             kill(&dir, &slots)?;
-            remove_directory(dir.path())
+            dir.remove()
         })
         .await
     }
@@ -319,15 +324,11 @@ impl Driver for QemuDriver {
 
     async fn adopt(&self, id: &VmId) -> Result<Option<Arc<dyn Vm>>, Error> {
         let dir = self.dir(id);
-        let Some(process) = dir.living_process()? else { return Ok(None) };
-        let record =
-            dir.record()?.ok_or_else(|| Error::Unreachable(format!("{} has no vm.json", dir.path().display())))?;
-        if !record.is_of_this_boot()? {
-            return Ok(None);
-        }
+        let looked_at = dir.clone();
+        let Some((process, record)) = blocking(move || found(&looked_at)).await? else { return Ok(None) };
         let qmp = match Qmp::connect(&dir.qmp_socket()).await {
             Ok(qmp) => qmp,
-            Err(_) if dir.living_process()?.is_none() => return Ok(None),
+            Err(_) if blocking(move || dir.living_process()).await?.is_none() => return Ok(None),
             // Its process lives: it may be slow, or this daemon out of descriptors. The caller looks again.
             Err(error) => return Err(error),
         };
@@ -354,23 +355,7 @@ impl Driver for QemuDriver {
 
     async fn post_mortem(&self, id: &VmId) -> Exit {
         let dir = self.dir(id);
-        if let Some(exit) = dir.exit() {
-            return exit;
-        }
-        let Ok(Some(record)) = dir.record() else { return Exit::lost() };
-        let cause = if record.is_of_this_boot().is_ok_and(|is_of_this_boot| !is_of_this_boot) {
-            ExitCause::HostRestarted
-        } else if cgroup::ran_out_of_memory(&record.cgroups) {
-            ExitCause::OutOfMemory
-        } else {
-            ExitCause::Lost
-        };
-        let exit = Exit { cause, ..Exit::lost() };
-        // Judged once: the next end is not to be told from what is counted there.
-        if dir.write_exit(&exit).is_ok() {
-            let _ = blocking(move || Ok(cgroup::remove(&record.cgroups)?)).await;
-        }
-        exit
+        blocking(move || Ok(dir.post_mortem())).await.unwrap_or_else(|_| Exit::lost())
     }
 
     async fn checkpoint(&self, id: &VmId, running: Option<AgentConnection>) -> Result<(), Error> {
@@ -387,12 +372,7 @@ impl Driver for QemuDriver {
 
     async fn list(&self) -> Result<Vec<VmId>, Error> {
         let sandboxes = self.home.join("sandboxes");
-        let entries = fs::read_dir(&sandboxes).map_err(Error::io("listing", &sandboxes))?;
-        let ids = entries.filter_map(|entry| {
-            let entry = entry.ok().filter(|entry| entry.path().is_dir())?;
-            entry.file_name().into_string().ok().filter(|name| !name.starts_with('.'))
-        });
-        Ok(ids.collect())
+        blocking(move || VmDir::list(&sandboxes)).await
     }
 
     fn is_of_the_pool(&self, id: &str) -> bool {
@@ -422,7 +402,14 @@ impl Driver for QemuDriver {
     }
 }
 
-/// Ends a VM's QEMU, if it runs; its files stay.
+/// A VM's process, if it runs, and what was written at its start. Blocks.
+fn found(dir: &VmDir) -> Result<Option<(ProcessId, Record)>, Error> {
+    let Some(process) = dir.living_process()? else { return Ok(None) };
+    let record = dir.record()?.ok_or_else(|| Error::Unreachable(format!("{} has no vm.json", dir.path().display())))?;
+    Ok(record.is_of_this_boot()?.then_some((process, record)))
+}
+
+/// Ends a VM's QEMU, if it runs; its files stay. Blocks.
 fn kill(dir: &VmDir, slots: &Slots) -> Result<(), Error> {
     dir.put_down()?;
     if let Ok(Some(record)) = dir.record() {
@@ -433,24 +420,16 @@ fn kill(dir: &VmDir, slots: &Slots) -> Result<(), Error> {
 
 /// Ends the QEMU of a guest that has ended, and records why.
 async fn put_down(dir: VmDir, exit: Exit) -> Result<(), Error> {
-    dir.write_exit(&exit)?;
-    blocking(move || dir.put_down()).await
+    blocking(move || {
+        dir.write_exit(&exit)?;
+        dir.put_down()
+    })
+    .await
 }
 
-/// Removes a VM's directory, also while the word of its end is being written there.
-fn remove_directory(path: &Path) -> Result<(), Error> {
-    let mut tries = 0;
-    loop {
-        let Err(error) = heyvm_trees::remove(path) else { return Ok(()) };
-        match error.io_kind() {
-            Some(io::ErrorKind::NotFound) => return Ok(()),
-            Some(io::ErrorKind::DirectoryNotEmpty) if tries < REMOVE_TRIES => {
-                tries += 1;
-                std::thread::sleep(REMOVE_PAUSE);
-            }
-            _ => return Err(Error::io("removing", path)(error.into())),
-        }
-    }
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn make_dir(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path).map_err(Error::io("making", path))
 }
 
 fn silent() -> Progress {

@@ -1,4 +1,6 @@
 //! What stands in a VM's directory, `sandboxes/<id>/`: enough for a later daemon to find, judge and remove it.
+//! Synchronous: it waits for the disk.
+#![expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
 
 use std::{
     collections::BTreeMap,
@@ -7,6 +9,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, RwLock},
+    time::Duration,
 };
 
 use heyvm_jail::{
@@ -16,10 +19,13 @@ use heyvm_jail::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::disk;
-use crate::{Error, Exit, Remains, VmId};
+use crate::{Error, Exit, ExitCause, Remains, VmId};
 
 /// What the control plane keeps beside the disk.
 const NOTE: &str = "sandbox.json";
+/// A VM's directory is written to for a moment after its process has ended.
+const REMOVE_TRIES: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Paths of one VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +103,32 @@ impl VmDir {
         }
     }
 
+    /// Ids of the directories below `parent`.
+    pub fn list(parent: &Path) -> Result<Vec<VmId>, Error> {
+        let entries = fs::read_dir(parent).map_err(Error::io("listing", parent))?;
+        let ids = entries.filter_map(|entry| {
+            let entry = entry.ok().filter(|entry| entry.path().is_dir())?;
+            entry.file_name().into_string().ok().filter(|name| !name.starts_with('.'))
+        });
+        Ok(ids.collect())
+    }
+
+    /// Removes the directory, also while the word of its end is being written there.
+    pub fn remove(&self) -> Result<(), Error> {
+        let mut tries = 0;
+        loop {
+            let Err(error) = heyvm_trees::remove(&self.path) else { return Ok(()) };
+            match error.io_kind() {
+                Some(io::ErrorKind::NotFound) => return Ok(()),
+                Some(io::ErrorKind::DirectoryNotEmpty) if tries < REMOVE_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(REMOVE_PAUSE);
+                }
+                _ => return Err(Error::io("removing", &self.path)(error.into())),
+            }
+        }
+    }
+
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.path
@@ -159,8 +191,14 @@ impl VmDir {
 
     /// Writes what the next daemon must know.
     pub fn write_record(&self, record: &Record) -> Result<(), Error> {
-        let _ = fs::remove_file(self.id_file());
-        let _ = fs::remove_file(self.path.join("exit.json"));
+        for file in [self.id_file(), self.path.join("exit.json")] {
+            match fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("removing", file)(error));
+                }
+                _ => {}
+            }
+        }
         write(&self.path.join("vm.json"), record)
     }
 
@@ -209,6 +247,45 @@ impl VmDir {
             changed_at: meta.modified().map_err(Error::io("looking at", &disk))?,
             note: read_if_there(&self.path.join(NOTE))?,
         }))
+    }
+
+    /// How it ended: as was seen, else as can be told from what is there, once.
+    pub fn post_mortem(&self) -> Exit {
+        if let Some(exit) = self.exit() {
+            return exit;
+        }
+        let Ok(Some(record)) = self.record() else { return Exit::lost() };
+        let cause = if record.is_of_this_boot().is_ok_and(|is_of_this_boot| !is_of_this_boot) {
+            ExitCause::HostRestarted
+        } else if cgroup::ran_out_of_memory(&record.cgroups) {
+            ExitCause::OutOfMemory
+        } else {
+            ExitCause::Lost
+        };
+        let exit = Exit { cause, ..Exit::lost() };
+        // Judged once: the next end is not to be told from what is counted there.
+        if self.write_exit(&exit).is_ok()
+            && let Err(error) = cgroup::remove(&record.cgroups)
+        {
+            tracing::warn!(%error, "the cgroups of a VM that has ended are left");
+        }
+        exit
+    }
+
+    /// Gives its cgroups back at its end and remembers how it ended, as far as its directory is still there.
+    pub fn note_end(&self, record: &Record, mut exit: Exit) -> Exit {
+        if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
+            exit.cause = ExitCause::OutOfMemory;
+        }
+        if let Err(error) = cgroup::remove(&record.cgroups) {
+            tracing::warn!(%error, "the cgroups of a VM that has ended are left");
+        }
+        if let Err(error) = self.write_exit(&exit)
+            && self.path.is_dir()
+        {
+            tracing::warn!(%error, "how a VM ended could not be written down");
+        }
+        exit
     }
 
     /// How it ended, if that was seen.
@@ -290,7 +367,6 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ExitCause;
 
     #[test]
     fn slots_are_used_again() {

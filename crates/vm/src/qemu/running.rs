@@ -25,6 +25,7 @@ use tonic::Code;
 
 use super::{
     blocking, console, disk,
+    launch::end,
     qmp::{Ended, Qmp},
     record::{Place, Record, Slots},
     template::Template,
@@ -100,16 +101,14 @@ impl Watched {
             place.clone(),
         );
         tokio::spawn(async move {
-            let mut exit = watch_to_the_end(&watched_place, &qmp, &agent, process).await;
+            let exit = watch_to_the_end(&watched_place, &qmp, &agent, process).await;
             let Belongings { slots, record, template } = belongings;
-            if exit.cause == ExitCause::Lost && cgroup::ran_out_of_memory(&record.cgroups) {
-                exit.cause = ExitCause::OutOfMemory;
-            }
-            slots.give_back(record.slot, &record.cgroup);
-            drop(template);
-            let _ = tokio::task::spawn_blocking(move || cgroup::remove(&record.cgroups)).await;
-            // Gone with its directory where it was destroyed.
-            let _ = place.dir().write_exit(&exit);
+            let given_back = blocking(move || {
+                slots.give_back(record.slot, &record.cgroup);
+                drop(template);
+                Ok(place.dir().note_end(&record, exit))
+            });
+            let exit = given_back.await.unwrap_or_else(|_| Exit::lost());
             say.send_replace(Some(exit));
         });
         Arc::new(watched)
@@ -147,10 +146,15 @@ impl Watched {
 
     /// Ends it at once.
     pub async fn kill(&self) -> Result<(), Error> {
-        let (process, path) = (self.process, self.place.dir().path().to_owned());
-        blocking(move || process.kill().map_err(Error::io("ending QEMU in", path))).await?;
+        let (process, dir) = (self.process, self.place.dir());
+        blocking(move || end(process, &dir)).await?;
         self.exited().await;
         Ok(())
+    }
+
+    /// Its slot of the network addresses.
+    pub fn slot(&self) -> u32 {
+        self.record.slot
     }
 
     /// Whether its process has not ended.
@@ -199,7 +203,7 @@ impl RunningVm {
             let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
             if let Ok(mut client) = agent.client().await {
                 // The guest may be gone before its answer is through.
-                let _ = client.shutdown(ShutdownRequest { grace_ms }).await;
+                client.shutdown(ShutdownRequest { grace_ms }).await.ok();
             }
         };
         tokio::spawn(tokio::time::timeout(grace + SHUTDOWN_MARGIN, asked));
@@ -250,12 +254,18 @@ impl Vm for RunningVm {
 
     async fn usage(&self) -> Result<Usage, Error> {
         let pid = self.watched.process.pid;
-        let read = |name: &str| {
-            let path = format!("/proc/{pid}/{name}");
-            fs::read_to_string(&path).map_err(Error::io("reading", path))
-        };
-        Ok(Usage { private_memory: private_memory(&read("smaps_rollup")?), cpu_ms: cpu_ms(&read("stat")?) })
+        blocking(move || usage(pid)).await
     }
+}
+
+/// Blocks: the kernel walks through all of the process's memory.
+#[expect(clippy::disallowed_methods, reason = "runs on threads that may wait")]
+fn usage(pid: i32) -> Result<Usage, Error> {
+    let read = |name: &str| {
+        let path = format!("/proc/{pid}/{name}");
+        fs::read_to_string(&path).map_err(Error::io("reading", path))
+    };
+    Ok(Usage { private_memory: private_memory(&read("smaps_rollup")?), cpu_ms: cpu_ms(&read("stat")?) })
 }
 
 /// Follows the process to its end. A panic on the way ends it, too: an unwatched VM would be nobody's.
@@ -265,7 +275,7 @@ async fn watch_to_the_end(place: &Place, qmp: &Qmp, agent: &AgentConnection, pro
         return exit;
     }
     tracing::error!("the watch over a VM panicked; the VM is terminated");
-    let _ = tokio::task::spawn_blocking(move || process.kill()).await;
+    end_by_force(process, place).await;
     Exit::lost()
 }
 
@@ -292,11 +302,18 @@ async fn watch(place: &Place, qmp: &Qmp, agent: &AgentConnection, process: Proce
         renewed = Qmp::connect(&place.dir().qmp_socket()).await.ok();
     };
     // From here on the reason is known: that the process ends now adds nothing to it.
-    let _ = tokio::time::timeout(QUIT_DEADLINE, renewed.as_ref().unwrap_or(qmp).quit()).await;
+    tokio::time::timeout(QUIT_DEADLINE, renewed.as_ref().unwrap_or(qmp).quit()).await.ok();
     if tokio::time::timeout(QUIT_DEADLINE, &mut process_ended).await.is_err() {
-        let _ = tokio::task::spawn_blocking(move || process.kill()).await;
+        end_by_force(process, place).await;
     }
     exit
+}
+
+async fn end_by_force(process: ProcessId, place: &Place) {
+    let dir = place.dir();
+    if let Err(error) = blocking(move || end(process, &dir)).await {
+        tracing::error!(%error, "a VM's process could not be ended");
+    }
 }
 
 /// Resolves when the process is known to have ended.
@@ -388,8 +405,11 @@ mod tests {
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         };
-        let socket = dir.agent_socket();
+        let (socket, bound) = (dir.agent_socket(), dir.agent_socket());
         tokio::spawn(async move { hostile_agent::serve(&socket, how).await });
+        while !bound.exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let belongings = Belongings {
             slots: Arc::default(),
             record: Record::new(0, &id, &Cgroups::default(), 0).unwrap(),

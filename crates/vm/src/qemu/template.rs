@@ -8,34 +8,34 @@
 //! sandbox is in it and every clone begins with a fresh connection.
 
 use std::{
-    fs::{self, File},
-    io::Write,
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::{OpenOptionsExt, PermissionsExt},
-    },
-    path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    fs::File,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use heyvm_agent_protocol::v1::{MetricsRequest, WarmUpRequest};
-use heyvm_jail::{egress::Egress, process::ProcessId};
+use heyvm_jail::egress::Egress;
 use nix::sys::stat::fstat;
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 use tonic::Code;
 
+use self::files::Started;
 use super::{
     accel::Acceleration,
     blocking, console,
-    launch::{Descriptors, Host, Launch, launch, listen, tap},
+    launch::{Descriptors, Host},
     machine::{MACHINE_VERSION, Machine, Start, fd},
     memory,
     qmp::{Ended, Qmp},
-    record::{Place, Record, VmDir},
+    record::{Place, VmDir},
 };
 use crate::{AgentConnection, Error, VmSpec, agent::unreachable_agent};
+
+mod files;
+mod host;
 
 /// Between a template's key and its maker's process id and start time, in the name of one in the making.
 pub const MAKING: &str = ".making-";
@@ -56,8 +56,6 @@ const CLOCK_TRIES: u32 = 3;
 const SETTLE: Duration = Duration::from_millis(300);
 /// Largest device state we take from a guest's QEMU, in bytes.
 const MAX_STATE: u64 = 64 << 20;
-/// The disk a template boots with is empty and as large as any clone's can be.
-const DISK_GIB: u64 = 250;
 
 /// What a template depends on, beside the host's own parts.
 #[derive(Debug, Clone)]
@@ -103,17 +101,17 @@ impl Recipe {
 
     /// The descriptors of a VM that boots its kernel, without disk and network.
     pub fn boot_descriptors(&self, guest_memory: &File) -> Result<Descriptors, Error> {
-        let mut descriptors = image_descriptors(&self.image.rootfs)?;
+        let mut descriptors = files::image_descriptors(&self.image.rootfs)?;
         let memory = guest_memory.try_clone().map_err(Error::io("passing guest memory to", &self.kernel.vmlinuz))?;
         descriptors.add(fd::MEMORY, memory);
-        descriptors.add(fd::KERNEL, open(&self.kernel.vmlinuz)?);
-        descriptors.add(fd::INITRAMFS, open(&self.kernel.initramfs)?);
+        descriptors.add(fd::KERNEL, files::open(&self.kernel.vmlinuz)?);
+        descriptors.add(fd::INITRAMFS, files::open(&self.kernel.initramfs)?);
         Ok(descriptors)
     }
 
     /// The same for the same inputs alone.
     pub fn key(&self, host: &Host) -> String {
-        let machine = format!("{:?} {MACHINE_VERSION} {}", self.machine, processor_model());
+        let machine = format!("{:?} {MACHINE_VERSION} {}", self.machine, host::processor_model());
         let mut hash = Sha256::new();
         // The same manifest may have been made into another root file by another version of ours.
         let root = self.image.root_digest.as_deref().unwrap_or_default();
@@ -123,38 +121,6 @@ impl Recipe {
         }
         hex::encode(hash.finalize())[..24].to_owned()
     }
-}
-
-/// What the guest sees of the host's processor goes into a template that was made with it: the model with its flags and
-/// microcode, and what the host's kernel and its KVM make of them.
-fn processor_model() -> &'static str {
-    static MODEL: OnceLock<String> = OnceLock::new();
-    MODEL.get_or_init(|| {
-        let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let wanted = ["model name", "flags", "microcode"];
-        // The first processor's; a host with several kinds of them is none that VMs could move within.
-        let first = info.lines().take_while(|line| !line.is_empty());
-        let mut model: Vec<String> =
-            first.filter(|line| wanted.iter().any(|name| line.starts_with(name))).map(str::to_owned).collect();
-        model.push(fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
-        for dir in ["/sys/module/kvm", "/sys/module/kvm_intel", "/sys/module/kvm_amd"] {
-            model.extend(values_in(&Path::new(dir).join("parameters")));
-        }
-        model.extend(values_in(Path::new("/sys/devices/system/cpu/vulnerabilities")));
-        model.join("\n")
-    })
-}
-
-/// Names and contents of a directory's files, in order; none where there is no such directory.
-fn values_in(dir: &Path) -> Vec<String> {
-    let mut values: Vec<String> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| format!("{}: {}", entry.path().display(), fs::read_to_string(entry.path()).unwrap_or_default()))
-        .collect();
-    values.sort();
-    values
 }
 
 /// A template that is ready to be cloned. It stays whole for as long as a copy of this is kept, whatever is evicted.
@@ -170,7 +136,7 @@ impl Template {
     /// Brings a template's memory from disk into sealed memory. Blocks while it is read.
     pub fn load(key: &str, home: &Path) -> Result<Self, Error> {
         let path = home.join("memory");
-        let file = open(&path)?;
+        let file = files::open(&path)?;
         let loaded = || {
             let bytes = file.metadata()?.len();
             let memory = memory::create(bytes)?;
@@ -179,7 +145,7 @@ impl Template {
             Ok(memory)
         };
         let memory = loaded().map_err(Error::io("loading the template's memory", &path))?;
-        let state = open(&home.join("state"))?;
+        let state = files::open(&home.join("state"))?;
         Ok(Self { key: key.to_owned(), memory: Arc::new(memory.into()), state: Arc::new(state) })
     }
 
@@ -200,11 +166,11 @@ impl Template {
 
     /// The descriptors of a clone, without disk and network.
     pub fn descriptors(&self, rootfs: &Path) -> Result<Descriptors, Error> {
-        let mut descriptors = image_descriptors(rootfs)?;
+        let mut descriptors = files::image_descriptors(rootfs)?;
         let memory = self.memory.as_fd().try_clone_to_owned().map_err(Error::io("passing", "the template's memory"))?;
         descriptors.add(fd::MEMORY, memory);
         // Opened again: each clone reads it from its beginning, also where the file has been removed since.
-        descriptors.add(fd::STATE, open(Path::new(&format!("/proc/self/fd/{}", self.state.as_raw_fd())))?);
+        descriptors.add(fd::STATE, files::open(Path::new(&format!("/proc/self/fd/{}", self.state.as_raw_fd())))?);
         Ok(descriptors)
     }
 }
@@ -237,44 +203,24 @@ pub struct Build<'a> {
 impl Build<'_> {
     /// Boots it and keeps it; on an error nothing of it is left.
     pub async fn run(self) -> Result<(), Error> {
-        let me = ProcessId::of(std::process::id() as i32).map_err(Error::io("looking at", "this process"))?;
-        let half = PathBuf::from(format!("{}{MAKING}{}-{}", self.home.display(), me.pid, me.started));
-        let _ = heyvm_trees::remove(&half);
-        let name = half.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let dir = VmDir::new(half.parent().unwrap_or(Path::new("/")), &name);
-        dir.make(false)?;
+        let name = blocking({
+            let home = self.home.to_owned();
+            move || files::prepare(&home)
+        })
+        .await?;
+        let dir = VmDir::new(self.home.parent().unwrap_or(Path::new("/")), &name);
         let built = self.boot_and_keep(&dir, &name).await;
-        let ended = dir.clone();
-        let _ = blocking(move || ended.put_down()).await;
-        if built.is_err() {
-            let _ = heyvm_trees::remove(&half);
-            return built;
-        }
-        let sockets = [dir.qmp_socket(), dir.agent_socket(), dir.ports_socket(), half.join("state.sock")];
-        for leftover in sockets.into_iter().chain([dir.disk(), dir.id_file()]) {
-            let _ = fs::remove_file(leftover);
-        }
-        fs::rename(&half, self.home).map_err(Error::io("keeping the template", self.home))
+        let home = self.home.to_owned();
+        blocking(move || files::finish(built, &dir, &home)).await
     }
 
     async fn boot_and_keep(&self, dir: &VmDir, name: &str) -> Result<(), Error> {
-        let guest_memory = self.recipe.empty_memory()?;
-        let state = dir.path().join("state.sock");
-        let listener = listen(&state)?;
-        let state_reference = reference(&state)?;
-        let mut descriptors = self.recipe.boot_descriptors(&guest_memory)?;
-        descriptors.add(fd::STATE, state_reference);
-        descriptors.add(fd::DISK, empty_disk(dir)?);
-        if let Some(tap) = tap(self.egress.map(AsRef::as_ref), self.slot)? {
-            descriptors.add(fd::TAP, tap);
-        }
-        let start = Launch {
-            dir,
-            record: Record::new(self.slot, name, &self.host.cgroups, 1000 * self.recipe.machine.processors)?,
-            machine: self.recipe.boot_machine(),
-            descriptors,
+        let start = {
+            let (host, egress, recipe) = (Arc::clone(self.host), self.egress.map(Arc::clone), self.recipe.clone());
+            let (dir, name, slot) = (dir.clone(), name.to_owned(), self.slot);
+            move || files::start(&host, egress.as_deref(), &recipe, &dir, &name, slot)
         };
-        let launched = launch(self.host, start)?;
+        let Started { launched, guest_memory, listener } = blocking(start).await?;
         let qmp = Qmp::connect(&dir.qmp_socket()).await.map_err(|error| Error::Boot {
             what: format!("could not be started: {error}"),
             console_tail: launched.last_words(),
@@ -287,10 +233,10 @@ impl Build<'_> {
         tokio::time::timeout(SAVE_DEADLINE, saved)
             .await
             .unwrap_or_else(|_| Err(Error::Unreachable("the template's state was not saved in time".into())))?;
-        save_memory(&guest_memory, &dir.path().join("memory"))?;
-        fs::rename(half, dir.path().join("state")).map_err(Error::io("keeping", dir.path()))?;
+        let kept = dir.path().to_owned();
+        blocking(move || files::save_memory(&guest_memory, &half, &kept)).await?;
         // It is killed in any case.
-        let _ = qmp.quit().await;
+        qmp.quit().await.ok();
         Ok(())
     }
 }
@@ -363,55 +309,17 @@ async fn save_state(qmp: &Qmp, listener: std::os::unix::net::UnixListener, path:
         let (stream, _) = listener.accept().await?;
         let mut state = Vec::new();
         stream.take(MAX_STATE).read_to_end(&mut state).await?;
-        let mut file = File::options().create_new(true).write(true).mode(0o400).open(path)?;
-        file.write_all(&state)?;
-        file.sync_all()
+        let path = path.to_owned();
+        tokio::task::spawn_blocking(move || files::save_state(&path, &state)).await.map_err(std::io::Error::other)?
     };
     let uri = format!("unix:{}/{}", heyvm_jail::launcher::DESCRIPTORS_DIR, fd::STATE);
     tokio::try_join!(async { receive.await.map_err(io) }, qmp.save(uri)).map(drop)
 }
 
-fn save_memory(guest_memory: &File, path: &Path) -> Result<(), Error> {
-    let saved = || {
-        let file = File::options().create_new(true).write(true).mode(0o400).open(path)?;
-        memory::copy_sparse(guest_memory, &file)?;
-        file.sync_all()
-    };
-    saved().map_err(Error::io("saving the template's memory", path))
-}
-
-/// Names a socket without opening it; whoever holds the descriptor can connect to it and to nothing else.
-fn reference(socket: &Path) -> Result<OwnedFd, Error> {
-    let referred = || {
-        fs::set_permissions(socket, fs::Permissions::from_mode(0o666))?;
-        File::options().read(true).custom_flags(nix::libc::O_PATH).open(socket)
-    };
-    referred().map(OwnedFd::from).map_err(Error::io("referring to", socket))
-}
-
-fn empty_disk(dir: &VmDir) -> Result<File, Error> {
-    let path = dir.disk();
-    let made = || {
-        let file = File::options().create_new(true).read(true).write(true).mode(0o600).open(&path)?;
-        file.set_len(DISK_GIB << 30)?;
-        Ok(file)
-    };
-    made().map_err(Error::io("making the template's disk", &path))
-}
-
-fn open(path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(Error::io("opening", path))
-}
-
-/// The descriptors that a template and its clones have alike.
-fn image_descriptors(rootfs: &Path) -> Result<Descriptors, Error> {
-    let mut descriptors = Descriptors::default();
-    descriptors.add(fd::ROOT, open(rootfs)?);
-    Ok(descriptors)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use heyvm_images::{Image, Kernel};
     use heyvm_jail::{cgroup::Cgroups, root::QemuRoot};
 

@@ -9,26 +9,26 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
-    io,
-    os::unix::fs::MetadataExt,
+    fs::File,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
-use heyvm_jail::{egress::Egress, process::ProcessId};
-use nix::fcntl::{Flock, FlockArg};
+use heyvm_jail::egress::Egress;
+use nix::fcntl::Flock;
 use tokio::sync::Semaphore;
 
 use super::{
     blocking,
     launch::Host,
-    record::{Slots, VmDir},
-    template::{Build, MAKING, Recipe, Template, build_with_a_good_clock},
+    record::Slots,
+    template::{Build, Recipe, Template, build_with_a_good_clock},
     turns::Turns,
 };
 use crate::{Error, Progress};
+
+mod files;
 
 /// Builds at a time. One that hangs in its image's programs takes a place, and hardly any processor.
 const BUILDS: usize = 4;
@@ -51,14 +51,8 @@ pub struct Budgets {
 impl Budgets {
     /// Those of a daemon whose configuration names none: a quarter of the host's memory, and 20 GiB of its disk.
     pub fn of_this_host() -> Self {
-        Self { memory_bytes: (total_memory() / 4).max(LEAST_MEMORY), disk_bytes: DISK }
+        Self { memory_bytes: (files::total_memory() / 4).max(LEAST_MEMORY), disk_bytes: DISK }
     }
-}
-
-fn total_memory() -> u64 {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    line.and_then(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 /// All templates of a daemon.
@@ -95,20 +89,6 @@ impl Templates {
             discarded: Mutex::default(),
             turns: Turns::default(),
             builds: Semaphore::new(BUILDS),
-        }
-    }
-
-    /// Removes what a daemon that was killed while it made a template has left, its QEMU first. Blocks.
-    pub fn clean_up(&self) {
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let Some((_, maker)) = name.split_once(MAKING) else { continue };
-            // Another daemon may share this directory; its process id alone would not distinguish it from a later one.
-            if maker.replace('-', " ").parse::<ProcessId>().is_ok_and(ProcessId::is_alive) {
-                continue;
-            }
-            let _ = VmDir::new(&self.dir, &name).put_down();
-            let _ = heyvm_trees::remove(&entry.path());
         }
     }
 
@@ -149,8 +129,9 @@ impl Templates {
             return Err(error);
         }
         let home = self.dir.join(key);
-        let _across_daemons = lock(&self.dir, key).await?;
-        if !exists(&home).await? {
+        let _across_daemons = self.lock(key).await?;
+        let looked_for = home.clone();
+        if !blocking(move || files::exists(&looked_for)).await? {
             let _room = self.builds.acquire().await.map_err(|_| Error::Unreachable("the daemon is ending".into()))?;
             if let Err(error) = build(&home).await {
                 self.remember_failure(key, &error);
@@ -184,9 +165,20 @@ impl Templates {
             discarded.insert(template.key.clone(), Instant::now());
             loaded.remove(&template.key);
         }
-        let _across_daemons = lock(&self.dir, &template.key).await?;
+        let _across_daemons = self.lock(&template.key).await?;
         let home = self.dir.join(&template.key);
-        blocking(move || remove(&home)).await.map(|()| true)
+        blocking(move || files::remove(&home)).await.map(|()| true)
+    }
+
+    /// Waits until no other daemon works on this key.
+    async fn lock(&self, key: &str) -> Result<Flock<File>, Error> {
+        let (dir, key) = (self.dir.clone(), key.to_owned());
+        blocking(move || files::lock(&dir, &key)).await
+    }
+
+    /// Removes what a daemon that was killed while it made a template has left, its QEMU first. Blocks.
+    pub fn clean_up(&self) {
+        files::clean_up(&self.dir);
     }
 
     fn find_loaded(&self, key: &str) -> Option<Template> {
@@ -231,7 +223,9 @@ impl Templates {
         let kept: Vec<String> = self.lock_loaded().keys().cloned().collect();
         let (dir, budget) = (self.dir.clone(), self.budgets.disk_bytes);
         let evicted = blocking(move || {
-            mark_used(&used).and_then(|()| evict(&dir, &kept, budget)).map_err(Error::io("looking through", &dir))
+            files::mark_used(&used)
+                .and_then(|()| files::evict(&dir, &kept, budget))
+                .map_err(Error::io("looking through", &dir))
         });
         if let Err(error) = evicted.await {
             tracing::warn!(%error, "templates could not be evicted");
@@ -243,74 +237,9 @@ impl Templates {
     }
 }
 
-/// Waits until no other daemon works on this key.
-async fn lock(dir: &Path, key: &str) -> Result<Flock<File>, Error> {
-    let (dir, path) = (dir.to_owned(), dir.join(format!("{key}.lock")));
-    blocking(move || {
-        fs::create_dir_all(&dir).map_err(Error::io("making", &dir))?;
-        let file = File::create(&path).map_err(Error::io("making", &path))?;
-        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::io("locking", path)(errno.into()))
-    })
-    .await
-}
-
-async fn exists(home: &Path) -> Result<bool, Error> {
-    let state = home.join("state");
-    blocking(move || state.try_exists().map_err(Error::io("looking for", &state))).await
-}
-
-/// The state goes first: without it there is no template.
-fn remove(home: &Path) -> Result<(), Error> {
-    let state = home.join("state");
-    match fs::remove_file(&state) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("removing", state)(error)),
-        _ => {}
-    }
-    match heyvm_trees::remove(home) {
-        Err(error) if error.io_kind() != Some(io::ErrorKind::NotFound) => {
-            Err(Error::io("removing", home)(error.into()))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn mark_used(home: &Path) -> std::io::Result<()> {
-    File::open(home.join("state"))?.set_modified(SystemTime::now())
-}
-
-/// Removes the oldest, but for those in `kept` and those another daemon works on, until the rest fits.
-fn evict(dir: &Path, kept: &[String], budget: u64) -> std::io::Result<()> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(dir)?.flatten() {
-        let (name, home) = (entry.file_name().to_string_lossy().into_owned(), entry.path());
-        let Ok(state) = fs::metadata(home.join("state")) else { continue };
-        if name.contains(MAKING) {
-            continue;
-        }
-        let memory = fs::metadata(home.join("memory")).map_or(0, |memory| memory.blocks());
-        all.push((state.modified()?, (state.blocks() + memory) * 512, name, home));
-    }
-    all.sort();
-    let mut total: u64 = all.iter().map(|(_, bytes, ..)| bytes).sum();
-    for (_, bytes, name, home) in all {
-        if total <= budget {
-            break;
-        }
-        if kept.contains(&name) {
-            continue;
-        }
-        let lock = File::create(dir.join(format!("{name}.lock")))?;
-        let Ok(_across_daemons) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else { continue };
-        match remove(&home) {
-            Ok(()) => total = total.saturating_sub(bytes),
-            Err(error) => tracing::warn!(%error, "a template could not be removed"),
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;

@@ -82,7 +82,7 @@ pub async fn exec(context: &Context, args: ExecArgs) -> Outcome {
                 other => other?,
             };
             if let Some(message) = &end.message {
-                let _ = writeln!(io::stderr(), "heyvm: {message}");
+                writeln!(io::stderr(), "heyvm: {message}").ok();
             }
             Ok(end.exit_code)
         }

@@ -74,7 +74,7 @@ impl Source {
     pub fn give_back(&self, read: u64) {
         if let Self::File(file, at) = self {
             // A file that cannot be positioned was not read as one.
-            let _ = (&**file).seek(SeekFrom::Start(at + read));
+            (&**file).seek(SeekFrom::Start(at + read)).ok();
         }
     }
 }

@@ -36,7 +36,7 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
+        tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before).ok();
     }
 }
 

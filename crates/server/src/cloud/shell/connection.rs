@@ -41,11 +41,12 @@ pub async fn serve(
 ) {
     let (mut outgoing, mut incoming) = socket.split();
     if let Err(fault) = converse(&mut outgoing, &mut incoming, &shells, &owner, &daemon, lapsed).await {
-        let _ = tokio::time::timeout(LAST_FRAME, async {
-            let _ = outgoing.send(Answer::Error(fault).frame()).await;
-            let _ = outgoing.close().await;
+        tokio::time::timeout(LAST_FRAME, async {
+            outgoing.send(Answer::Error(fault).frame()).await.ok();
+            outgoing.close().await.ok();
         })
-        .await;
+        .await
+        .ok();
     }
 }
 
@@ -105,7 +106,7 @@ async fn carry_out(outgoing: &mut SplitSink<WebSocket, Message>, answers: &mut R
             return;
         }
         if is_last {
-            let _ = tokio::time::timeout(LAST_FRAME, outgoing.close()).await;
+            tokio::time::timeout(LAST_FRAME, outgoing.close()).await.ok();
             return;
         }
     }

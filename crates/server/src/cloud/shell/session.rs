@@ -298,8 +298,8 @@ impl Session {
         self.connections += 1;
         let last_seq = self.first + self.kept.len() as u64 - 1;
         // Its channel is new, and has room for one.
-        let _ = answers.try_send(Answer::Ready { session_id: self.id.clone(), last_seq });
-        let _ = number.send(self.connections);
+        answers.try_send(Answer::Ready { session_id: self.id.clone(), last_seq }).ok();
+        number.send(self.connections).ok();
         self.attached = Some(Attached { number: self.connections, answers, next: self.first });
         if let Some(size) = size.filter(|_| !self.resized) {
             self.resize(size).await;
@@ -310,7 +310,7 @@ impl Session {
     fn refuse(&mut self, why: Fault) {
         if let Some(attached) = self.attached.take() {
             // One that takes nothing will notice that its channel has ended.
-            let _ = attached.answers.try_send(Answer::Error(why));
+            attached.answers.try_send(Answer::Error(why)).ok();
         }
         self.deadline = Instant::now() + GRACE;
     }
@@ -362,7 +362,7 @@ impl Session {
         frame.put_u8(FRAME_STDIN);
         frame.put_slice(&bytes);
         // When this fails, the other direction tells why.
-        let _ = self.shell.to.send(Message::Binary(frame.freeze())).await;
+        self.shell.to.send(Message::Binary(frame.freeze())).await.ok();
     }
 
     async fn resize(&mut self, size: PtySize) {
@@ -370,7 +370,7 @@ impl Session {
     }
 
     async fn control(&mut self, said: &ClientControl) {
-        let _ = self.shell.to.send(Message::text(serde_json::to_string(said).unwrap_or_default())).await;
+        self.shell.to.send(Message::text(serde_json::to_string(said).unwrap_or_default())).await.ok();
     }
 
     /// Hangs up, as a terminal does whose window is closed, and tells the client how the shell ended.
@@ -384,13 +384,13 @@ impl Session {
                 self.kept.clear();
             }
         };
-        let _ = tokio::time::timeout(HANG_UP, ended).await;
+        tokio::time::timeout(HANG_UP, ended).await.ok();
         let code = match self.end {
             Some(End::Exit(code)) => code,
             _ => 128 + SIGHUP,
         };
         if let Some(attached) = &self.attached {
-            let _ = tokio::time::timeout(HANG_UP, attached.answers.send(Answer::Exit { code })).await;
+            tokio::time::timeout(HANG_UP, attached.answers.send(Answer::Exit { code })).await.ok();
         }
     }
 }

@@ -114,12 +114,12 @@ impl Shell {
     }
 
     async fn say(&mut self, text: Value) {
-        let _ = futures::SinkExt::send(&mut self.socket, Message::text(text.to_string())).await;
+        futures::SinkExt::send(&mut self.socket, Message::text(text.to_string())).await.ok();
     }
 
     async fn type_in(&mut self, text: &str) {
         let frame = [b"\x01", text.as_bytes()].concat();
-        let _ = futures::SinkExt::send(&mut self.socket, Message::binary(frame)).await;
+        futures::SinkExt::send(&mut self.socket, Message::binary(frame)).await.ok();
     }
 
     async fn hear(&mut self) -> Heard {
@@ -171,7 +171,7 @@ async fn cutting_proxy(to: SocketAddr, after: u64) -> (SocketAddr, Arc<AtomicU64
                 let (mut from_server, mut to_server) = server.into_split();
                 let ended = Notify::new();
                 let up = async {
-                    let _ = tokio::io::copy(&mut from_client, &mut to_server).await;
+                    tokio::io::copy(&mut from_client, &mut to_server).await.ok();
                     ended.notified().await;
                 };
                 let down = async {
@@ -179,7 +179,7 @@ async fn cutting_proxy(to: SocketAddr, after: u64) -> (SocketAddr, Arc<AtomicU64
                     if tokio::io::copy(&mut from_server, &mut to_client).await.is_ok_and(|passed| passed == after) {
                         cuts.fetch_add(1, Ordering::Relaxed);
                     }
-                    let _ = to_client.shutdown().await;
+                    to_client.shutdown().await.ok();
                 };
                 tokio::select! { () = up => {}, () = down => {} }
             });
@@ -284,7 +284,7 @@ async fn what_cannot_be_meant_ends_the_connection_and_no_more() {
         Message::binary(vec![1; (1 << 20) + 1]),
     ];
     for frame in bad {
-        let _ = futures::SinkExt::send(&mut shell.socket, frame.clone()).await;
+        futures::SinkExt::send(&mut shell.socket, frame.clone()).await.ok();
         let told = shell.told().await;
         // Of one that is too large the rest is not read: the error may be lost with the connection.
         assert!(told["type"] == "error" || frame.len() > 1 << 20, "{told}");

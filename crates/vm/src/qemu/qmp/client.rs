@@ -307,7 +307,7 @@ mod tests {
         let mut say = Some(say);
         let connected = Client::connect(&socket, move |notice| {
             if matches!(notice, Notice::Closed) {
-                let _ = say.take().unwrap().send(());
+                say.take().unwrap().send(()).ok();
             }
         });
         assert!(connected.await.is_err());
