@@ -1,6 +1,7 @@
 """What is measured, one function each. A measurement gives its row of the table as a dictionary."""
 
 import concurrent.futures
+import contextlib
 import math
 import os
 import shutil
@@ -61,6 +62,33 @@ def in_pairs(rounds, ours, theirs, before=lambda: None):
     return series
 
 
+def until_exec(stage, size_class=None):
+    """Seconds from the command that creates a sandbox until its first command has answered."""
+    made = []
+
+    def work():
+        made.append(stage.create(size_class))
+        stage.run("exec", made[0], "--", "true")
+
+    took = seconds(work)
+    stage.remove(made[0])
+    return took
+
+
+def until_200(stage):
+    """Seconds from the command that deploys examples/hello until its URL answers."""
+    made = []
+
+    def work():
+        flags = ["--port", "8080", "--start-command", "python3 app.py", "--size-class", stage.size_class]
+        made.append(stage.json("deploy", str(HELLO), *flags))
+        wait_for_200(made[0]["urls"][0]["url"] + "/")
+
+    took = seconds(work)
+    stage.remove(made[0]["id"])
+    return took
+
+
 @measurement("create", needs_podman=True)
 def create(stage, options):
     """`create` of a warm image until the first `exec` has answered, against `podman run --rm IMAGE true`."""
@@ -117,15 +145,7 @@ def create_against_podman(stage, options, what, before, limit=1.0, size_class=No
     stage.prepare_podman()
 
     def ours():
-        made = []
-
-        def work():
-            made.append(stage.create(size_class))
-            stage.run("exec", made[0], "--", "true")
-
-        took = seconds(work)
-        stage.remove(made[0])
-        return took
+        return until_exec(stage, size_class)
 
     def theirs():
         return seconds(stage.podman_run)
@@ -159,23 +179,14 @@ def execute(stage, options):
 def deploy(stage, options):
     """`deploy` of examples/hello until HTTP 200 through the proxy, warm, against the cold boot of the same VM."""
 
-    def once(before=lambda: None):
-        before()
-        made = []
-
-        def work():
-            flags = ["--port", "8080", "--start-command", "python3 app.py", "--size-class", stage.size_class]
-            made.append(stage.json("deploy", str(HELLO), *flags))
-            wait_for_200(made[0]["urls"][0]["url"] + "/")
-
-        took = seconds(work)
-        stage.remove(made[0]["id"])
-        return took
-
     def series(settings, rounds, before=lambda: None):
         stage.configure(settings)
-        once()  # starts the daemon and loads what only the first one pays
-        return [once(before) for _ in range(rounds)]
+        until_200(stage)  # starts the daemon and loads what only the first one pays
+        times = []
+        for _ in range(rounds):
+            before()
+            times.append(until_200(stage))
+        return times
 
     # A daemon either clones or boots, so that pairs are blocks here; few, because a cold boot takes seconds.
     cold, warm = [], []
@@ -217,35 +228,6 @@ def deploy_large(stage, options):
 def builds(stage, other, options):
     """What a user waits for, by this build against another one: both daemons are there, and take turns."""
 
-    def create(at):
-        def once():
-            made = []
-
-            def work():
-                made.append(at.create())
-                at.run("exec", made[0], "--", "true")
-
-            took = seconds(work)
-            at.remove(made[0])
-            return took
-
-        return once
-
-    def deploy(at):
-        def once():
-            made = []
-
-            def work():
-                flags = ["--port", "8080", "--start-command", "python3 app.py", "--size-class", at.size_class]
-                made.append(at.json("deploy", str(HELLO), *flags))
-                wait_for_200(made[0]["urls"][0]["url"] + "/")
-
-            took = seconds(work)
-            at.remove(made[0]["id"])
-            return took
-
-        return once
-
     def execute(at):
         sandbox = at.create()
         return lambda: seconds(lambda: at.run("exec", sandbox, "--", "true"))
@@ -255,8 +237,8 @@ def builds(stage, other, options):
         other.wait_for_pool()
 
     for what, of, before in (
-        ("create until first exec", create, both_rest),
-        ("deploy until HTTP 200", deploy, both_rest),
+        ("create until first exec", lambda at: lambda: until_exec(at), both_rest),
+        ("deploy until HTTP 200", lambda at: lambda: until_200(at), both_rest),
         ("exec true", execute, lambda: None),
     ):
         ours, theirs = of(stage), of(other)
@@ -265,25 +247,32 @@ def builds(stage, other, options):
         yield comparison(what, own, "the other build", peer, 1.05)
 
 
-@measurement("memory")
-def memory(stage, _options):
-    """Private memory of idle sandboxes, ten seconds after their creation."""
+@contextlib.contextmanager
+def idle_machines(stage, seconds):
+    """Processes of four sandboxes that have run one command each, so many seconds ago, and no others."""
     stage.configure("reserve = 0\n")
     sandboxes = [stage.create() for _ in range(4)]
     for sandbox in sandboxes:
         stage.run("exec", sandbox, "--", "true")
-    time.sleep(10)
-    private = sorted(private_bytes(pid) / MIB for pid in stage.machines())
+    time.sleep(seconds)
+    yield list(stage.machines())
     for sandbox in sandboxes:
         stage.remove(sandbox)
     stage.configure("")
+
+
+@measurement("memory")
+def memory(stage, _options):
+    """Private memory of idle sandboxes, ten seconds after their creation."""
+    with idle_machines(stage, 10) as machines:
+        private = sorted(private_bytes(pid) / MIB for pid in machines)
     median = statistics.median(private)
     return {
         "what": "private memory of an idle sandbox",
         "median": f"{median:.0f} MiB",
         "p95": f"{p95(private):.0f} MiB",
         "reach": "<= 64 MiB",
-        "reached": len(private) == len(sandboxes) and median <= 64,
+        "reached": len(private) == 4 and median <= 64,
         "samples": {"ours": private},
     }
 
@@ -296,18 +285,11 @@ def private_bytes(pid):
 @measurement("idle")
 def idle(stage, _options):
     """Processor time of idle sandboxes over a minute, half a minute after their first command."""
-    stage.configure("reserve = 0\n")
-    sandboxes = [stage.create() for _ in range(4)]
-    for sandbox in sandboxes:
-        stage.run("exec", sandbox, "--", "true")
-    time.sleep(30)
-    machines, window = list(stage.machines()), 60
-    before = [processor_seconds(pid) for pid in machines]
-    time.sleep(window)
-    shares = sorted(100 * (processor_seconds(pid) - past) / window for pid, past in zip(machines, before))
-    for sandbox in sandboxes:
-        stage.remove(sandbox)
-    stage.configure("")
+    window = 60
+    with idle_machines(stage, 30) as machines:
+        before = [processor_seconds(pid) for pid in machines]
+        time.sleep(window)
+        shares = sorted(100 * (processor_seconds(pid) - past) / window for pid, past in zip(machines, before))
     median = statistics.median(shares)
     return {
         "what": "processor time of an idle sandbox",
@@ -316,7 +298,7 @@ def idle(stage, _options):
         "against": {"what": "one core"},
         "ratio": median / 100,
         "reach": "<= 0.2 %",
-        "reached": len(shares) == len(sandboxes) and median <= 0.2,
+        "reached": len(shares) == 4 and median <= 0.2,
         "samples": {"ours": shares},
     }
 

@@ -47,14 +47,59 @@ pub struct ResizeArgs {
     pub disk_size_gb: Option<i64>,
 }
 
-/// Ends the VMs, keeps the disks; the first failure ends it.
+/// Ends the VMs, keeps the disks.
 pub async fn stop(context: &Context, sandboxes: &[String]) -> Outcome {
     let client = context.client().await?;
-    let mut done: Vec<SandboxInfo> = Vec::new();
-    for who in sandboxes {
-        done.push(client.post(&path(who, "/stop"), &()).await.map_err(|error| after(error, "stopped", &done))?);
+    each(context, sandboxes, "stopped", async |who| client.post(&path(who, "/stop"), &()).await).await
+}
+
+/// Goes on from the disks.
+pub async fn start(context: &Context, sandboxes: &[String]) -> Outcome {
+    let start = async |who: &str| told(context, who, "start", &format!("starting {who}"), &()).await.map(noted);
+    each(context, sandboxes, "started", start).await
+}
+
+/// Stops and starts.
+pub async fn restart(context: &Context, sandboxes: &[String]) -> Outcome {
+    let restart = async |who: &str| told(context, who, "restart", &format!("restarting {who}"), &()).await.map(noted);
+    each(context, sandboxes, "restarted", restart).await
+}
+
+/// Removes them, disks and all.
+pub async fn rm(context: &Context, args: &RmArgs) -> Outcome {
+    if !args.yes && std::io::stdin().is_terminal() {
+        confirm(&args.sandboxes)?;
     }
-    answer(context, &done)
+    let client = context.client().await?;
+    each(context, &args.sandboxes, "removed", async |who| client.delete(&path(who, "")).await).await
+}
+
+/// Does something to one after another; the first failure ends it, and tells what was `done` before. Prints one sandbox as
+/// an object, several as an array.
+async fn each(
+    context: &Context,
+    sandboxes: &[String],
+    what: &str,
+    act: impl AsyncFn(&str) -> Result<SandboxInfo, ApiError>,
+) -> Outcome {
+    let mut done = Vec::new();
+    for who in sandboxes {
+        done.push(act(who).await.map_err(|error| after(error, what, &done))?);
+    }
+    match &done[..] {
+        [one] => output::answer(context.format, one, || ended(one)),
+        all => output::answer(context.format, &all, || all.iter().map(ended).collect::<Vec<_>>().join("\n")),
+    }
+    Ok(0)
+}
+
+/// Adds to an error what was done before it.
+fn after(mut error: ApiError, what: &str, done: &[SandboxInfo]) -> ApiError {
+    if !done.is_empty() {
+        let names: Vec<_> = done.iter().map(|info| info.name.as_str()).collect();
+        error.message.push_str(&format!("; {what} before it: {}", names.join(", ")));
+    }
+    error
 }
 
 /// What it is now, and which step of its making or starting that has cut short.
@@ -64,39 +109,10 @@ fn ended(info: &SandboxInfo) -> String {
     format!("{} is {}{cut}", info.name, word(&info.status))
 }
 
-/// Goes on from the disks; the first failure ends it.
-pub async fn start(context: &Context, sandboxes: &[String]) -> Outcome {
-    let mut done = Vec::new();
-    for who in sandboxes {
-        let started = told(context, who, "start", &format!("starting {who}"), &()).await;
-        done.push(noted(started.map_err(|error| after(error, "started", &done))?));
-    }
-    answer(context, &done)
-}
-
-/// Stops and starts; the first failure ends it.
-pub async fn restart(context: &Context, sandboxes: &[String]) -> Outcome {
-    let mut done = Vec::new();
-    for who in sandboxes {
-        let restarted = told(context, who, "restart", &format!("restarting {who}"), &()).await;
-        done.push(noted(restarted.map_err(|error| after(error, "restarted", &done))?));
-    }
-    answer(context, &done)
-}
-
 /// What is to be known of it, beside the answer.
 fn noted(info: SandboxInfo) -> SandboxInfo {
     info.warnings.iter().for_each(|warning| output::note(warning));
     info
-}
-
-/// Prints one sandbox as an object, several as an array.
-fn answer(context: &Context, done: &[SandboxInfo]) -> Outcome {
-    match done {
-        [one] => output::answer(context.format, one, || ended(one)),
-        all => output::answer(context.format, &all, || all.iter().map(ended).collect::<Vec<_>>().join("\n")),
-    }
-    Ok(0)
 }
 
 /// Goes back to the checkpoint.
@@ -148,28 +164,6 @@ async fn told(
     let progress = Progress::new(doing.to_owned());
     let path = path(who, &format!("/{verb}"));
     client.post_with_progress(&path, body, None, |event| progress.tell(&event)).await
-}
-
-/// Removes one or several; the first that cannot be removed ends it.
-pub async fn rm(context: &Context, args: &RmArgs) -> Outcome {
-    if !args.yes && std::io::stdin().is_terminal() {
-        confirm(&args.sandboxes)?;
-    }
-    let client = context.client().await?;
-    let mut removed: Vec<SandboxInfo> = Vec::new();
-    for who in &args.sandboxes {
-        removed.push(client.delete(&path(who, "")).await.map_err(|error| after(error, "removed", &removed))?);
-    }
-    answer(context, &removed)
-}
-
-/// Adds to an error what was done before it.
-fn after(mut error: ApiError, what: &str, done: &[SandboxInfo]) -> ApiError {
-    if !done.is_empty() {
-        let names: Vec<_> = done.iter().map(|info| info.name.as_str()).collect();
-        error.message.push_str(&format!("; {what} before it: {}", names.join(", ")));
-    }
-    error
 }
 
 fn confirm(sandboxes: &[String]) -> Result<(), ApiError> {
