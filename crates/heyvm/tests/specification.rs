@@ -2,34 +2,34 @@
 
 use std::{
     collections::HashSet,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).unwrap().flatten() {
-        let path = entry.path();
+fn sources(directory: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
         match path.extension() {
-            _ if path.is_dir() => sources(&path, found),
+            _ if path.is_dir() => sources(&path, found)?,
             Some(extension) if extension == "rs" => found.push(path),
             _ => {}
         }
     }
+    Ok(())
 }
 
 /// Names of all functions below crates/.
-fn functions(project: &Path) -> HashSet<String> {
+fn functions(project: &Path) -> io::Result<HashSet<String>> {
     let mut paths = Vec::new();
-    sources(&project.join("crates"), &mut paths);
-    let texts = paths.iter().map(|path| fs::read_to_string(path).unwrap());
+    sources(&project.join("crates"), &mut paths)?;
     let is_word = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
-    texts
-        .flat_map(|text| {
-            let names =
-                text.split("fn ").skip(1).map(|rest| rest.split(|letter| !is_word(letter)).next().unwrap_or(""));
-            names.map(str::to_owned).collect::<Vec<_>>()
-        })
-        .collect()
+    let mut functions = HashSet::new();
+    for path in paths {
+        let text = fs::read_to_string(path)?;
+        let names = text.split("fn ").skip(1).map(|rest| rest.split(|letter| !is_word(letter)).next().unwrap_or(""));
+        functions.extend(names.map(str::to_owned));
+    }
+    Ok(functions)
 }
 
 /// What stands between backticks and looks like a test: `deploy::the_hello_example_answers`, or four words and more.
@@ -45,7 +45,7 @@ fn named_tests(line: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn every_test_that_it_names_is_there() {
     let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let functions = functions(&project);
+    let functions = functions(&project).unwrap();
     let specification = fs::read_to_string(project.join("SPECIFICATION.md")).unwrap();
     let (mut numbers, mut named) = (HashSet::new(), 0);
     for line in specification.lines() {
