@@ -268,7 +268,7 @@ impl Edge {
         let ending = self.ending.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = tunnel::carry(visitor, sandbox, idle) => {}
+                () = tunnel::carry_upgraded(visitor, sandbox, idle) => {}
                 () = ending.cancelled() => {}
             }
             drop(held);

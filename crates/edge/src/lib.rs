@@ -31,7 +31,7 @@ mod refusal;
 mod serve;
 mod site;
 mod tls;
-mod tunnel;
+pub mod tunnel;
 mod visitor;
 mod websocket;
 

@@ -19,25 +19,30 @@ use tokio::{
     time::Instant,
 };
 
-/// Carries bytes between a visitor and a sandbox that have agreed on another protocol.
-pub async fn carry(visitor: OnUpgrade, sandbox: OnUpgrade, idle: Duration) {
-    let (visitor, sandbox) = match tokio::try_join!(visitor, sandbox) {
-        Ok(both) => both,
-        Err(error) => {
-            tracing::debug!(%error, "an upgrade was not completed");
-            return;
-        }
-    };
+/// Carries bytes both ways until both ends have ended, one of them breaks, or neither has said anything for `idle`.
+pub async fn carry<A, B>(one: A, other: B, idle: Duration)
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
     let activity = Activity::new();
-    let mut visitor = Watched { inner: TokioIo::new(visitor), activity: Arc::clone(&activity) };
-    let mut sandbox = Watched { inner: TokioIo::new(sandbox), activity: Arc::clone(&activity) };
+    let mut one = Watched { inner: one, activity: Arc::clone(&activity) };
+    let mut other = Watched { inner: other, activity: Arc::clone(&activity) };
     tokio::select! {
-        carried = copy_bidirectional(&mut visitor, &mut sandbox) => {
+        carried = copy_bidirectional(&mut one, &mut other) => {
             if let Err(error) = carried {
                 tracing::debug!(%error, "a tunnel broke");
             }
         }
         () = activity.silent_for(idle) => tracing::debug!("a tunnel was idle for too long"),
+    }
+}
+
+/// The same between two connections that are agreeing on another protocol.
+pub async fn carry_upgraded(visitor: OnUpgrade, sandbox: OnUpgrade, idle: Duration) {
+    match tokio::try_join!(visitor, sandbox) {
+        Ok((visitor, sandbox)) => carry(TokioIo::new(visitor), TokioIo::new(sandbox), idle).await,
+        Err(error) => tracing::debug!(%error, "an upgrade was not completed"),
     }
 }
 
@@ -96,5 +101,29 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_in_which_nothing_is_said_ends() {
+        let (mut client, one) = duplex(64);
+        let (mut app, other) = duplex(64);
+        let idle = Duration::from_secs(60);
+        let tunnel = tokio::spawn(carry(one, other, idle));
+        for _ in 0..3 {
+            tokio::time::sleep(idle - Duration::from_secs(1)).await;
+            client.write_all(b"?").await.unwrap();
+            assert_eq!(app.read_u8().await.unwrap(), b'?');
+        }
+        let since = Instant::now();
+        tunnel.await.unwrap();
+        assert_eq!(since.elapsed().as_secs(), idle.as_secs());
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
     }
 }

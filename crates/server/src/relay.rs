@@ -7,18 +7,22 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
+use heyvm_edge::tunnel;
 use http::{HeaderMap, Response, StatusCode, header};
 use hyper::{
     body::{Body, Frame, Incoming, SizeHint},
     upgrade::OnUpgrade,
 };
-use hyper_util::rt::TokioIo;
-use tokio::io::copy_bidirectional;
 
 use crate::problem::Problem;
+
+/// A byte stream in which neither end has said anything for this long is ended. Long, because a debugger or a database's
+/// client may well be left open over night; finite, because nobody tells of an end that has gone.
+pub const STREAM_IDLE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A body on its way to another server. When it breaks off so does the request there, which is not that server's fault.
 pub struct Passing {
@@ -71,7 +75,8 @@ pub fn wants_upgrade(headers: &HeaderMap) -> bool {
     headers.contains_key(header::UPGRADE)
 }
 
-/// Joins the two ends, if the other server has agreed. They end with each other, and when `until` comes.
+/// Joins the two ends, if the other server has agreed. They end with each other, after a day without a
+/// word, and when `until` comes.
 pub fn upgraded(
     visitor: OnUpgrade,
     response: &mut Response<Incoming>,
@@ -82,13 +87,9 @@ pub fn upgraded(
     }
     let server = hyper::upgrade::on(response);
     tokio::spawn(async move {
-        if let (Ok(visitor), Ok(server)) = tokio::join!(visitor, server) {
-            let (mut visitor, mut server) = (TokioIo::new(visitor), TokioIo::new(server));
-            tokio::select! {
-                // That one of the two breaks off is how such a connection ends.
-                _ = copy_bidirectional(&mut visitor, &mut server) => {}
-                () = until => {}
-            }
+        tokio::select! {
+            () = tunnel::carry_upgraded(visitor, server, STREAM_IDLE) => {}
+            () = until => {}
         }
     });
 }

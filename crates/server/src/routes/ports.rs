@@ -12,15 +12,16 @@ use heyvm_api::{
     sandbox::{BindRequest, BoundPort, RouteInfo, WaitResponse},
 };
 use heyvm_control_plane::ConnectError;
+use heyvm_edge::tunnel;
 use http::{HeaderMap, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
-use tokio::io::copy_bidirectional;
 use utoipa::IntoParams;
 
 use crate::{
     extract::{Content, Params, Plane, Who},
     problem::Problem,
+    relay,
 };
 
 const LONGEST_WAIT: f64 = 86_400.0;
@@ -117,11 +118,11 @@ pub async fn dial(
         return Err(problem.with_status(StatusCode::UPGRADE_REQUIRED));
     }
     let id = plane.get(&who).await?.id;
-    let mut stream = plane.connect_to(&id, port).await.map_err(|failure| refused(failure, &id))?;
+    let stream = plane.connect_to(&id, port).await.map_err(|failure| refused(failure, &id))?;
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         if let Ok(caller) = upgraded.await {
-            copy_bidirectional(&mut TokioIo::new(caller), &mut stream).await.ok();
+            tunnel::carry(TokioIo::new(caller), stream, relay::STREAM_IDLE).await;
         }
     });
     let head = [(header::CONNECTION, "upgrade"), (header::UPGRADE, headers::PORT_STREAM)];
